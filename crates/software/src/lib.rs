@@ -1,1 +1,29 @@
-//! polder-software
+//! The software engine: unmodified x86-64 guests without hardware virtualization.
+//!
+//! Stage 1: guest code is decoded once into blocks of [`op::Op`]s (one instruction each, with its operands resolved and
+//! a handler chosen for its exact form) and then interpreted from there. Integer, control-flow and system instructions are
+//! handlers in Rust; vector and x87 instructions run on the host CPU itself through small generated stubs, so their results are the CPU's own.
+//!
+//! Invariants:
+//! - Nothing a guest does makes the engine panic, hang or grow: arithmetic on guest numbers wraps, every cache has a bound, and
+//!   every loop over guest data ends or looks at the attention flag.
+//! - The engine knows no device: whatever is not RAM or the local APIC goes to the buses of `polder_machine`.
+//! - An instruction either completes or leaves no trace: a handler changes registers only after its last possible fault.
+//! - Guest memory is touched by one host instruction for each guest access, so atomicity and ordering are the host's own.
+//!
+//! Map: `cpu` (the registers of one vCPU), `fault` (exceptions on their way), `flags` (arithmetic flags as the host CPU computes
+//! them), `op` (a decoded instruction), `tlb`, `page_walk`, `access` (guest memory at linear addresses), `segmentation`
+//! (from offsets to linear addresses).
+
+mod access;
+mod apic;
+mod block;
+mod cpu;
+mod fault;
+mod flags;
+mod lower;
+mod op;
+mod page_walk;
+mod segmentation;
+mod system;
+mod tlb;

@@ -1,0 +1,235 @@
+//! The registers of one vCPU, as handlers use them.
+
+use polder_machine::EngineServices;
+use polder_machine::state::{SegmentState, TableState};
+
+use crate::fault::Exception;
+use crate::flags::{self, ArithmeticFlags};
+use crate::tlb::Tlb;
+
+/// Index in `Cpu::gpr` that always reads as zero: an absent base or index register.
+pub const ZERO: usize = 16;
+/// Index in `Cpu::gpr` of the running block's first byte's instruction pointer: the base of RIP-relative operands.
+pub const BLOCK_RIP: usize = 17;
+
+pub const RAX: usize = 0;
+pub const RCX: usize = 1;
+pub const RDX: usize = 2;
+pub const RBX: usize = 3;
+pub const RSP: usize = 4;
+pub const RBP: usize = 5;
+pub const RSI: usize = 6;
+pub const RDI: usize = 7;
+
+/// Segment registers in x86's order.
+pub const ES: u8 = 0;
+pub const CS: u8 = 1;
+pub const SS: u8 = 2;
+pub const DS: u8 = 3;
+pub const FS: u8 = 4;
+pub const GS: u8 = 5;
+
+pub mod cr0 {
+    pub const PE: u64 = 1 << 0;
+    pub const MP: u64 = 1 << 1;
+    pub const EM: u64 = 1 << 2;
+    pub const TS: u64 = 1 << 3;
+    pub const ET: u64 = 1 << 4;
+    pub const NE: u64 = 1 << 5;
+    pub const WP: u64 = 1 << 16;
+    pub const AM: u64 = 1 << 18;
+    pub const NW: u64 = 1 << 29;
+    pub const CD: u64 = 1 << 30;
+    pub const PG: u64 = 1 << 31;
+}
+
+pub mod cr4 {
+    pub const VME: u64 = 1 << 0;
+    pub const PVI: u64 = 1 << 1;
+    pub const TSD: u64 = 1 << 2;
+    pub const DE: u64 = 1 << 3;
+    pub const PSE: u64 = 1 << 4;
+    pub const PAE: u64 = 1 << 5;
+    pub const MCE: u64 = 1 << 6;
+    pub const PGE: u64 = 1 << 7;
+    pub const PCE: u64 = 1 << 8;
+    pub const OSFXSR: u64 = 1 << 9;
+    pub const OSXMMEXCPT: u64 = 1 << 10;
+    pub const UMIP: u64 = 1 << 11;
+    pub const LA57: u64 = 1 << 12;
+    pub const FSGSBASE: u64 = 1 << 16;
+    pub const PCIDE: u64 = 1 << 17;
+    pub const OSXSAVE: u64 = 1 << 18;
+    pub const SMEP: u64 = 1 << 20;
+    pub const SMAP: u64 = 1 << 21;
+    pub const PKE: u64 = 1 << 22;
+}
+
+pub mod efer {
+    pub const SCE: u64 = 1 << 0;
+    pub const LME: u64 = 1 << 8;
+    pub const LMA: u64 = 1 << 10;
+    pub const NXE: u64 = 1 << 11;
+}
+
+/// Code, stack or operand size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum CodeSize {
+    Bits16 = 0,
+    Bits32 = 1,
+    Bits64 = 2,
+}
+
+/// What of CR0, EFER, RFLAGS.VM, CS and SS decides how code runs. Derived: [`Cpu::update_mode`] recomputes it after every change of those.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mode {
+    /// 0 to 3; 3 in virtual-8086 mode, 0 in real mode.
+    pub cpl: u8,
+    pub code: CodeSize,
+    /// Size of the stack pointer.
+    pub stack: CodeSize,
+    /// CR0.PE and not RFLAGS.VM.
+    pub protected: bool,
+    /// EFER.LMA.
+    pub long: bool,
+    /// RFLAGS.VM.
+    pub virtual_8086: bool,
+}
+
+/// One virtual processor's registers, look-up tables and surroundings.
+#[repr(C)]
+pub struct Cpu {
+    /// RAX to R15 in x86's order, then [`ZERO`] and [`BLOCK_RIP`].
+    pub gpr: [u64; 18],
+    /// In 16- and 32-bit code cut to that size. Valid between blocks.
+    pub rip: u64,
+    /// SF ZF AF PF CF OF.
+    pub arithmetic: ArithmeticFlags,
+    /// All other flags of RFLAGS ([`flags::SYSTEM`]) at their places; DF among them.
+    pub system_flags: u64,
+    pub mode: Mode,
+    pub segments: [SegmentState; 6],
+    pub tlb: Tlb,
+    /// The exception that a [`crate::fault::Fault`] stands for.
+    pub fault: Exception,
+    pub ldtr: SegmentState,
+    pub tr: SegmentState,
+    pub gdtr: TableState,
+    pub idtr: TableState,
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub xcr0: u64,
+    /// Protection keys of user pages; only with CR4.PKE.
+    pub pkru: u32,
+    /// DR0 to DR3, DR6, DR7.
+    pub debug: [u64; 6],
+    /// Page-directory pointers of PAE paging, loaded with CR3.
+    pub pae_pointers: [u64; 4],
+    /// Interrupts stay out for one instruction after STI, MOV SS and POP SS.
+    pub interrupt_shadow: bool,
+    /// Guest-physical page of the local APIC's registers, or `u64::MAX` while they are not memory-mapped.
+    pub apic_page: u64,
+    pub services: EngineServices,
+}
+
+impl Cpu {
+    /// RFLAGS as PUSHF would see it (VM and RF included).
+    #[inline]
+    pub fn rflags(&self) -> u64 {
+        self.arithmetic.to_rflags() | self.system_flags | 2
+    }
+
+    /// Sets all of RFLAGS, without any check; recomputes the mode.
+    pub fn set_rflags(&mut self, rflags: u64) {
+        self.arithmetic = ArithmeticFlags::from_rflags(rflags);
+        self.system_flags = rflags & flags::SYSTEM;
+        self.update_mode();
+    }
+
+    /// Whether the code runs in 64-bit mode.
+    #[inline(always)]
+    pub fn is_64_bit(&self) -> bool {
+        matches!(self.mode.code, CodeSize::Bits64)
+    }
+
+    /// The current privilege level.
+    #[inline(always)]
+    pub fn cpl(&self) -> u8 {
+        self.mode.cpl
+    }
+
+    /// The I/O privilege level.
+    pub fn iopl(&self) -> u8 {
+        (self.system_flags >> 12 & 3) as u8
+    }
+
+    /// Recomputes [`Mode`] and the look-up table in use. Call after any change of CR0, CR4, EFER, RFLAGS.VM, RFLAGS.AC, CS, SS or DR7.
+    pub fn update_mode(&mut self) {
+        let protected_enabled = self.cr0 & cr0::PE != 0;
+        let virtual_8086 = protected_enabled && self.system_flags & flags::VM != 0;
+        let long = self.efer & efer::LMA != 0;
+        let code_attributes = self.segments[CS as usize].attributes;
+        let stack_attributes = self.segments[SS as usize].attributes;
+        let code = if long && code_attributes & 1 << 13 != 0 {
+            CodeSize::Bits64
+        } else if protected_enabled && !virtual_8086 && code_attributes & 1 << 14 != 0 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        };
+        let stack = if code == CodeSize::Bits64 {
+            CodeSize::Bits64
+        } else if protected_enabled && !virtual_8086 && stack_attributes & 1 << 14 != 0 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        };
+        let cpl = if virtual_8086 {
+            3
+        } else if protected_enabled {
+            (stack_attributes >> 5 & 3) as u8
+        } else {
+            0
+        };
+        self.mode = Mode { cpl, code, stack, protected: protected_enabled && !virtual_8086, long, virtual_8086 };
+        self.select_tables();
+    }
+
+    /// A byte register by its offset in the bytes of `gpr`: 8 * register, or 8 * register + 1 for AH, CH, DH and BH.
+    #[inline(always)]
+    pub fn byte(&self, offset: u8) -> u8 {
+        (self.gpr[usize::from(offset >> 3)] >> (8 * u32::from(offset & 1))) as u8
+    }
+
+    /// Writes a byte register; the register's other bytes stay.
+    #[inline(always)]
+    pub fn set_byte(&mut self, offset: u8, value: u8) {
+        let shift = 8 * u32::from(offset & 1);
+        let register = &mut self.gpr[usize::from(offset >> 3)];
+        *register = *register & !(0xff << shift) | u64::from(value) << shift;
+    }
+
+    /// Writes the low 16 bits of a register; the others stay.
+    #[inline(always)]
+    pub fn set_word(&mut self, register: u8, value: u16) {
+        let register = &mut self.gpr[usize::from(register)];
+        *register = *register & !0xffff | u64::from(value);
+    }
+
+    /// Writes a register's low 32 bits and clears the high ones.
+    #[inline(always)]
+    pub fn set_dword(&mut self, register: u8, value: u32) {
+        self.gpr[usize::from(register)] = u64::from(value);
+    }
+}
+
+/// Whether an address is canonical: bits above the linear-address width repeat its top bit.
+#[inline]
+pub fn is_canonical(address: u64, linear_bits: u32) -> bool {
+    let unused = 64 - linear_bits;
+    ((address << unused) as i64 >> unused) as u64 == address
+}

@@ -1,0 +1,299 @@
+//! The translation look-aside buffers of one vCPU.
+//!
+//! Data accesses look into one of four direct-mapped tables, chosen by privilege, so that a hit needs no permission check: user,
+//! supervisor that may not touch user pages (SMAP), supervisor that may, and one that is never filled and so sends every access the
+//! slow way (alignment checks and data breakpoints need to see them all). Instruction fetches have two tables of their own.
+//!
+//! A tag is the page's linear address with the generation of its address space in the low 12 bits. Switching address spaces and
+//! flushing are changes of the generation; nothing is cleared until the 4,095 generations are used up. Generations are handed to
+//! process-context identifiers (PCID) from a small least-recently-used list, so that a switch back finds its entries again.
+//! Entries of global pages are tagged like all others; what they lose is speed only.
+//!
+//! Stale entries may stay until the guest flushes, as the architecture allows (SDM vol. 3, 4.10).
+
+use polder_memory::PAGE_SIZE;
+
+use crate::cpu::{Cpu, cr0, cr4};
+use crate::flags;
+
+/// Entries in a data table.
+pub const DATA_ENTRIES: usize = 1024;
+/// Entries in a code table.
+pub const CODE_ENTRIES: usize = 256;
+const PAGE_MASK: u64 = !(PAGE_SIZE - 1);
+const GENERATION_MAX: u64 = 4095;
+/// Address spaces whose entries survive a switch.
+const CONTEXTS: usize = 8;
+/// Matches no tag: generation 0 is never handed out.
+const NO_TAG: u64 = 0;
+
+/// Data table for CPL 3.
+pub const USER: usize = 0;
+/// Data table for CPL 0-2 with CR4.SMAP and RFLAGS.AC clear.
+pub const SUPERVISOR: usize = 1;
+/// Data table for CPL 0-2 that may touch user pages.
+pub const SUPERVISOR_OPEN: usize = 2;
+/// Never filled.
+pub const WATCHED: usize = 3;
+
+/// Where a page of RAM is in the host, for data.
+#[derive(Clone, Copy)]
+pub struct DataEntry {
+    pub read_tag: u64,
+    pub write_tag: u64,
+    /// Add to the linear address to get the host address.
+    pub addend: u64,
+    /// The page's note byte: not zero means that somebody wants to hear of stores.
+    pub note: *const u8,
+}
+
+/// Where a page of RAM is in the host, for instruction fetch.
+#[derive(Clone, Copy)]
+pub struct CodeEntry {
+    pub tag: u64,
+    /// Guest-physical page number.
+    pub page_number: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Context {
+    /// CR3's table address and PCID.
+    key: u64,
+    generation: u64,
+    used: u64,
+}
+
+/// All tables of one vCPU.
+pub struct Tlb {
+    data: Box<[DataEntry; 4 * DATA_ENTRIES]>,
+    code: Box<[CodeEntry; 2 * CODE_ENTRIES]>,
+    /// First entry of the data table in use.
+    data_base: usize,
+    /// First entry of the code table in use.
+    code_base: usize,
+    generation: u64,
+    last_generation: u64,
+    contexts: [Context; CONTEXTS],
+    clock: u64,
+    /// Changes whenever any translation may have changed; blocks chained to each other compare it.
+    pub epoch: u64,
+}
+
+// SAFETY: the note pointers point into the machine's `PageNotes`, which every vCPU thread may read.
+unsafe impl Send for Tlb {}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        let data = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0, note: std::ptr::null() };
+        let code = CodeEntry { tag: NO_TAG, page_number: 0 };
+        Tlb {
+            data: vec![data; 4 * DATA_ENTRIES]
+                .into_boxed_slice()
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("same length")),
+            code: vec![code; 2 * CODE_ENTRIES]
+                .into_boxed_slice()
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("same length")),
+            data_base: SUPERVISOR_OPEN * DATA_ENTRIES,
+            code_base: 0,
+            generation: 1,
+            last_generation: 1,
+            contexts: [Context { key: u64::MAX, generation: 0, used: 0 }; CONTEXTS],
+            clock: 0,
+            epoch: 1,
+        }
+    }
+}
+
+fn index(linear: u64, entries: usize) -> usize {
+    (linear / PAGE_SIZE) as usize & (entries - 1)
+}
+
+impl Tlb {
+    /// The entry that could hold `linear`'s page in the table in use.
+    #[inline(always)]
+    pub fn data_entry(&self, linear: u64) -> &DataEntry {
+        &self.data[(self.data_base + index(linear, DATA_ENTRIES)) & (4 * DATA_ENTRIES - 1)]
+    }
+
+    /// What the entry's tag must equal for an access of `bytes` bytes at `linear` to hit; an access that crosses into another page
+    /// never does.
+    #[inline(always)]
+    pub fn tag(&self, linear: u64, bytes: u64) -> u64 {
+        linear.wrapping_add(bytes - 1) & PAGE_MASK | self.generation
+    }
+
+    /// The guest-physical page number for an instruction fetch at `linear`, if it is known.
+    #[inline(always)]
+    pub fn code_page(&self, linear: u64) -> Option<u64> {
+        let entry = &self.code[(self.code_base + index(linear, CODE_ENTRIES)) & (2 * CODE_ENTRIES - 1)];
+        (entry.tag == linear & PAGE_MASK | self.generation).then_some(entry.page_number)
+    }
+
+    /// Fills a data table's entry. Without `writable` the next store takes the slow way.
+    pub fn fill_data(&mut self, table: usize, linear: u64, host: *mut u8, note: *const u8, writable: bool) {
+        let tag = linear & PAGE_MASK | self.generation;
+        self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = DataEntry {
+            read_tag: tag,
+            write_tag: if writable { tag } else { NO_TAG },
+            addend: (host as u64).wrapping_sub(linear & PAGE_MASK),
+            note,
+        };
+    }
+
+    /// Fills a code table's entry.
+    pub fn fill_code(&mut self, user: bool, linear: u64, page_number: u64) {
+        let table = usize::from(user);
+        self.code[table * CODE_ENTRIES + index(linear, CODE_ENTRIES)] =
+            CodeEntry { tag: linear & PAGE_MASK | self.generation, page_number };
+    }
+
+    /// Drops one page of the address space in use, from all tables. Other address spaces' entries of it go only when `everywhere`.
+    pub fn invalidate_page(&mut self, linear: u64) {
+        self.epoch += 1;
+        for table in 0..4 {
+            let entry = &mut self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)];
+            entry.read_tag = NO_TAG;
+            entry.write_tag = NO_TAG;
+        }
+        for table in 0..2 {
+            self.code[table * CODE_ENTRIES + index(linear, CODE_ENTRIES)].tag = NO_TAG;
+        }
+    }
+
+    /// Drops everything of all address spaces.
+    pub fn flush_all(&mut self) {
+        for context in &mut self.contexts {
+            context.key = u64::MAX;
+        }
+        self.generation = self.new_generation();
+        self.epoch += 1;
+    }
+
+    /// Drops the entries of the address space with this key, whether it is in use or not.
+    pub fn flush_context(&mut self, key: u64) {
+        let current = self.generation;
+        let Some(slot) = self.contexts.iter().position(|context| context.key == key) else { return };
+        let was = self.contexts[slot].generation;
+        let generation = self.new_generation();
+        self.contexts[slot] = Context { key, generation, used: self.clock };
+        if was == current {
+            self.generation = generation;
+        }
+        self.epoch += 1;
+    }
+
+    /// Switches to the address space with this key (table address and PCID); with `keep` its older entries stay valid.
+    pub fn switch_context(&mut self, key: u64, keep: bool) {
+        self.clock += 1;
+        self.epoch += 1;
+        let found = self.contexts.iter().position(|context| context.key == key);
+        if let Some(slot) = found.filter(|_| keep) {
+            self.contexts[slot].used = self.clock;
+            self.generation = self.contexts[slot].generation;
+            return;
+        }
+        let generation = self.new_generation();
+        let slot = found.unwrap_or_else(|| {
+            let oldest = self.contexts.iter().enumerate().min_by_key(|(_, context)| context.used);
+            oldest.map_or(0, |(slot, _)| slot)
+        });
+        self.contexts[slot] = Context { key, generation, used: self.clock };
+        self.generation = generation;
+    }
+
+    fn new_generation(&mut self) -> u64 {
+        if self.last_generation == GENERATION_MAX {
+            for entry in self.data.iter_mut() {
+                entry.read_tag = NO_TAG;
+                entry.write_tag = NO_TAG;
+            }
+            for entry in self.code.iter_mut() {
+                entry.tag = NO_TAG;
+            }
+            for context in &mut self.contexts {
+                context.key = u64::MAX;
+            }
+            self.last_generation = 0;
+        }
+        self.last_generation += 1;
+        self.last_generation
+    }
+
+    /// The data table in use.
+    pub fn data_table(&self) -> usize {
+        self.data_base / DATA_ENTRIES
+    }
+}
+
+impl Cpu {
+    /// Chooses the look-up tables for the mode; part of [`Cpu::update_mode`].
+    pub(crate) fn select_tables(&mut self) {
+        let user = self.mode.cpl == 3;
+        let alignment = user && self.cr0 & cr0::AM != 0 && self.system_flags & flags::AC != 0;
+        // Data breakpoints: DR7 enables one whose type is a write or an access.
+        let watched = self.debug[5] & 0xff != 0
+            && (0..4).any(|n| self.debug[5] >> (2 * n) & 3 != 0 && self.debug[5] >> (16 + 4 * n) & 3 != 0);
+        let table = if alignment || watched {
+            WATCHED
+        } else if user {
+            USER
+        } else if self.cr4 & cr4::SMAP != 0 && self.system_flags & flags::AC == 0 {
+            SUPERVISOR
+        } else {
+            SUPERVISOR_OPEN
+        };
+        self.tlb.data_base = table * DATA_ENTRIES;
+        self.tlb.code_base = usize::from(user) * CODE_ENTRIES;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hit(tlb: &Tlb, linear: u64) -> bool {
+        tlb.data_entry(linear).read_tag == tlb.tag(linear, 1)
+    }
+
+    #[test]
+    fn a_switch_back_with_keep_finds_its_entries() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true);
+        assert!(hit(&tlb, 0x5fff) && tlb.data_entry(0x5fff).read_tag != tlb.tag(0x5fff, 2));
+        tlb.switch_context(2, true);
+        assert!(!hit(&tlb, 0x5000));
+        tlb.switch_context(1, true);
+        assert!(hit(&tlb, 0x5000));
+        tlb.switch_context(1, false);
+        assert!(!hit(&tlb, 0x5000));
+    }
+
+    #[test]
+    fn generations_run_out_without_reviving_old_entries() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(7, false);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true);
+        for _ in 0..3 * GENERATION_MAX {
+            tlb.flush_all();
+            assert!(!hit(&tlb, 0x5000));
+        }
+    }
+
+    #[test]
+    fn flushing_a_context_touches_no_other() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.switch_context(2, false);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x6000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.flush_context(1);
+        assert!(hit(&tlb, 0x6000));
+        tlb.flush_context(2);
+        assert!(!hit(&tlb, 0x6000));
+        tlb.switch_context(1, true);
+        assert!(!hit(&tlb, 0x5000));
+    }
+}
