@@ -25,6 +25,10 @@ const ADDRESS: u64 = (1 << PHYSICAL_BITS) - 1 & !(PAGE_SIZE - 1);
 /// Address bits above the physical width: reserved in every entry.
 const TOO_HIGH: u64 = (1 << 52) - (1 << PHYSICAL_BITS);
 
+/// Walks of one translation while other processors change the entries; after that many the page counts as not present, which
+/// no guest sees that does not rewrite its tables without pause.
+const WALKS_MAX: u32 = 1000;
+
 /// Page-fault error code bits.
 pub mod error_code {
     pub const PRESENT: u32 = 1 << 0;
@@ -68,6 +72,15 @@ struct Entry {
     at: u64,
 }
 
+/// Why a walk ended without a translation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// A page fault; the error code without the bits that depend on the access alone.
+    Fault(u32),
+    /// Another processor changed an entry between its load and the setting of its accessed flag: walk again.
+    Changed,
+}
+
 impl Cpu {
     /// Width of linear addresses.
     pub fn linear_bits(&self) -> u32 {
@@ -84,7 +97,16 @@ impl Cpu {
             Privilege::Implicit => false,
             Privilege::User => true,
         };
-        match self.walk(linear, access, user, privilege) {
+        let mut result = Err(0);
+        for _ in 0..WALKS_MAX {
+            match self.walk(linear, access, user, privilege) {
+                Ok(translation) => result = Ok(translation),
+                Err(Stop::Fault(code)) => result = Err(code),
+                Err(Stop::Changed) => continue,
+            }
+            break;
+        }
+        match result {
             Ok(translation) => Ok(translation),
             Err(code) => {
                 let write = if access == Access::Write { error_code::WRITE } else { 0 };
@@ -100,8 +122,8 @@ impl Cpu {
         self.cr4 & cr4::PAE != 0
     }
 
-    /// Walks the tables; the error is the page-fault error code without the bits that depend on the access alone.
-    fn walk(&self, linear: u64, access: Access, user: bool, privilege: Privilege) -> Result<Translation, u32> {
+    /// Walks the tables once.
+    fn walk(&self, linear: u64, access: Access, user: bool, privilege: Privilege) -> Result<Translation, Stop> {
         if self.is_pae() {
             self.walk_wide(linear, access, user, privilege)
         } else {
@@ -110,7 +132,7 @@ impl Cpu {
     }
 
     /// PAE, 4-level and 5-level paging: entries of 64 bits.
-    fn walk_wide(&self, linear: u64, access: Access, user: bool, privilege: Privilege) -> Result<Translation, u32> {
+    fn walk_wide(&self, linear: u64, access: Access, user: bool, privilege: Privilege) -> Result<Translation, Stop> {
         let no_execute_enabled = self.efer & efer::NXE != 0;
         let reserved = TOO_HIGH | if no_execute_enabled { 0 } else { NO_EXECUTE };
         // (shift of the level's index, table address, rights so far)
@@ -120,7 +142,7 @@ impl Cpu {
         } else {
             let pointer = self.pae_pointers[(linear >> 30 & 3) as usize];
             if pointer & PRESENT == 0 {
-                return Err(0);
+                return Err(Stop::Fault(0));
             }
             (21, pointer & ADDRESS, WRITABLE | USER)
         };
@@ -130,7 +152,7 @@ impl Cpu {
             let at = table + (linear >> shift & 0x1ff) * 8;
             let entry = Entry { value: self.load_entry(at), at };
             if entry.value & PRESENT == 0 {
-                return Err(0);
+                return Err(Stop::Fault(0));
             }
             let is_leaf = shift == 12 || entry.value & LARGE != 0 && shift <= 30;
             let mut level_reserved = reserved;
@@ -142,7 +164,7 @@ impl Cpu {
                 level_reserved |= (1 << shift) - (1 << 13);
             }
             if entry.value & level_reserved != 0 {
-                return Err(error_code::PRESENT | error_code::RESERVED);
+                return Err(Stop::Fault(error_code::PRESENT | error_code::RESERVED));
             }
             rights &= entry.value;
             execute &= entry.value & NO_EXECUTE == 0;
@@ -161,17 +183,17 @@ impl Cpu {
     }
 
     /// 32-bit paging: entries of 32 bits, two levels.
-    fn walk_32(&self, linear: u64, access: Access, user: bool, privilege: Privilege) -> Result<Translation, u32> {
+    fn walk_32(&self, linear: u64, access: Access, user: bool, privilege: Privilege) -> Result<Translation, Stop> {
         let at = (self.cr3 & 0xffff_f000) + (linear >> 22 & 0x3ff) * 4;
         let directory = Entry { value: self.load_entry_32(at), at };
         if directory.value & PRESENT == 0 {
-            return Err(0);
+            return Err(Stop::Fault(0));
         }
         let mut rights = directory.value;
         if directory.value & LARGE != 0 && self.cr4 & cr4::PSE != 0 {
             // PSE-36: bits 13-20 are address bits 32-39, bit 21 is reserved.
             if directory.value & 1 << 21 != 0 {
-                return Err(error_code::PRESENT | error_code::RESERVED);
+                return Err(Stop::Fault(error_code::PRESENT | error_code::RESERVED));
             }
             let high = (directory.value >> 13 & 0xff) << 32;
             let physical = directory.value & 0xffc0_0000 | high | linear & 0x3f_ffff;
@@ -182,7 +204,7 @@ impl Cpu {
         let at = (directory.value & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4;
         let page = Entry { value: self.load_entry_32(at), at };
         if page.value & PRESENT == 0 {
-            return Err(0);
+            return Err(Stop::Fault(0));
         }
         self.set_bits_32(&directory, ACCESSED)?;
         rights &= page.value;
@@ -200,7 +222,7 @@ impl Cpu {
         rights: u64,
         execute: bool,
         key: u32,
-    ) -> Result<(), u32> {
+    ) -> Result<(), Stop> {
         let user_page = rights & USER != 0;
         let denied = match access {
             Access::Fetch if user => !user_page || !execute,
@@ -214,10 +236,10 @@ impl Cpu {
             }
         };
         if denied {
-            return Err(error_code::PRESENT);
+            return Err(Stop::Fault(error_code::PRESENT));
         }
         if user_page && access != Access::Fetch && self.key_denies(key, access == Access::Write, user) {
-            return Err(error_code::PRESENT | error_code::PROTECTION_KEY);
+            return Err(Stop::Fault(error_code::PRESENT | error_code::PROTECTION_KEY));
         }
         Ok(())
     }
@@ -243,7 +265,7 @@ impl Cpu {
         rights: u64,
         key: u32,
         wide: bool,
-    ) -> Result<bool, u32> {
+    ) -> Result<bool, Stop> {
         let bits = if access == Access::Write { ACCESSED | DIRTY } else { ACCESSED };
         if wide {
             self.set_bits_64(entry, bits)?;
@@ -262,9 +284,8 @@ impl Cpu {
         self.services.memory.load_u32(GuestAddress(at)).map_or(0xffff_ffff, u64::from)
     }
 
-    /// Sets flags in an entry. If another processor changed the entry meanwhile, its new value decides: the walk fails as not
-    /// present and the guest's access is tried again by the instruction's restart.
-    fn set_bits_64(&self, entry: &Entry, bits: u64) -> Result<(), u32> {
+    /// Sets flags in an entry. If another processor changed the entry meanwhile, its new value decides: the walk starts again.
+    fn set_bits_64(&self, entry: &Entry, bits: u64) -> Result<(), Stop> {
         if entry.value & bits == bits {
             return Ok(());
         }
@@ -274,7 +295,7 @@ impl Cpu {
         let mut old = entry.value;
         while let Err(now) = atomic.compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::SeqCst) {
             if (now ^ entry.value) & !(ACCESSED | DIRTY) != 0 {
-                return Err(0);
+                return Err(Stop::Changed);
             }
             old = now;
         }
@@ -282,7 +303,7 @@ impl Cpu {
         Ok(())
     }
 
-    fn set_bits_32(&self, entry: &Entry, bits: u64) -> Result<(), u32> {
+    fn set_bits_32(&self, entry: &Entry, bits: u64) -> Result<(), Stop> {
         if entry.value & bits == bits {
             return Ok(());
         }
@@ -292,7 +313,7 @@ impl Cpu {
         let mut old = entry.value as u32;
         while let Err(now) = atomic.compare_exchange(old, old | bits as u32, Ordering::SeqCst, Ordering::SeqCst) {
             if u64::from(now ^ entry.value as u32) & !(ACCESSED | DIRTY) != 0 {
-                return Err(0);
+                return Err(Stop::Changed);
             }
             old = now;
         }
