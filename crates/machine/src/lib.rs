@@ -9,6 +9,7 @@
 //! (architectural registers), `layout` (where everything lies in guest-physical memory).
 
 mod access;
+pub mod acpi_registers;
 mod bus;
 mod interrupt;
 pub mod layout;

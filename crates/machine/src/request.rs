@@ -9,6 +9,8 @@ pub enum GuestRequest {
     Reset,
     /// pvpanic: the guest kernel panicked.
     Panicked,
+    /// pvpanic: the guest kernel panicked and its own crash kernel takes over; the machine runs on.
+    CrashLoaded,
     /// A value was written to the test device's debug-exit port.
     DebugExit(u32),
 }
