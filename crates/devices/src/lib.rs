@@ -8,12 +8,15 @@
 //!
 //! Modules: `serial` (16550A), `queued_writer` (output that never blocks), `rtc` (MC146818 clock and CMOS), `pvpanic`,
 //! `acpi_registers` (events, sleep), `generation_id`, `reset_port` (0xcf9, keyboard controller, 0x92), `test_devices`
-//! and `fw_cfg` (what test guests expect), `byte_registers` (wide accesses to byte-wide registers).
+//! and `fw_cfg` (what test guests expect), `byte_registers` (wide accesses to byte-wide registers), `pci` (root bus,
+//! configuration space, MSI-X), `virtio` (queues, transport, devices), `lock` (taking a mutex).
 
 mod acpi_registers;
 mod byte_registers;
 mod fw_cfg;
 mod generation_id;
+mod lock;
+pub mod pci;
 mod pvpanic;
 mod queued_writer;
 mod reset_port;
@@ -22,10 +25,12 @@ mod serial;
 pub mod test_devices;
 #[cfg(test)]
 mod test_support;
+pub mod virtio;
 
 pub use acpi_registers::AcpiRegisters;
 pub use fw_cfg::{FW_CFG_PORTS, FwCfg};
 pub use generation_id::{GENERATION_ID_LEN, GenerationId};
+pub(crate) use lock::lock;
 pub use pvpanic::Pvpanic;
 pub use queued_writer::QueuedWriter;
 pub use reset_port::{

@@ -1,0 +1,124 @@
+//! Device threads that sleep until they are signalled, and that end.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+/// A wake-up call for a worker: an eventfd, and whether the worker is to end.
+pub struct Signal {
+    event: OwnedFd,
+    stop: AtomicBool,
+}
+
+impl Signal {
+    /// A signal that is not raised.
+    pub fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Signal { event, stop: AtomicBool::new(false) })
+    }
+
+    /// Wakes the worker. Never blocks.
+    pub fn raise(&self) {
+        // The only failure is a counter at its maximum: then the signal is raised already.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    /// Asks the worker to end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.raise();
+    }
+
+    /// Whether the worker is to end.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Lowers the signal. Call before looking for work, so that work that comes meanwhile raises it again.
+    pub fn lower(&self) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.event, &mut count);
+    }
+
+    /// Sleeps until the signal is raised, then lowers it. Returns whether to go on.
+    pub fn wait(&self) -> bool {
+        while !self.is_stopped() {
+            match poll(&mut [PollFd::new(&self.event, PollFlags::IN)], None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                // Without poll there is no way to wait; ending beats spinning.
+                Err(_) => return false,
+            }
+        }
+        self.lower();
+        !self.is_stopped()
+    }
+}
+
+impl AsFd for Signal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// A thread and its signal. Dropping it ends the thread and waits for that.
+pub struct Worker {
+    signal: Arc<Signal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts a thread. `body` returns soon after its signal says stop.
+    pub fn spawn(name: &str, body: impl FnOnce(Arc<Signal>) + Send + 'static) -> io::Result<Self> {
+        let signal = Arc::new(Signal::new()?);
+        let for_thread = signal.clone();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(for_thread))?;
+        Ok(Worker { signal, thread: Some(thread) })
+    }
+
+    /// Wakes the thread.
+    pub fn raise(&self) {
+        self.signal.raise();
+    }
+
+    /// The thread's signal, for others that wake it.
+    pub fn signal(&self) -> &Arc<Signal> {
+        &self.signal
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.signal.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the worker is a bug that the thread has reported; the device is stopped either way.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_dropped_worker_has_ended() {
+        let (sender, receiver) = mpsc::channel();
+        let worker = Worker::spawn("test", move |signal| {
+            while signal.wait() {
+                sender.send(()).unwrap();
+            }
+        })
+        .unwrap();
+        worker.raise();
+        receiver.recv_timeout(Duration::from_secs(10)).unwrap();
+        drop(worker);
+        assert!(matches!(receiver.try_recv(), Err(mpsc::TryRecvError::Disconnected)));
+    }
+}
