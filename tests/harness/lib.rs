@@ -1,0 +1,11 @@
+//! What the whole-product tests share: the test guests, the binary, and one boot from start to end.
+//!
+//! `cargo xtask test` makes the guests and the binary and says where they are in the environment; a test that is run without
+//! finds them in `target/` and names the command that makes them if they are not there. With `POLDER_TEST_MONITOR=qemu` the
+//! same boots run in QEMU's TCG, which tells a wrong guest from a wrong polder.
+
+mod boot;
+mod files;
+
+pub use boot::{Boot, Monitor, Outcome};
+pub use files::{Kernel, Scratch, nightly, polder, tiny};

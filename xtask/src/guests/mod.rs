@@ -1,0 +1,47 @@
+//! Test guests under `target/guests`, made from Debian packages and from the sources in `guests/`.
+//!
+//! What lies there:
+//! - `tiny/NAME.elf`: the assembly guests;
+//! - `cloud/` and `generic/`: Debian's stock kernels (`vmlinuz`, the package's `modules` and `version`), and an `initramfs.cpio`
+//!   with busybox, the modules a machine's devices need and our `/init`;
+//! - `busybox`: the static busybox of the initramfs.
+//!
+//! The folder is a cache: what is there is not made again; deleting any part of it is always safe.
+
+mod cpio;
+mod initramfs;
+mod kernel;
+mod package;
+mod tiny;
+
+use anyhow::Result;
+use clap::Args;
+
+pub use kernel::Flavour;
+
+#[derive(Args)]
+pub struct GuestsArguments {
+    /// Only the assembly guests, which need no network
+    #[arg(long)]
+    tiny: bool,
+}
+
+/// Makes every test guest that is missing.
+pub fn guests(arguments: &GuestsArguments) -> Result<()> {
+    crate::setup::install()?;
+    tiny::build()?;
+    if arguments.tiny {
+        return Ok(());
+    }
+    all()
+}
+
+/// Makes the tiny guests, the kernels and their initramfs images.
+pub fn all() -> Result<()> {
+    tiny::build()?;
+    for flavour in [Flavour::Cloud, Flavour::Generic] {
+        let kernel = kernel::fetch(flavour)?;
+        initramfs::build(&kernel)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! The Debian packages that building and testing need, each with its reason.
+//!
+//! As root the missing ones are installed; without, the exact command is printed and the task fails.
+
+use crate::command::{capture, run, step};
+use anyhow::{Result, bail};
+use std::process::Command;
+
+/// A package and why it is needed.
+struct Package {
+    name: &'static str,
+    reason: &'static str,
+}
+
+/// Needed by every task that builds or tests.
+const PACKAGES: &[Package] = &[
+    Package {
+        name: "gcc",
+        reason: "links Rust programs, builds SQLite, liblzma, the tiny guests and the benchmark program",
+    },
+    Package { name: "libc6-dev", reason: "headers and the static C library that the guest agent is linked with" },
+    Package { name: "git", reason: "tidy asks it which files belong to the project" },
+    Package { name: "binutils", reason: "assembles and links the tiny guests" },
+    Package { name: "ca-certificates", reason: "cargo fetches crates over TLS" },
+    Package { name: "mmdebstrap", reason: "makes Debian root file systems from packages" },
+    Package { name: "debian-archive-keyring", reason: "the keys that mmdebstrap checks Debian's packages with" },
+    Package { name: "e2fsprogs", reason: "mke2fs -d turns a root file system into an ext4 disk" },
+    Package { name: "kmod", reason: "depmod: the order in which a test guest loads its kernel modules" },
+    Package { name: "uidmap", reason: "makes root file systems without being root" },
+    Package { name: "fakeroot", reason: "owners of files in a disk made without being root" },
+    Package { name: "zstd", reason: "unpacks packages and compresses initramfs images" },
+    Package { name: "xz-utils", reason: "unpacks packages" },
+    Package { name: "python3-minimal", reason: "generates fixed benchmark inputs" },
+];
+
+/// Installs what building and testing need.
+pub fn install() -> Result<()> {
+    ensure(PACKAGES)
+}
+
+fn ensure(packages: &[Package]) -> Result<()> {
+    if crate::command::exists("apt-get") {
+        let missing: Vec<&Package> = packages.iter().filter(|package| !installed(package.name)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        println!("These Debian packages are missing:");
+        for package in &missing {
+            println!("  {:<24} {}", package.name, package.reason);
+        }
+        let names: Vec<&str> = missing.iter().map(|package| package.name).collect();
+        if !is_root() {
+            bail!(
+                "run this command as root, then try again:\n  apt-get update && apt-get install --yes --no-install-recommends {}",
+                names.join(" ")
+            );
+        }
+        step(&format!("apt-get install {}", names.join(" ")));
+        run(Command::new("apt-get").args(["update", "--quiet=2"]))?;
+        return run(Command::new("apt-get")
+            .args(["install", "--yes", "--quiet=2", "--no-install-recommends"])
+            .args(&names)
+            .env("DEBIAN_FRONTEND", "noninteractive"));
+    }
+    bail!("this machine has no apt-get: building and testing polder needs a Debian 12 or later")
+}
+
+/// Reads the package lists if the machine has none, so that `apt-get download` knows its packages.
+pub fn refresh_package_lists() -> Result<()> {
+    let known = capture(Command::new("apt-cache").args(["show", "--no-all-versions", "linux-image-cloud-amd64"]));
+    if known.is_ok() {
+        return Ok(());
+    }
+    if !is_root() {
+        bail!("apt knows no package lists: run `apt-get update` as root, then try again");
+    }
+    run(Command::new("apt-get").args(["update", "--quiet=2"]))
+}
+
+/// Whether we run as root.
+pub fn is_root() -> bool {
+    capture(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0")
+}
+
+fn installed(package: &str) -> bool {
+    capture(Command::new("dpkg-query").args(["--show", "--showformat=${db:Status-Status}", package]))
+        .is_ok_and(|status| status == "installed")
+}
