@@ -29,7 +29,7 @@ pub const LOCAL_APIC_START: u64 = 0xfee0_0000;
 /// ACPI: generic event device (power button) and sleep registers, memory-mapped.
 pub const ACPI_REGISTERS_START: u64 = 0xfed0_0000;
 pub const ACPI_REGISTERS_LEN: u64 = 0x1000;
-/// VM generation id page (a page of RAM reserved by e820 lies elsewhere; this is its notification register block).
+/// First I/O port of the serial console.
 pub const COM1_PORT: u64 = 0x3f8;
 pub const CMOS_PORT: u64 = 0x70;
 pub const PVPANIC_PORT: u64 = 0x505;
@@ -51,6 +51,9 @@ pub const EBDA_START: u64 = 0x9_fc00;
 pub const RSDP_START: u64 = 0xe_0000;
 pub const ACPI_TABLES_START: u64 = 0xe_0100;
 pub const SMBIOS_START: u64 = 0xf_0000;
+/// The page of the VM generation id: RAM that the memory map reserves, in the BIOS area.
+pub const GENERATION_ID_START: u64 = 0xe_f000;
+pub const GENERATION_ID_LEN: u64 = 0x1000;
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 /// Scratch of the boot protocols: GDT, zero page or PVH start info, command line.
 pub const BOOT_GDT_START: u64 = 0x500;

@@ -6,20 +6,28 @@
 //!
 //! Modules: `access` (sizes), `bus` (ranges to devices), `interrupt` (MSI messages, interrupt lines, the end of an
 //! interrupt), `request` (what a guest asks of its machine: power off, reset), `vcpu` (the engine's face), `state`
-//! (architectural registers), `layout` (where everything lies in guest-physical memory).
+//! (architectural registers), `layout` (where everything lies in guest-physical memory), `memory_map` (what the firmware says of
+//! it), `io_apic` (pins to messages), `acpi` and `smbios` (the tables), `acpi_registers` (what the tables' methods touch), `boot`
+//! (kernels into memory).
 
 mod access;
+pub mod acpi;
 pub mod acpi_registers;
+pub mod boot;
 mod bus;
 mod interrupt;
+mod io_apic;
 pub mod layout;
+pub mod memory_map;
 mod request;
+pub mod smbios;
 pub mod state;
 mod vcpu;
 
 pub use access::AccessSize;
 pub use bus::{Bus, BusDevice, BusError};
 pub use interrupt::{EoiListener, InterruptLine, MsiMessage, MsiSink};
+pub use io_apic::IoApic;
 pub use request::{GuestRequest, RequestSink};
 pub use state::VcpuState;
 pub use vcpu::{Engine, EngineError, EngineServices, Vcpu, VcpuExit, VcpuHandle};
