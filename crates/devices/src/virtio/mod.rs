@@ -12,11 +12,14 @@
 //! Modules: `queue` and `chain` (split virtqueues), `device` (the trait), `worker` (threads that end), `interrupts` (from a device
 //! to MSI-X or INTx), `common_config` (the registers of 4.1.4.3), `transport` (the PCI function), and one for each device.
 
+pub mod block;
 mod chain;
 mod common_config;
 mod device;
 mod interrupts;
 mod queue;
+#[cfg(test)]
+pub(crate) mod testing;
 mod transport;
 mod worker;
 

@@ -46,16 +46,17 @@ impl Signal {
 
     /// Sleeps until the signal is raised, then lowers it. Returns whether to go on.
     pub fn wait(&self) -> bool {
-        while !self.is_stopped() {
-            match poll(&mut [PollFd::new(&self.event, PollFlags::IN)], None) {
-                Ok(_) => break,
-                Err(rustix::io::Errno::INTR) => {}
-                // Without poll there is no way to wait; ending beats spinning.
-                Err(_) => return false,
-            }
+        if !self.is_stopped() {
+            self.wait_raised();
         }
-        self.lower();
         !self.is_stopped()
+    }
+
+    /// Sleeps until the signal is raised, even if the worker is to end: for those who wait for what is in flight.
+    pub fn wait_raised(&self) {
+        // A failed poll (the kernel is short of memory) makes one idle turn; an interrupted one is repeated.
+        while poll(&mut [PollFd::new(&self.event, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
+        self.lower();
     }
 }
 
