@@ -156,7 +156,7 @@ impl Cpu {
             }
         } else if let Ok(translation) = self.translate(linear, Access::Write, Privilege::Current) {
             self.services.memory.mark_written(GuestAddress(translation.physical), bytes);
-            self.abandon_block();
+            self.abandon_block(translation.physical, bytes);
         }
     }
 
@@ -365,7 +365,7 @@ impl Cpu {
             if note != 0 {
                 self.services.memory.mark_written(GuestAddress(physical), bytes);
                 if note & polder_memory::NOTE_CODE != 0 {
-                    self.abandon_block();
+                    self.abandon_block(physical, bytes);
                 }
             }
         }

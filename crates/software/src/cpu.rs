@@ -3,6 +3,7 @@
 use polder_machine::EngineServices;
 use polder_machine::state::{SegmentState, TableState};
 
+use crate::block::RunningBlock;
 use crate::fault::Exception;
 use crate::flags::{self, ArithmeticFlags};
 use crate::tlb::Tlb;
@@ -100,10 +101,14 @@ pub struct Mode {
 /// One virtual processor's registers, look-up tables and surroundings.
 #[repr(C)]
 pub struct Cpu {
-    /// RAX to R15 in x86's order, then [`ZERO`] and [`BLOCK_RIP`].
-    pub gpr: [u64; 18],
+    /// RAX to R15 in x86's order, then [`ZERO`] and [`BLOCK_RIP`]; 32 long, so that an index of five bits needs no check.
+    pub gpr: [u64; 32],
     /// In 16- and 32-bit code cut to that size. Valid between blocks.
     pub rip: u64,
+    /// Instructions completed.
+    pub instructions: u64,
+    /// The block that is running.
+    pub(crate) running: RunningBlock,
     /// SF ZF AF PF CF OF.
     pub arithmetic: ArithmeticFlags,
     /// All other flags of RFLAGS ([`flags::SYSTEM`]) at their places; DF among them.
@@ -133,10 +138,98 @@ pub struct Cpu {
     pub interrupt_shadow: bool,
     /// Guest-physical page of the local APIC's registers, or `u64::MAX` while they are not memory-mapped.
     pub apic_page: u64,
+    /// NMIs stay out until the next IRET.
+    pub nmi_blocked: bool,
+    /// HLT: nothing runs until an interrupt, an NMI or INIT comes.
+    pub halted: bool,
+    /// DR6 bits of debug traps that the finished instruction earned; delivered before the next one (`system::debug`).
+    pub pending_debug: u64,
+    /// `fault` was raised after its instruction had taken effect (a task switch): it is delivered before the next one, at `rip`.
+    pub late_fault: bool,
+    pub system_call: SystemCallRegisters,
+    /// IA32_TSC_AUX.
+    pub tsc_aux: u32,
+    /// What the guest's time-stamp counter is ahead of the host's.
+    pub tsc_offset: u64,
     pub services: EngineServices,
 }
 
+/// The model-specific registers of the fast system calls and of SWAPGS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SystemCallRegisters {
+    /// IA32_STAR
+    pub star: u64,
+    /// IA32_LSTAR
+    pub lstar: u64,
+    /// IA32_CSTAR
+    pub cstar: u64,
+    /// IA32_FMASK
+    pub mask: u64,
+    /// IA32_KERNEL_GS_BASE
+    pub kernel_gs_base: u64,
+    /// IA32_SYSENTER_CS
+    pub sysenter_cs: u64,
+    /// IA32_SYSENTER_ESP
+    pub sysenter_esp: u64,
+    /// IA32_SYSENTER_EIP
+    pub sysenter_eip: u64,
+}
+
 impl Cpu {
+    /// A processor after power-on (SDM vol. 3, table 10-1): real mode at f000:fff0.
+    pub fn new(services: EngineServices) -> Cpu {
+        let data = SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+        let code = SegmentState { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b };
+        let system = |kind: u16| SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x80 | kind };
+        let table = TableState { base: 0, limit: 0xffff };
+        let mode = Mode {
+            cpl: 0,
+            code: CodeSize::Bits16,
+            stack: CodeSize::Bits16,
+            protected: false,
+            long: false,
+            virtual_8086: false,
+        };
+        let mut cpu = Cpu {
+            gpr: [0; 32],
+            rip: 0xfff0,
+            instructions: 0,
+            running: RunningBlock::default(),
+            arithmetic: ArithmeticFlags::default(),
+            system_flags: 0,
+            mode,
+            segments: [data, code, data, data, data, data],
+            tlb: Tlb::default(),
+            fault: Exception::default(),
+            ldtr: system(2),
+            tr: system(0xb),
+            gdtr: table,
+            idtr: table,
+            cr0: 0x6000_0010,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            xcr0: 1,
+            pkru: 0,
+            debug: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
+            pae_pointers: [0; 4],
+            interrupt_shadow: false,
+            apic_page: u64::MAX,
+            nmi_blocked: false,
+            halted: false,
+            pending_debug: 0,
+            late_fault: false,
+            system_call: SystemCallRegisters::default(),
+            tsc_aux: 0,
+            tsc_offset: 0,
+            services,
+        };
+        cpu.gpr[RDX] = 0x600;
+        cpu.update_mode();
+        cpu
+    }
+
     /// RFLAGS as PUSHF would see it (VM and RF included).
     #[inline]
     pub fn rflags(&self) -> u64 {
@@ -202,28 +295,28 @@ impl Cpu {
     /// A byte register by its offset in the bytes of `gpr`: 8 * register, or 8 * register + 1 for AH, CH, DH and BH.
     #[inline(always)]
     pub fn byte(&self, offset: u8) -> u8 {
-        (self.gpr[usize::from(offset >> 3)] >> (8 * u32::from(offset & 1))) as u8
+        (self.gpr[usize::from(offset >> 3) & 31] >> (8 * u32::from(offset & 1))) as u8
     }
 
     /// Writes a byte register; the register's other bytes stay.
     #[inline(always)]
     pub fn set_byte(&mut self, offset: u8, value: u8) {
         let shift = 8 * u32::from(offset & 1);
-        let register = &mut self.gpr[usize::from(offset >> 3)];
+        let register = &mut self.gpr[usize::from(offset >> 3) & 31];
         *register = *register & !(0xff << shift) | u64::from(value) << shift;
     }
 
     /// Writes the low 16 bits of a register; the others stay.
     #[inline(always)]
     pub fn set_word(&mut self, register: u8, value: u16) {
-        let register = &mut self.gpr[usize::from(register)];
+        let register = &mut self.gpr[usize::from(register) & 31];
         *register = *register & !0xffff | u64::from(value);
     }
 
     /// Writes a register's low 32 bits and clears the high ones.
     #[inline(always)]
     pub fn set_dword(&mut self, register: u8, value: u32) {
-        self.gpr[usize::from(register)] = u64::from(value);
+        self.gpr[usize::from(register) & 31] = u64::from(value);
     }
 }
 

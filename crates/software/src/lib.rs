@@ -18,12 +18,17 @@
 mod access;
 mod apic;
 mod block;
+mod block_cache;
 mod cpu;
 mod fault;
 mod flags;
 mod lower;
 mod op;
+mod ops;
 mod page_walk;
+mod run;
 mod segmentation;
 mod system;
+#[doc(hidden)]
+pub mod testbench;
 mod tlb;

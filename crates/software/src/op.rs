@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 
-use crate::cpu::{BLOCK_RIP, Cpu};
+use crate::cpu::{BLOCK_RIP, Cpu, DS, ZERO};
 
 /// What the run loop does after a handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,9 +75,34 @@ pub struct Op {
     pub extra2: u8,
 }
 
-const _: () = assert!(size_of::<Op>() == 40 || size_of::<Op>() == 32);
+const _: () = assert!(size_of::<Op>() == 32);
 
 impl Op {
+    /// An op without operands.
+    pub fn empty(handler: Handler) -> Op {
+        Op {
+            handler: Cell::new(handler),
+            immediate: 0,
+            displacement: 0,
+            next_offset: 0,
+            len: 0,
+            first: ZERO as u8,
+            second: ZERO as u8,
+            base: ZERO as u8,
+            index: ZERO as u8,
+            scale: 0,
+            segment: DS,
+            address_kind: address::FLAT,
+            extra: 0,
+            extra2: 0,
+        }
+    }
+
+    /// Whether this op stands for two instructions.
+    pub fn is_fused(&self) -> bool {
+        false
+    }
+
     /// The address of this instruction.
     #[inline]
     pub fn rip(&self, cpu: &Cpu) -> u64 {
@@ -91,6 +116,14 @@ impl Op {
     }
 }
 
+impl Cpu {
+    /// Cuts an instruction pointer to what the code size can hold.
+    #[inline(always)]
+    pub fn cut_rip(&self, rip: u64) -> u64 {
+        if self.is_64_bit() { rip } else { rip & 0xffff_ffff }
+    }
+}
+
 impl std::fmt::Debug for Op {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Op").field("len", &self.len).field("next_offset", &self.next_offset).finish_non_exhaustive()
@@ -99,6 +132,14 @@ impl std::fmt::Debug for Op {
 
 /// Handler that leaves a block before the op's own instruction runs.
 pub fn abandon(cpu: &mut Cpu, op: &Op) -> Flow {
-    cpu.rip = op.rip(cpu);
+    cpu.rip = cpu.cut_rip(op.rip(cpu));
+    cpu.instructions = cpu.instructions.wrapping_sub(1);
     Flow::Leave
+}
+
+/// Handler of the op after a block's last instruction, where that one does not end the block itself. Its `len` is 0.
+pub fn end_block(cpu: &mut Cpu, op: &Op) -> Flow {
+    cpu.rip = cpu.cut_rip(op.next_rip(cpu));
+    cpu.instructions = cpu.instructions.wrapping_sub(1);
+    Flow::Jump
 }

@@ -9,8 +9,8 @@ impl Cpu {
     /// The offset of the op's memory operand, cut to its address size: what LEA gives before it is cut to the operand size.
     #[inline(always)]
     pub fn offset(&self, op: &Op) -> u64 {
-        let base = self.gpr[usize::from(op.base) % 18];
-        let index = self.gpr[usize::from(op.index) % 18] << (op.scale & 3);
+        let base = self.gpr[usize::from(op.base) & 31];
+        let index = self.gpr[usize::from(op.index) & 31] << (op.scale & 3);
         let offset = base.wrapping_add(index).wrapping_add(op.displacement as i64 as u64);
         match op.address_kind {
             address::FLAT | address::BASED => offset,
@@ -24,8 +24,8 @@ impl Cpu {
     #[inline(always)]
     pub fn linear(&mut self, op: &Op, bytes: u64, access: Access) -> Result<u64, Fault> {
         if op.address_kind == address::FLAT {
-            let base = self.gpr[usize::from(op.base) % 18];
-            let index = self.gpr[usize::from(op.index) % 18] << (op.scale & 3);
+            let base = self.gpr[usize::from(op.base) & 31];
+            let index = self.gpr[usize::from(op.index) & 31] << (op.scale & 3);
             return Ok(base.wrapping_add(index).wrapping_add(op.displacement as i64 as u64));
         }
         let offset = self.offset(op);

@@ -75,8 +75,13 @@ pub struct Tlb {
     last_generation: u64,
     contexts: [Context; CONTEXTS],
     clock: u64,
-    /// Changes whenever any translation may have changed; blocks chained to each other compare it.
-    pub epoch: u64,
+    /// Changes whenever a translation of an address space may have changed other than by a new generation.
+    epoch: u64,
+    /// [`crate::cpu::CodeSize`] of the running code.
+    code_size: u8,
+    /// Equal at two moments only if instruction fetch at every linear address that was possible at the first leads to the same
+    /// bytes at the second, decoded in the same size: what a remembered way from a linear address to a block compares.
+    pub fetch_tag: u64,
 }
 
 // SAFETY: the note pointers point into the machine's `PageNotes`, which every vCPU thread may read.
@@ -102,6 +107,8 @@ impl Default for Tlb {
             contexts: [Context { key: u64::MAX, generation: 0, used: 0 }; CONTEXTS],
             clock: 0,
             epoch: 1,
+            code_size: 0,
+            fetch_tag: 0,
         }
     }
 }
@@ -152,6 +159,7 @@ impl Tlb {
     /// Drops one page of the address space in use, from all tables. Other address spaces' entries of it go only when `everywhere`.
     pub fn invalidate_page(&mut self, linear: u64) {
         self.epoch += 1;
+        self.retag();
         for table in 0..4 {
             let entry = &mut self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)];
             entry.read_tag = NO_TAG;
@@ -168,7 +176,7 @@ impl Tlb {
             context.key = u64::MAX;
         }
         self.generation = self.new_generation();
-        self.epoch += 1;
+        self.retag();
     }
 
     /// Drops the entries of the address space with this key, whether it is in use or not.
@@ -181,17 +189,17 @@ impl Tlb {
         if was == current {
             self.generation = generation;
         }
-        self.epoch += 1;
+        self.retag();
     }
 
     /// Switches to the address space with this key (table address and PCID); with `keep` its older entries stay valid.
     pub fn switch_context(&mut self, key: u64, keep: bool) {
         self.clock += 1;
-        self.epoch += 1;
         let found = self.contexts.iter().position(|context| context.key == key);
         if let Some(slot) = found.filter(|_| keep) {
             self.contexts[slot].used = self.clock;
             self.generation = self.contexts[slot].generation;
+            self.retag();
             return;
         }
         let generation = self.new_generation();
@@ -201,6 +209,12 @@ impl Tlb {
         });
         self.contexts[slot] = Context { key, generation, used: self.clock };
         self.generation = generation;
+        self.retag();
+    }
+
+    fn retag(&mut self) {
+        let user = u64::from(self.code_base != 0);
+        self.fetch_tag = self.epoch << 16 | self.generation << 4 | user << 2 | u64::from(self.code_size);
     }
 
     fn new_generation(&mut self) -> u64 {
@@ -215,6 +229,7 @@ impl Tlb {
             for context in &mut self.contexts {
                 context.key = u64::MAX;
             }
+            self.epoch += 1;
             self.last_generation = 0;
         }
         self.last_generation += 1;
@@ -246,6 +261,8 @@ impl Cpu {
         };
         self.tlb.data_base = table * DATA_ENTRIES;
         self.tlb.code_base = usize::from(user) * CODE_ENTRIES;
+        self.tlb.code_size = self.mode.code as u8;
+        self.tlb.retag();
     }
 }
 

@@ -10,8 +10,6 @@ mod integer;
 mod system;
 mod vector;
 
-use std::cell::Cell;
-
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu, ZERO};
@@ -37,22 +35,7 @@ pub struct OpBuilder {
 pub fn lower(instruction: &Instruction, context: CodeContext) -> (Op, bool) {
     let next_offset = instruction.next_ip().wrapping_sub(context.block_rip) as u16;
     let mut builder = OpBuilder {
-        op: Op {
-            handler: Cell::new(undefined),
-            immediate: 0,
-            displacement: 0,
-            next_offset,
-            len: instruction.len() as u8,
-            first: ZERO as u8,
-            second: ZERO as u8,
-            base: ZERO as u8,
-            index: ZERO as u8,
-            scale: 0,
-            segment: crate::cpu::DS,
-            address_kind: address::FLAT,
-            extra: 0,
-            extra2: 0,
-        },
+        op: Op { next_offset, len: instruction.len() as u8, ..Op::empty(undefined) },
         context,
         ends_block: false,
     };

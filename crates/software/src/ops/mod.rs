@@ -1,0 +1,8 @@
+//! Handlers of the general-purpose instructions.
+//!
+//! A handler is a function generic over the operation, the operand's width and the operands' form, so that each instance is a
+//! few host instructions. Arithmetic is executed by the same host instruction in inline assembly; its flags are the host's.
+
+pub mod alu;
+pub mod branch;
+pub mod operand;

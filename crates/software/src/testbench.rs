@@ -1,0 +1,189 @@
+//! A bare processor in a few MiB of memory, for tests and small benchmarks: flat 64-bit mode with identity paging, no devices.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use polder_basics::SystemClock;
+use polder_machine::state::SegmentState;
+use polder_machine::{Bus, EngineServices, EoiListener};
+use polder_memory::{CodeWatcher, GuestAddress, GuestMemory};
+
+use crate::block_cache::Blocks;
+use crate::cpu::{CS, CodeSize, Cpu, SS, cr0, cr4, efer};
+use crate::fault::Exception;
+use crate::run::Outcome;
+
+/// Bytes of memory.
+pub const MEMORY_BYTES: u64 = 8 << 20;
+/// Where code goes.
+pub const CODE: u64 = 0x10_0000;
+/// Where data goes.
+pub const DATA: u64 = 0x20_0000;
+/// First stack pointer.
+pub const STACK: u64 = 0x18_0000;
+const TABLES: u64 = 0x1000;
+
+struct NoListener;
+
+impl EoiListener for NoListener {
+    fn end_of_interrupt(&self, _vector: u8) {}
+}
+
+/// Stale code, as (page number, granules).
+#[derive(Default)]
+struct Stale(Mutex<Vec<(u64, u64)>>);
+
+impl CodeWatcher for Stale {
+    fn code_written(&self, page_number: u64, granules: u64) {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((page_number, granules));
+    }
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    Fault(Exception),
+    Halted,
+    /// As many instructions as asked for have run.
+    Limit,
+}
+
+/// The bench.
+pub struct TestBench {
+    pub cpu: Cpu,
+    pub blocks: Blocks,
+    stale: Arc<Stale>,
+}
+
+impl Default for TestBench {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TestBench {
+    /// A processor at `CODE` in 64-bit mode at privilege level 0, with all of memory mapped at its own address, writable, for user and supervisor.
+    #[expect(clippy::missing_panics_doc, reason = "test support")]
+    pub fn new() -> Self {
+        let memory = GuestMemory::new(&[(GuestAddress(0), MEMORY_BYTES)]).expect("memory for a test");
+        let entry = |at: u64, value: u64| memory.write(GuestAddress(at), &value.to_le_bytes()).expect("inside memory");
+        entry(TABLES, TABLES + 0x1000 | 7);
+        entry(TABLES + 0x1000, TABLES + 0x2000 | 7);
+        for table in 0..MEMORY_BYTES >> 21 {
+            entry(TABLES + 0x2000 + 8 * table, TABLES + 0x3000 + 0x1000 * table | 7);
+            for page in 0..512 {
+                entry(TABLES + 0x3000 + 0x1000 * table + 8 * page, table << 21 | page << 12 | 7);
+            }
+        }
+        let stale = Arc::new(Stale::default());
+        memory.set_code_watcher(stale.clone());
+        let services = EngineServices {
+            memory,
+            ports: Arc::new(Bus::new()),
+            mmio: Arc::new(Bus::new()),
+            eoi: Arc::new(NoListener),
+            clock: Arc::new(SystemClock),
+        };
+        let mut bench = TestBench { cpu: Cpu::new(services), blocks: Blocks::new(1), stale };
+        bench.set_mode(CodeSize::Bits64, 0);
+        bench
+    }
+
+    /// Flat segments for code of a size at a privilege level, with paging as it is: long mode with identity tables. The other
+    /// registers are reset.
+    pub fn set_mode(&mut self, code: CodeSize, cpl: u16) {
+        let cpu = &mut self.cpu;
+        cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::PG;
+        cpu.cr3 = TABLES;
+        cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+        cpu.efer = efer::LME | efer::LMA | efer::SCE | efer::NXE;
+        let size = match code {
+            CodeSize::Bits64 => 1 << 13,
+            CodeSize::Bits32 => 1 << 14,
+            CodeSize::Bits16 => 0,
+        };
+        let limit = 0xffff_ffff;
+        for (number, segment) in (0..).zip(&mut cpu.segments) {
+            let kind = if number == CS { 0x1b | size } else { 0x13 | (size & 1 << 14) };
+            *segment = SegmentState {
+                selector: 8 + 8 * u16::from(number) | cpl,
+                base: 0,
+                limit,
+                attributes: 0x80 | kind | cpl << 5,
+            };
+        }
+        cpu.segments[SS as usize].attributes |= if code == CodeSize::Bits64 { 1 << 14 } else { 0 };
+        cpu.gpr = [0; 32];
+        cpu.gpr[crate::cpu::RSP] = STACK;
+        cpu.rip = CODE;
+        cpu.set_rflags(2);
+        cpu.tlb.flush_all();
+    }
+
+    /// Puts bytes into memory.
+    #[expect(clippy::missing_panics_doc, reason = "test support")]
+    pub fn write(&self, address: u64, bytes: &[u8]) {
+        self.cpu.services.memory.write(GuestAddress(address), bytes).expect("inside memory");
+    }
+
+    /// Takes bytes from memory.
+    #[expect(clippy::missing_panics_doc, reason = "test support")]
+    pub fn read<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.cpu.services.memory.read(GuestAddress(address), &mut bytes).expect("inside memory");
+        bytes
+    }
+
+    /// A 64-bit value from memory.
+    pub fn read_u64(&self, address: u64) -> u64 {
+        u64::from_le_bytes(self.read(address))
+    }
+
+    /// Puts code at `CODE` and runs it from there with the block cache, at least until `instructions` have completed.
+    pub fn run_code(&mut self, code: &[u8], instructions: u64) -> Stop {
+        self.write(CODE, code);
+        self.cpu.rip = CODE;
+        self.run(instructions)
+    }
+
+    /// Runs blocks, at least until `instructions` have completed.
+    pub fn run(&mut self, instructions: u64) -> Stop {
+        let end = self.cpu.instructions + instructions;
+        let attention = AtomicBool::new(false);
+        while self.cpu.instructions < end {
+            self.drop_stale();
+            let outcome = self.blocks.run(&mut self.cpu, &attention, 1 << 16);
+            if let Some(stop) = self.stop(outcome) {
+                return stop;
+            }
+        }
+        Stop::Limit
+    }
+
+    /// Runs exactly so many instructions, one at a time.
+    pub fn step(&mut self, instructions: u64) -> Stop {
+        for _ in 0..instructions {
+            self.drop_stale();
+            let outcome = self.blocks.run_one(&mut self.cpu);
+            if let Some(stop) = self.stop(outcome) {
+                return stop;
+            }
+        }
+        Stop::Limit
+    }
+
+    fn stop(&self, outcome: Outcome) -> Option<Stop> {
+        match outcome {
+            Outcome::Fault => Some(Stop::Fault(self.cpu.fault)),
+            _ if self.cpu.halted => Some(Stop::Halted),
+            _ => None,
+        }
+    }
+
+    fn drop_stale(&mut self) {
+        let stale = std::mem::take(&mut *self.stale.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        for (page_number, granules) in stale {
+            self.blocks.invalidate(page_number, granules);
+        }
+    }
+}
