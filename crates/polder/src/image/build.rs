@@ -1,0 +1,239 @@
+//! `polder image build debian`: a root file system from Debian's packages, its kernel and its initrd.
+//!
+//! mmdebstrap makes the root file system (as root directly, else in a user namespace), our scripts make it a guest of ours, and
+//! `mke2fs -d` makes an ext4 disk of it without mounting anything.
+
+use super::record::{self, FORMAT, ImageRecord};
+use super::{customize, tools};
+use crate::state_folder::StateFolder;
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use polder_basics::{ByteSize, GIB, MIB};
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const SUITE: &str = "bookworm";
+/// The smallest root disk that holds a Debian with its kernel.
+const DISK_BYTES_MIN: u64 = GIB;
+const DISK_BYTES_MAX: u64 = 16 << 40;
+/// Free space that making an image needs, beyond what the image itself takes.
+const FREE_BYTES_MIN: u64 = 2 * GIB;
+
+#[derive(Args)]
+pub struct BuildArguments {
+    /// Name of the image
+    #[arg(long, default_value = "debian")]
+    name: String,
+    /// Size of the root disk; it takes only the space that is used
+    #[arg(long, default_value = "4G")]
+    size: ByteSize,
+    /// More Debian packages, separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "PACKAGES")]
+    include: Vec<String>,
+    /// Which of Debian's kernels
+    #[arg(long, value_enum, default_value = "cloud")]
+    kernel: KernelFlavour,
+    /// The guest agent to put inside [default: polder-agent beside the polder binary]
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+    /// Replace an image of the same name
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KernelFlavour {
+    /// linux-image-cloud-amd64: the drivers of virtual machines
+    Cloud,
+    /// linux-image-amd64: the drivers of every machine
+    Generic,
+}
+
+impl KernelFlavour {
+    fn package(self) -> &'static str {
+        match self {
+            Self::Cloud => "linux-image-cloud-amd64",
+            Self::Generic => "linux-image-amd64",
+        }
+    }
+}
+
+/// A folder in the making: gone when dropped unless it became the image.
+struct WorkFolder(PathBuf);
+
+impl Drop for WorkFolder {
+    fn drop(&mut self) {
+        // Nothing to do about a folder that cannot be removed; the next build tries again.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Makes the image.
+pub fn build(arguments: &BuildArguments) -> Result<()> {
+    let state = StateFolder::open()?;
+    let folder = record::folder(&state, &arguments.name)?;
+    if folder.exists() && !arguments.force {
+        bail!("there is an image {} already: name another with --name, or replace it with --force", arguments.name);
+    }
+    if !(DISK_BYTES_MIN..=DISK_BYTES_MAX).contains(&arguments.size.0) || !arguments.size.0.is_multiple_of(MIB) {
+        bail!(
+            "a root disk of {} is not possible: choose whole MiB from {} on",
+            arguments.size,
+            ByteSize(DISK_BYTES_MIN)
+        );
+    }
+    tools::check()?;
+    let agent = find_agent(arguments.agent.as_deref())?;
+    std::fs::create_dir_all(state.images()).with_context(|| format!("cannot make {}", state.images().display()))?;
+    remove_leftovers(&state.images());
+    check_free_space(&state.images())?;
+
+    let work = WorkFolder(state.images().join(format!(".{}.building-{}", arguments.name, std::process::id())));
+    std::fs::create_dir_all(&work.0).with_context(|| format!("cannot make {}", work.0.display()))?;
+    eprintln!("Making a Debian {SUITE} root file system from its packages; this takes a minute or more.");
+    let disk = make_root_file_system(arguments, &agent, &work.0)?;
+    let kernel_package = take_kernel(&work.0)?;
+    disk.sync_all().context("cannot write the disk")?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let record = ImageRecord {
+        format: FORMAT,
+        name: arguments.name.clone(),
+        created_utc: record::utc(now),
+        kernel_package,
+        command_line: customize::COMMAND_LINE.to_string(),
+        root_disk_bytes: arguments.size.0,
+    };
+    record.write(&work.0)?;
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder).with_context(|| format!("cannot replace {}", folder.display()))?;
+    }
+    std::fs::rename(&work.0, &folder).with_context(|| format!("cannot move the image to {}", folder.display()))?;
+    println!(
+        "Image {} is ready ({}, disk {}): polder run {}",
+        record.name, record.kernel_package, arguments.size, record.name
+    );
+    Ok(())
+}
+
+/// Runs mmdebstrap with our scripts; leaves `disk.raw` and the guest's `boot` folder in `work`.
+fn make_root_file_system(arguments: &BuildArguments, agent: &Path, work: &Path) -> Result<File> {
+    let disk_path = work.join("disk.raw");
+    let disk = File::create_new(&disk_path).with_context(|| format!("cannot make {}", disk_path.display()))?;
+    disk.set_len(arguments.size.0).context("cannot set the size of the disk")?;
+    // In a user namespace mke2fs is another user of the host: it reaches the disk through the open file, not through folders
+    // that may be closed to it, and may write it while it is made.
+    disk.set_permissions(std::fs::Permissions::from_mode(0o666))?;
+    rustix::io::fcntl_setfd(&disk, rustix::io::FdFlags::empty()).context("cannot hand the disk on")?;
+
+    let mut include: Vec<&str> = customize::PACKAGES.to_vec();
+    include.push(arguments.kernel.package());
+    include.extend(arguments.include.iter().map(String::as_str));
+    let boot = work.join("boot-files");
+    std::fs::create_dir_all(&boot)?;
+    let mke2fs = tools::find("mke2fs").unwrap_or_else(|| PathBuf::from("mke2fs"));
+    let hook = |script: String| format!("--customize-hook={script}");
+    let quoted = |path: &Path| format!("'{}'", path.to_string_lossy().replace('\'', "'\\''"));
+
+    let mut command = Command::new("mmdebstrap");
+    command
+        .args(["--variant=minbase", "--format=null"])
+        .arg(format!("--include={}", include.join(",")))
+        .args(["--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/doc/*"])
+        .args(["--dpkgopt=path-include=/usr/share/doc/*/copyright", "--dpkgopt=path-exclude=/usr/share/locale/*"])
+        .arg(format!("--essential-hook={}", customize::BEFORE_PACKAGES))
+        .arg(hook(format!("upload {} /usr/local/sbin/polder-agent", quoted(agent))))
+        .arg(hook("chmod 755 \"$1/usr/local/sbin/polder-agent\"".to_string()))
+        .arg(hook(customize::after_packages(&arguments.name)))
+        .arg(hook(format!("copy-out /boot {}", quoted(&boot))))
+        .arg(hook(customize::make_disk(&mke2fs.to_string_lossy(), disk.as_raw_fd())))
+        .args([SUITE, "-"])
+        .env("LC_ALL", "C.UTF-8")
+        .env("SOURCE_DATE_EPOCH", now_seconds());
+    tools::run(&mut command, &work.join("build.log"))
+        .context("cannot make the root file system (is Debian's package archive within reach?)")?;
+    disk.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+    Ok(disk)
+}
+
+fn now_seconds() -> String {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()).to_string()
+}
+
+/// Moves the kernel and its initrd into place and says which package they are from.
+fn take_kernel(work: &Path) -> Result<String> {
+    let boot = work.join("boot-files");
+    let root = if boot.join("boot").is_dir() { boot.join("boot") } else { boot.clone() };
+    let mut found = 0;
+    for entry in std::fs::read_dir(&root)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = if name.starts_with("vmlinuz-") {
+            "kernel"
+        } else if name.starts_with("initrd.img-") {
+            "initrd"
+        } else {
+            continue;
+        };
+        std::fs::rename(&path, work.join(target)).with_context(|| format!("cannot keep {}", path.display()))?;
+        found += 1;
+    }
+    if found != 2 {
+        bail!("the root file system holds {found} kernel files instead of one kernel and one initrd");
+    }
+    let package = std::fs::read_to_string(root.join("kernel-package")).unwrap_or_default();
+    std::fs::remove_dir_all(&boot)?;
+    Ok(package.trim().to_string())
+}
+
+/// The agent must run in any guest: it has to be statically linked.
+fn find_agent(given: Option<&Path>) -> Result<PathBuf> {
+    let path = match given {
+        Some(path) => path.to_path_buf(),
+        None => std::env::current_exe().context("cannot find the polder binary")?.with_file_name("polder-agent"),
+    };
+    let bytes = std::fs::read(&path).with_context(|| {
+        format!("cannot read the guest agent {} (`cargo xtask build` makes it; --agent names another)", path.display())
+    })?;
+    if !bytes.starts_with(b"\x7fELF") {
+        bail!("{} is no program: the guest agent is made by `cargo xtask build`", path.display());
+    }
+    if bytes.windows(15).any(|window| window == b"/lib64/ld-linux") {
+        bail!(
+            "{} is dynamically linked and would not run in every guest: `cargo xtask build` links it statically",
+            path.display()
+        );
+    }
+    path.canonicalize().with_context(|| format!("cannot reach {}", path.display()))
+}
+
+/// Removes what builds that were killed left behind: their process is gone.
+fn remove_leftovers(images: &Path) {
+    let Ok(entries) = std::fs::read_dir(images) else { return };
+    for path in entries.filter_map(|entry| entry.ok().map(|entry| entry.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let Some((_, process)) = name.split_once(".building-").or_else(|| name.split_once(".removing-")) else {
+            continue;
+        };
+        if !Path::new("/proc").join(process).exists() {
+            let _ = std::fs::remove_dir_all(&path);
+        }
+    }
+}
+
+fn check_free_space(folder: &Path) -> Result<()> {
+    let facts = rustix::fs::statvfs(folder).with_context(|| format!("cannot look at {}", folder.display()))?;
+    let free = facts.f_bavail.saturating_mul(facts.f_frsize);
+    if free < FREE_BYTES_MIN {
+        bail!(
+            "{} has {} MiB free and an image needs {}: free some space, or set POLDER_HOME to a folder on a larger disk",
+            folder.display(),
+            free / MIB,
+            ByteSize(FREE_BYTES_MIN)
+        );
+    }
+    Ok(())
+}
