@@ -32,7 +32,7 @@ pub use fw_cfg::{FW_CFG_PORTS, FwCfg};
 pub use generation_id::{GENERATION_ID_LEN, GenerationId};
 pub(crate) use lock::lock;
 pub use pvpanic::Pvpanic;
-pub use queued_writer::QueuedWriter;
+pub use queued_writer::{QueuedWriter, QueuedWriterHandle};
 pub use reset_port::{
     KEYBOARD_PORT, KEYBOARD_PORTS, KeyboardController, ResetControl, SYSTEM_CONTROL_A_PORT, SystemControlA,
 };

@@ -1,1 +1,35 @@
-//! polder-vmm
+//! One machine put together: memory, engine, devices and a booted kernel, and the threads that run them.
+//!
+//! [`run`] takes a [`MachineConfig`] from power-on to its end. A guest's reset builds everything anew from the same open files: a
+//! reset machine is a new machine, and nothing of the old one can be left over. [`Control`] reaches the running machine from
+//! other threads.
+//!
+//! Threads: one for each vCPU; devices have their own; the caller of [`run`] is the control thread and only waits for events.
+//! vCPUs stop first and resume last: when a device is asked to stop, no vCPU gives it new work.
+//!
+//! Invariant: what a machine needs from the host is opened before the first guest instruction, and everything is closed and every
+//! vCPU thread has ended when [`run`] returns.
+//!
+//! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `gate` (vCPU
+//! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured).
+
+mod build;
+mod config;
+mod control;
+mod engine;
+mod error;
+mod files;
+mod gate;
+mod run;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+pub use config::{
+    CPUS_MAX, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN,
+    ResetPolicy, TestDevices,
+};
+pub use control::Control;
+pub use error::VmmError;
+pub use run::{Console, Outcome, Report, run};
+pub use stats::{MemoryStats, Stats, Times};

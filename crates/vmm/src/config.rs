@@ -1,0 +1,135 @@
+//! What a machine is: plain data, checked once.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use polder_basics::{ByteSize, GIB, MIB};
+use polder_memory::PAGE_SIZE;
+
+use crate::VmmError;
+
+/// vCPUs that a machine has at most.
+pub const CPUS_MAX: u32 = 8;
+/// Memory that a machine has at least and at most.
+pub const RAM_BYTES_MIN: u64 = 64 * MIB;
+pub const RAM_BYTES_MAX: u64 = 16 * GIB;
+/// Disks that a machine has at most: the slots of the root bus that are left.
+pub const DISKS_MAX: usize = 16;
+
+/// Which engine runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineChoice {
+    /// The faster one that works here.
+    #[default]
+    Auto,
+    Software,
+    Kvm,
+}
+
+/// Whether the guest may write to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskAccess {
+    ReadOnly,
+    ReadWrite,
+}
+
+/// A disk: a raw file or a block device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    pub path: PathBuf,
+    pub access: DiskAccess,
+}
+
+/// The network card.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum NetConfig {
+    #[default]
+    None,
+    /// A TAP interface of the host, by name.
+    Tap(String),
+}
+
+/// What a guest's reset does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ResetPolicy {
+    #[default]
+    Reboot,
+    End,
+}
+
+/// Whether the devices that test guests expect are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TestDevices {
+    #[default]
+    Absent,
+    Present,
+}
+
+/// Who the machine is. Random, and chosen by the caller: nothing here draws random numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Identity {
+    pub uuid: [u8; 16],
+    pub generation_id: [u8; 16],
+    pub mac: [u8; 6],
+}
+
+/// A machine.
+#[derive(Debug, Clone)]
+pub struct MachineConfig {
+    pub kernel: PathBuf,
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub append: String,
+    pub disks: Vec<DiskConfig>,
+    pub cpus: u32,
+    pub ram_bytes: u64,
+    pub engine: EngineChoice,
+    pub net: NetConfig,
+    /// Where the guest's vsock ports appear as Unix sockets; no vsock device without.
+    pub vsock: Option<PathBuf>,
+    /// The machine ends when it has run that long.
+    pub timeout: Option<Duration>,
+    pub reset: ResetPolicy,
+    pub test_devices: TestDevices,
+    pub identity: Identity,
+}
+
+impl MachineConfig {
+    /// A machine with one vCPU and 512 MiB that boots `kernel`.
+    pub fn new(kernel: PathBuf) -> Self {
+        MachineConfig {
+            kernel,
+            initrd: None,
+            append: String::new(),
+            disks: Vec::new(),
+            cpus: 1,
+            ram_bytes: 512 * MIB,
+            engine: EngineChoice::default(),
+            net: NetConfig::default(),
+            vsock: None,
+            timeout: None,
+            reset: ResetPolicy::default(),
+            test_devices: TestDevices::default(),
+            identity: Identity::default(),
+        }
+    }
+
+    /// Whether such a machine can be.
+    pub(crate) fn check(&self) -> Result<(), VmmError> {
+        if self.cpus == 0 || self.cpus > CPUS_MAX {
+            return Err(VmmError::Cpus { asked: self.cpus, max: CPUS_MAX });
+        }
+        let whole_pages = self.ram_bytes.is_multiple_of(PAGE_SIZE);
+        if !(RAM_BYTES_MIN..=RAM_BYTES_MAX).contains(&self.ram_bytes) || !whole_pages {
+            return Err(VmmError::Ram {
+                asked: ByteSize(self.ram_bytes),
+                min: ByteSize(RAM_BYTES_MIN),
+                max: ByteSize(RAM_BYTES_MAX),
+            });
+        }
+        if self.disks.len() > DISKS_MAX {
+            return Err(VmmError::Disks { asked: self.disks.len(), max: DISKS_MAX });
+        }
+        Ok(())
+    }
+}

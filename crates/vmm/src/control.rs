@@ -1,0 +1,128 @@
+//! Reaches a machine from other threads, and carries what happens to the control thread.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use polder_devices::{AcpiRegisters, Serial};
+use polder_machine::{GuestRequest, RequestSink};
+
+use crate::gate::Gate;
+
+/// Events that wait at most; a guest that asks for more in the moment before it is stopped is not heard.
+const EVENTS_MAX: usize = 64;
+
+/// What the control thread hears.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event {
+    Guest(GuestRequest),
+    TripleFault,
+    /// A vCPU thread ended though nobody stopped it.
+    VcpuDied {
+        index: usize,
+    },
+    /// [`Control::stop`].
+    Stop,
+}
+
+/// The parts of the running machine that other threads reach. Weak: a control that outlives its machine keeps nothing of it.
+#[derive(Default)]
+pub(crate) struct Running {
+    pub(crate) gate: Weak<Gate>,
+    pub(crate) serial: Weak<Serial>,
+    pub(crate) acpi: Weak<AcpiRegisters>,
+}
+
+#[derive(Default)]
+struct Shared {
+    events: Mutex<VecDeque<Event>>,
+    changed: Condvar,
+    running: Mutex<Running>,
+}
+
+/// A handle to a machine, whichever reset it is at. Cheap to clone; usable from any thread, before, during and after the run.
+#[derive(Clone, Default)]
+pub struct Control {
+    shared: Arc<Shared>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Control {
+    /// A handle for a machine that has yet to be run.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends the machine at once, as pulling the plug does.
+    pub fn stop(&self) {
+        self.push(Event::Stop);
+    }
+
+    /// Presses the power button: asks the guest to switch itself off.
+    pub fn press_power_button(&self) {
+        if let Some(acpi) = lock(&self.shared.running).acpi.upgrade() {
+            acpi.press_power_button();
+        }
+    }
+
+    /// Types at the serial console; says how many bytes the machine took. The rest can be offered again a little later.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        let serial = lock(&self.shared.running).serial.upgrade();
+        serial.map_or(0, |serial| serial.push_input(bytes))
+    }
+
+    /// Stops all vCPUs until [`Control::resume`] and returns when they have stopped; whether there is a machine.
+    pub fn pause(&self) -> bool {
+        let gate = lock(&self.shared.running).gate.upgrade();
+        gate.map(|gate| gate.pause()).is_some()
+    }
+
+    /// Lets the vCPUs run on; whether there is a machine.
+    pub fn resume(&self) -> bool {
+        let gate = lock(&self.shared.running).gate.upgrade();
+        gate.map(|gate| gate.resume()).is_some()
+    }
+
+    pub(crate) fn set_running(&self, running: Running) {
+        *lock(&self.shared.running) = running;
+    }
+
+    pub(crate) fn push(&self, event: Event) {
+        let mut events = lock(&self.shared.events);
+        if event == Event::Stop {
+            // Stopping never waits behind what a guest asks for.
+            events.push_front(event);
+            events.truncate(EVENTS_MAX);
+        } else if events.len() < EVENTS_MAX {
+            events.push_back(event);
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// The next event, or `None` if none came for so long.
+    pub(crate) fn wait(&self, at_most: Duration) -> Option<Event> {
+        let end = Instant::now() + at_most;
+        let mut events = lock(&self.shared.events);
+        loop {
+            if let Some(event) = events.pop_front() {
+                return Some(event);
+            }
+            let left = end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
+            events = self.shared.changed.wait_timeout(events, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Forgets what the machine that has just ended said; an order to stop stays.
+    pub(crate) fn forget_guest_events(&self) {
+        lock(&self.shared.events).retain(|event| *event == Event::Stop);
+    }
+}
+
+impl RequestSink for Control {
+    fn request(&self, request: GuestRequest) {
+        self.push(Event::Guest(request));
+    }
+}

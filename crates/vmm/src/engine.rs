@@ -1,0 +1,33 @@
+//! Which engine runs a machine.
+
+use std::sync::{Arc, Weak};
+
+use polder_machine::{Engine, EngineServices, MsiMessage, MsiSink};
+
+use crate::{EngineChoice, VmmError};
+
+/// Makes an engine; tests bring their own.
+pub(crate) type EngineMaker<'a> = &'a dyn Fn(EngineServices, u32) -> Result<Arc<dyn Engine>, VmmError>;
+
+/// Makes the engine of choice.
+pub(crate) fn make(choice: EngineChoice, services: EngineServices, cpus: u32) -> Result<Arc<dyn Engine>, VmmError> {
+    match choice {
+        // Until the KVM engine is there, the software engine is the faster of those that work.
+        EngineChoice::Auto | EngineChoice::Software => {
+            let _ = (services, cpus);
+            Err(VmmError::NoKvmEngine)
+        }
+        EngineChoice::Kvm => Err(VmmError::NoKvmEngine),
+    }
+}
+
+/// The way from devices to the engine. Weak, because the engine holds the buses that hold the devices.
+pub(crate) struct MessagePath(pub(crate) Weak<dyn MsiSink>);
+
+impl MsiSink for MessagePath {
+    fn send(&self, message: MsiMessage) {
+        if let Some(sink) = self.0.upgrade() {
+            sink.send(message);
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Why a machine could not be made or could not go on.
+
+use std::io;
+use std::path::PathBuf;
+
+use polder_basics::ByteSize;
+use polder_devices::pci::PciError;
+use polder_machine::boot::BootError;
+use polder_machine::{BusError, EngineError};
+use polder_memory::MemoryError;
+
+/// A machine cannot be made, or cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    #[error("a machine has 1 to {max} vCPUs, not {asked}")]
+    Cpus { asked: u32, max: u32 },
+    #[error("a machine has {min} to {max} of memory in whole pages, not {asked}")]
+    Ram { asked: ByteSize, min: ByteSize, max: ByteSize },
+    #[error("a machine has at most {max} disks, not {asked}")]
+    Disks { asked: usize, max: usize },
+    #[error("the {what} {} cannot be opened", path.display())]
+    Open {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the {what} {} is {kind}, not a file", path.display())]
+    NotAFile { what: &'static str, path: PathBuf, kind: &'static str },
+    #[error("the {what} {} cannot be read", path.display())]
+    Read {
+        what: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the kernel {} cannot be started", path.display())]
+    Boot {
+        path: PathBuf,
+        #[source]
+        source: BootError,
+    },
+    #[error("the KVM engine is not built yet")]
+    NoKvmEngine,
+    #[error("the engine cannot run this machine")]
+    Engine(#[from] EngineError),
+    #[error("the machine's memory cannot be made or filled")]
+    Memory(#[from] MemoryError),
+    #[error("two devices claim the same addresses")]
+    Bus(#[from] BusError),
+    #[error("a PCI device cannot be added")]
+    Pci(#[from] PciError),
+    #[error("the host gave no {what}")]
+    Host {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("vCPU {index} ended unexpectedly: a bug in polder")]
+    VcpuDied { index: usize },
+}

@@ -1,0 +1,69 @@
+//! A machine's open files. Opened once, before anything runs, and kept over resets.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use polder_machine::boot::KERNEL_LEN_MAX;
+
+use crate::{DiskAccess, MachineConfig, VmmError};
+
+/// An open disk.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    pub(crate) file: File,
+    pub(crate) access: DiskAccess,
+}
+
+/// All files of a machine.
+#[derive(Debug)]
+pub(crate) struct Files {
+    kernel: File,
+    initrd: Option<File>,
+    pub(crate) disks: Vec<Disk>,
+}
+
+impl Files {
+    pub(crate) fn open(config: &MachineConfig) -> Result<Self, VmmError> {
+        let disk = |disk: &crate::DiskConfig| -> Result<Disk, VmmError> {
+            Ok(Disk { file: open("disk", &disk.path, disk.access)?, access: disk.access })
+        };
+        Ok(Files {
+            kernel: open("kernel", &config.kernel, DiskAccess::ReadOnly)?,
+            initrd: config.initrd.as_deref().map(|path| open("initrd", path, DiskAccess::ReadOnly)).transpose()?,
+            disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The kernel file's bytes: one more than any kernel has at most, if it is that long.
+    pub(crate) fn read_kernel(&self) -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut file = &self.kernel;
+        file.seek(SeekFrom::Start(0))?;
+        file.take(KERNEL_LEN_MAX + 1).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The initrd from its start, and its length.
+    pub(crate) fn initrd(&self) -> std::io::Result<Option<(&File, u64)>> {
+        let Some(mut file) = self.initrd.as_ref() else { return Ok(None) };
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(0))?;
+        Ok(Some((file, len)))
+    }
+}
+
+fn open(what: &'static str, path: &Path, access: DiskAccess) -> Result<File, VmmError> {
+    let error = |source| VmmError::Open { what, path: path.to_owned(), source };
+    // Looked at before it is opened: opening a pipe would wait for its other end.
+    let kind = std::fs::metadata(path).map_err(error)?.file_type();
+    let refused = |kind| Err(VmmError::NotAFile { what, path: path.to_owned(), kind });
+    if kind.is_dir() {
+        return refused("a folder");
+    }
+    if !kind.is_file() && !(what == "disk" && kind.is_block_device()) {
+        return refused("a device, a pipe or a socket");
+    }
+    File::options().read(true).write(access == DiskAccess::ReadWrite).open(path).map_err(error)
+}

@@ -1,0 +1,159 @@
+//! A machine from power-on to its end.
+
+use std::fs::File;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use polder_basics::Clock;
+use polder_machine::GuestRequest;
+
+use crate::build::{Machine, Surroundings};
+use crate::control::{Control, Event, Running};
+use crate::engine::{self, EngineMaker};
+use crate::files::Files;
+use crate::stats::STATS_VERSION;
+use crate::{MachineConfig, ResetPolicy, Stats, VmmError};
+
+/// How often the process' memory is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Where the serial console's output goes. Input comes by [`Control::type_in`].
+pub struct Console {
+    pub output: File,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest switched itself off.
+    PoweredOff,
+    /// The guest asked for a reset, and the machine was to end then.
+    Reset,
+    /// The guest kernel reported a panic.
+    Panicked,
+    /// A vCPU could not deliver a fault.
+    TripleFault,
+    TimedOut,
+    /// A value was written to the debug-exit port.
+    DebugExit(u32),
+    /// [`Control::stop`] was called.
+    Stopped,
+}
+
+impl Outcome {
+    fn word(self) -> &'static str {
+        match self {
+            Outcome::PoweredOff => "powered-off",
+            Outcome::Reset => "reset",
+            Outcome::Panicked => "panicked",
+            Outcome::TripleFault => "triple-fault",
+            Outcome::TimedOut => "timed-out",
+            Outcome::DebugExit(_) => "debug-exit",
+            Outcome::Stopped => "stopped",
+        }
+    }
+}
+
+/// What there is to say of a run.
+#[derive(Debug)]
+pub struct Report {
+    pub outcome: Outcome,
+    pub stats: Stats,
+}
+
+/// Runs a machine until its guest ends it, its time is over or it is stopped. Blocks; the calling thread is the control thread.
+/// `process_start_ns` is the process' first moment on `clock`.
+pub fn run(
+    config: &MachineConfig,
+    console: Console,
+    control: &Control,
+    clock: Arc<dyn Clock>,
+    process_start_ns: u64,
+) -> Result<Report, VmmError> {
+    let make = |services, cpus| engine::make(config.engine, services, cpus);
+    run_with(config, console, control, clock, process_start_ns, &make)
+}
+
+pub(crate) fn run_with(
+    config: &MachineConfig,
+    console: Console,
+    control: &Control,
+    clock: Arc<dyn Clock>,
+    process_start_ns: u64,
+    make_engine: EngineMaker<'_>,
+) -> Result<Report, VmmError> {
+    config.check()?;
+    let files = Files::open(config)?;
+    let first_entry_ns = Arc::new(OnceLock::new());
+    let around = Surroundings {
+        config,
+        files: &files,
+        console: &console.output,
+        control,
+        clock: clock.clone(),
+        first_entry_ns: first_entry_ns.clone(),
+        make_engine,
+    };
+    let mut stats = Stats { version: STATS_VERSION, ..Stats::default() };
+    stats.memory.guest_ram_bytes = config.ram_bytes;
+    stats.times.process_start_ns = process_start_ns;
+    let start_ns = clock.monotonic_ns();
+    let outcome = loop {
+        control.forget_guest_events();
+        let mut machine = Machine::build(&around)?;
+        stats.boots += 1;
+        if stats.boots == 1 {
+            stats.times.vmm_ready_ns = clock.monotonic_ns();
+        }
+        stats.engine = machine.engine.name().to_owned();
+        machine.gate.resume();
+        let outcome = wait(config, control, clock.as_ref(), start_ns, &mut stats);
+        // Looked at before the machine is taken apart: this is what it held.
+        stats.memory.look();
+        machine.shut_down();
+        stats.take_counters(machine.vcpus.iter().map(|vcpu| vcpu.counters()).collect());
+        control.set_running(Running::default());
+        match outcome? {
+            Outcome::Reset if config.reset == ResetPolicy::Reboot => {}
+            outcome => break outcome,
+        }
+    };
+    stats.times.end_ns = clock.monotonic_ns();
+    stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
+    stats.outcome = outcome.word().to_owned();
+    Ok(Report { outcome, stats })
+}
+
+/// Waits for the event that ends this boot.
+fn wait(
+    config: &MachineConfig,
+    control: &Control,
+    clock: &dyn Clock,
+    start_ns: u64,
+    stats: &mut Stats,
+) -> Result<Outcome, VmmError> {
+    loop {
+        let left = match config.timeout {
+            Some(timeout) => {
+                let ran = Duration::from_nanos(clock.monotonic_ns().saturating_sub(start_ns));
+                match timeout.checked_sub(ran) {
+                    Some(left) if !left.is_zero() => left,
+                    _ => return Ok(Outcome::TimedOut),
+                }
+            }
+            None => LOOK,
+        };
+        match control.wait(left.min(LOOK)) {
+            None => stats.memory.look(),
+            Some(Event::Guest(GuestRequest::PowerOff)) => return Ok(Outcome::PoweredOff),
+            Some(Event::Guest(GuestRequest::Reset)) => return Ok(Outcome::Reset),
+            Some(Event::Guest(GuestRequest::Panicked)) => return Ok(Outcome::Panicked),
+            Some(Event::Guest(GuestRequest::DebugExit(value))) => return Ok(Outcome::DebugExit(value)),
+            // The guest goes on by itself.
+            Some(Event::Guest(GuestRequest::CrashLoaded)) => {}
+            Some(Event::TripleFault) => return Ok(Outcome::TripleFault),
+            Some(Event::VcpuDied { index }) => return Err(VmmError::VcpuDied { index }),
+            Some(Event::Stop) => return Ok(Outcome::Stopped),
+        }
+    }
+}
