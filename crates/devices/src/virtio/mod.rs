@@ -21,6 +21,7 @@ mod queue;
 #[cfg(test)]
 pub(crate) mod testing;
 mod transport;
+pub mod vsock;
 mod worker;
 
 pub use chain::{BufferError, Buffers, Chain};
