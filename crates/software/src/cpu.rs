@@ -1,11 +1,19 @@
 //! The registers of one vCPU, as handlers use them.
 
+use std::sync::Arc;
+
 use polder_machine::EngineServices;
 use polder_machine::state::{SegmentState, TableState};
 
+use crate::apic::LocalApic;
 use crate::block::RunningBlock;
+use crate::counters::Counters;
+use crate::cpu_model::{CpuModel, CpuidContext};
 use crate::fault::Exception;
 use crate::flags::{self, ArithmeticFlags};
+use crate::msr::Msrs;
+use crate::paravirt::Paravirt;
+use crate::time;
 use crate::tlb::Tlb;
 
 /// Index in `Cpu::gpr` that always reads as zero: an absent base or index register.
@@ -151,6 +159,13 @@ pub struct Cpu {
     pub tsc_aux: u32,
     /// What the guest's time-stamp counter is ahead of the host's.
     pub tsc_offset: u64,
+    /// The host's TSC at the machine's power-on.
+    pub epoch_tsc: u64,
+    pub model: Arc<CpuModel>,
+    pub apic: LocalApic,
+    pub msr: Msrs,
+    pub paravirt: Paravirt,
+    pub counters: Counters,
     pub services: EngineServices,
 }
 
@@ -176,8 +191,14 @@ pub struct SystemCallRegisters {
 }
 
 impl Cpu {
-    /// A processor after power-on (SDM vol. 3, table 10-1): real mode at f000:fff0.
+    /// A processor of the newest model, alone in its machine.
     pub fn new(services: EngineServices) -> Cpu {
+        let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap_or_else(|_| CpuModel::empty());
+        Cpu::with_platform(services, Arc::new(model), LocalApic::alone(time::tsc_khz()), time::host_tsc())
+    }
+
+    /// A processor of a model with its local APIC, in a machine that was switched on at `epoch_tsc`; after power-on (SDM vol. 3, table 10-1).
+    pub fn with_platform(services: EngineServices, model: Arc<CpuModel>, apic: LocalApic, epoch_tsc: u64) -> Cpu {
         let data = SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
         let code = SegmentState { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b };
         let system = |kind: u16| SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x80 | kind };
@@ -215,19 +236,41 @@ impl Cpu {
             debug: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
             pae_pointers: [0; 4],
             interrupt_shadow: false,
-            apic_page: u64::MAX,
+            apic_page: apic.page(),
             nmi_blocked: false,
             halted: false,
             pending_debug: 0,
             late_fault: false,
             system_call: SystemCallRegisters::default(),
             tsc_aux: 0,
-            tsc_offset: 0,
+            // The guest's TSC starts from zero, on all vCPUs alike.
+            tsc_offset: epoch_tsc.wrapping_neg(),
+            epoch_tsc,
+            model,
+            apic,
+            msr: Msrs::default(),
+            paravirt: Paravirt::default(),
+            counters: Counters::default(),
             services,
         };
         cpu.gpr[RDX] = 0x600;
         cpu.update_mode();
         cpu
+    }
+
+    /// CPUID: EAX, EBX, ECX, EDX.
+    pub fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.counters.cpuid += 1;
+        let context = CpuidContext {
+            apic_id: self.apic.id(),
+            vcpu_count: self.apic.router().inboxes().len() as u32,
+            cr4_osxsave: self.cr4 & cr4::OSXSAVE != 0,
+            cr4_pke: self.cr4 & cr4::PKE != 0,
+            apic_enabled: self.apic.is_on(),
+            xcr0: self.xcr0,
+            tsc_khz: self.apic.timer.tsc_khz(),
+        };
+        self.model.cpuid(leaf, subleaf, &context)
     }
 
     /// RFLAGS as PUSHF would see it (VM and RF included).

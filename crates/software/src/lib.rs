@@ -19,16 +19,23 @@ mod access;
 mod apic;
 mod block;
 mod block_cache;
+mod counters;
 mod cpu;
+mod cpu_model;
 mod fault;
 mod flags;
 mod lower;
+mod msr;
 mod op;
 mod ops;
 mod page_walk;
+mod paravirt;
 mod run;
 mod segmentation;
 mod system;
 #[doc(hidden)]
 pub mod testbench;
+mod time;
 mod tlb;
+
+pub use cpu_model::{CpuModel, CpuModelError, Feature};

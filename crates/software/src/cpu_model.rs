@@ -1,0 +1,531 @@
+//! CPU models: what processor the guest sees.
+//!
+//! A model is a name for a set of features that never changes; `polder-v2` is x86-64-v2, `polder-v3` adds what x86-64-v3 has and the
+//! cryptographic extensions. The features of a machine are its model's, cut to what the host can execute; instructions outside them
+//! raise #UD ([`CpuModel::supports`]). Everything CPUID says comes from here (SDM vol. 2A, CPUID; leaves 0x4000_0000 and up as KVM has them).
+//!
+//! The vendor is Intel's: stock kernels then trust ARCH_CAPABILITIES, which tells them that the speculation bugs of real
+//! processors are absent. Family 6, model 0x1b belongs to no product, so no list of errata names it.
+
+use iced_x86::CpuidFeature;
+
+use crate::page_walk::PHYSICAL_BITS;
+
+/// Where CPUID reports a feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Leaf1Ecx,
+    Leaf1Edx,
+    Leaf7Ebx,
+    Leaf7Ecx,
+    Leaf7Edx,
+    LeafDEax,
+    Extended1Ecx,
+    Extended1Edx,
+    Extended7Edx,
+}
+
+/// In which models a feature is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    /// In all, and executed without help from the host beyond x86-64 with SSE2.
+    Base,
+    /// In all; the host must have it.
+    BaseHost,
+    /// From `polder-v3` on; the host must have it.
+    V3,
+    /// Only when asked for by name.
+    Extra,
+}
+
+macro_rules! features {
+    ($($feature:ident $name:literal $word:ident $bit:literal $level:ident)*) => {
+        /// A processor feature.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Feature { $($feature),* }
+
+        const FEATURES: &[(Feature, &str, Word, u32, Level)] =
+            &[$((Feature::$feature, $name, Word::$word, $bit, Level::$level)),*];
+    };
+}
+
+features! {
+    Fpu "fpu" Leaf1Edx 0 Base
+    Vme "vme" Leaf1Edx 1 Base
+    De "de" Leaf1Edx 2 Base
+    Pse "pse" Leaf1Edx 3 Base
+    Tsc "tsc" Leaf1Edx 4 Base
+    Msr "msr" Leaf1Edx 5 Base
+    Pae "pae" Leaf1Edx 6 Base
+    Mce "mce" Leaf1Edx 7 Base
+    Cx8 "cx8" Leaf1Edx 8 Base
+    Apic "apic" Leaf1Edx 9 Base
+    Sep "sep" Leaf1Edx 11 Base
+    Mtrr "mtrr" Leaf1Edx 12 Base
+    Pge "pge" Leaf1Edx 13 Base
+    Mca "mca" Leaf1Edx 14 Base
+    Cmov "cmov" Leaf1Edx 15 Base
+    Pat "pat" Leaf1Edx 16 Base
+    Pse36 "pse36" Leaf1Edx 17 Base
+    Clfsh "clflush" Leaf1Edx 19 Base
+    Mmx "mmx" Leaf1Edx 23 Base
+    Fxsr "fxsr" Leaf1Edx 24 Base
+    Sse "sse" Leaf1Edx 25 Base
+    Sse2 "sse2" Leaf1Edx 26 Base
+    Ss "ss" Leaf1Edx 27 Base
+    Sse3 "sse3" Leaf1Ecx 0 BaseHost
+    Pclmulqdq "pclmulqdq" Leaf1Ecx 1 V3
+    Ssse3 "ssse3" Leaf1Ecx 9 BaseHost
+    Fma "fma" Leaf1Ecx 12 V3
+    Cx16 "cx16" Leaf1Ecx 13 BaseHost
+    Pcid "pcid" Leaf1Ecx 17 Base
+    Sse41 "sse4.1" Leaf1Ecx 19 BaseHost
+    Sse42 "sse4.2" Leaf1Ecx 20 BaseHost
+    X2apic "x2apic" Leaf1Ecx 21 Base
+    Movbe "movbe" Leaf1Ecx 22 V3
+    Popcnt "popcnt" Leaf1Ecx 23 BaseHost
+    TscDeadline "tsc-deadline" Leaf1Ecx 24 Base
+    Aes "aes" Leaf1Ecx 25 V3
+    Xsave "xsave" Leaf1Ecx 26 V3
+    Avx "avx" Leaf1Ecx 28 V3
+    F16c "f16c" Leaf1Ecx 29 V3
+    Rdrand "rdrand" Leaf1Ecx 30 V3
+    Hypervisor "hypervisor" Leaf1Ecx 31 Base
+    Fsgsbase "fsgsbase" Leaf7Ebx 0 Base
+    TscAdjust "tsc-adjust" Leaf7Ebx 1 Base
+    Bmi1 "bmi1" Leaf7Ebx 3 V3
+    Avx2 "avx2" Leaf7Ebx 5 V3
+    Smep "smep" Leaf7Ebx 7 Base
+    Bmi2 "bmi2" Leaf7Ebx 8 V3
+    Erms "erms" Leaf7Ebx 9 Base
+    Invpcid "invpcid" Leaf7Ebx 10 Base
+    Rdseed "rdseed" Leaf7Ebx 18 V3
+    Adx "adx" Leaf7Ebx 19 V3
+    Smap "smap" Leaf7Ebx 20 Base
+    Clflushopt "clflushopt" Leaf7Ebx 23 V3
+    Clwb "clwb" Leaf7Ebx 24 Extra
+    Sha "sha" Leaf7Ebx 29 V3
+    Umip "umip" Leaf7Ecx 2 Base
+    Pku "pku" Leaf7Ecx 3 Extra
+    La57 "la57" Leaf7Ecx 16 Extra
+    Rdpid "rdpid" Leaf7Ecx 22 Base
+    Fsrm "fsrm" Leaf7Edx 4 Base
+    SpecCtrl "spec-ctrl" Leaf7Edx 26 Base
+    Stibp "stibp" Leaf7Edx 27 Base
+    ArchCapabilities "arch-capabilities" Leaf7Edx 29 Base
+    Ssbd "ssbd" Leaf7Edx 31 Base
+    Xsaveopt "xsaveopt" LeafDEax 0 V3
+    Xsavec "xsavec" LeafDEax 1 V3
+    Xgetbv1 "xgetbv1" LeafDEax 2 V3
+    Lahf "lahf" Extended1Ecx 0 Base
+    Lzcnt "lzcnt" Extended1Ecx 5 V3
+    Prefetchw "prefetchw" Extended1Ecx 8 Base
+    Syscall "syscall" Extended1Edx 11 Base
+    Nx "nx" Extended1Edx 20 Base
+    Pdpe1gb "pdpe1gb" Extended1Edx 26 Base
+    Rdtscp "rdtscp" Extended1Edx 27 Base
+    Lm "lm" Extended1Edx 29 Base
+    InvariantTsc "invtsc" Extended7Edx 8 Base
+}
+
+const _: () = assert!(FEATURES.len() <= 128);
+
+/// IA32_ARCH_CAPABILITIES: RDCL_NO, IBRS_ALL, SKIP_L1DFL_VMENTRY, SSB_NO, MDS_NO, IF_PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO,
+/// BHI_NO, PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO: the guest need not spend time on bugs that this processor does not have.
+pub const ARCH_CAPABILITIES: u64 = 1 << 0
+    | 1 << 1
+    | 1 << 3
+    | 1 << 4
+    | 1 << 5
+    | 1 << 6
+    | 1 << 8
+    | 1 << 13
+    | 1 << 14
+    | 1 << 15
+    | 1 << 20
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 62;
+
+/// Family 6, model 0x1b, stepping 1.
+const SIGNATURE: u32 = 0x0001_06b1;
+const LEAF_MAX: u32 = 0x16;
+const HYPERVISOR_LEAF_MAX: u32 = 0x4000_0010;
+const EXTENDED_LEAF_MAX: u32 = 0x8000_0008;
+const BRAND: &[u8; 48] = b"polder virtual CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+/// KVM's paravirtual features that the engine has (leaf 0x4000_0001, EAX).
+pub mod kvm_feature {
+    pub const CLOCKSOURCE: u32 = 1 << 0;
+    pub const NOP_IO_DELAY: u32 = 1 << 1;
+    pub const CLOCKSOURCE2: u32 = 1 << 3;
+    pub const PV_EOI: u32 = 1 << 6;
+    pub const PV_UNHALT: u32 = 1 << 7;
+    pub const PV_SEND_IPI: u32 = 1 << 11;
+    pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
+    /// All that are offered.
+    pub const ALL: u32 =
+        CLOCKSOURCE | NOP_IO_DELAY | CLOCKSOURCE2 | PV_EOI | PV_UNHALT | PV_SEND_IPI | CLOCKSOURCE_STABLE;
+}
+
+/// Frequency of the local APIC's timer before its divider: the crystal of leaf 0x15.
+pub const APIC_TIMER_HZ: u64 = 25_000_000;
+
+/// The named model cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CpuModelError {
+    /// No model has this name.
+    #[error("there is no CPU model `{name}`; the models are polder-v2 and polder-v3")]
+    UnknownModel { name: String },
+    /// A feature to add or remove is unknown.
+    #[error("there is no CPU feature `{name}`")]
+    UnknownFeature { name: String },
+    /// The host is older than the oldest model.
+    #[error("the host CPU lacks {feature}, which every CPU model has")]
+    HostTooOld { feature: &'static str },
+}
+
+/// A set of features with a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuModel {
+    name: &'static str,
+    features: u128,
+    /// Features of the model that the host cannot execute.
+    missing: u128,
+}
+
+/// What CPUID's answer depends on beside the model.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CpuidContext {
+    pub apic_id: u32,
+    pub vcpu_count: u32,
+    pub cr4_osxsave: bool,
+    pub cr4_pke: bool,
+    pub apic_enabled: bool,
+    pub xcr0: u64,
+    pub tsc_khz: u64,
+}
+
+fn bit(feature: Feature) -> u128 {
+    1 << feature as u32
+}
+
+/// What the host can execute.
+fn host_has(feature: Feature) -> bool {
+    use std::arch::is_x86_feature_detected as has;
+    match feature {
+        Feature::Sse3 => has!("sse3"),
+        Feature::Pclmulqdq => has!("pclmulqdq"),
+        Feature::Ssse3 => has!("ssse3"),
+        Feature::Fma => has!("fma"),
+        Feature::Cx16 => has!("cmpxchg16b"),
+        Feature::Sse41 => has!("sse4.1"),
+        Feature::Sse42 => has!("sse4.2"),
+        Feature::Movbe => has!("movbe"),
+        Feature::Popcnt => has!("popcnt"),
+        Feature::Aes => has!("aes"),
+        Feature::Xsave | Feature::Avx => has!("avx"),
+        Feature::F16c => has!("f16c"),
+        Feature::Rdrand => has!("rdrand"),
+        Feature::Bmi1 => has!("bmi1"),
+        Feature::Avx2 => has!("avx2"),
+        Feature::Bmi2 => has!("bmi2"),
+        Feature::Rdseed => has!("rdseed"),
+        Feature::Adx => has!("adx"),
+        Feature::Sha => has!("sha"),
+        Feature::Lzcnt => has!("lzcnt"),
+        // The rest is the engine's own work.
+        _ => true,
+    }
+}
+
+impl CpuModel {
+    /// The newest model.
+    pub const NEWEST: &'static str = "polder-v3";
+
+    /// The model with this name, cut to what the host has, with extra features (`+pku`, `+la57`, or `-avx2` to take one away).
+    pub fn named(name: &str, changes: &[&str]) -> Result<Self, CpuModelError> {
+        Self::on_host(name, changes, host_has)
+    }
+
+    fn on_host(name: &str, changes: &[&str], host_has: impl Fn(Feature) -> bool) -> Result<Self, CpuModelError> {
+        let (name, is_v3) = match name {
+            "polder-v2" => ("polder-v2", false),
+            "polder-v3" => ("polder-v3", true),
+            _ => return Err(CpuModelError::UnknownModel { name: name.to_owned() }),
+        };
+        let mut model = CpuModel { name, features: 0, missing: 0 };
+        for &(feature, feature_name, _, _, level) in FEATURES {
+            let wanted = matches!(level, Level::Base | Level::BaseHost) || level == Level::V3 && is_v3;
+            if wanted && host_has(feature) {
+                model.features |= bit(feature);
+            } else if wanted && level == Level::BaseHost {
+                return Err(CpuModelError::HostTooOld { feature: feature_name });
+            } else if wanted {
+                model.missing |= bit(feature);
+            }
+        }
+        for change in changes {
+            let (add, wanted) = match change.split_at_checked(1) {
+                Some(("-", rest)) => (false, rest),
+                Some(("+", rest)) => (true, rest),
+                _ => (true, *change),
+            };
+            let Some(&(feature, ..)) = FEATURES.iter().find(|entry| entry.1 == wanted) else {
+                return Err(CpuModelError::UnknownFeature { name: wanted.to_owned() });
+            };
+            if !add {
+                model.features &= !bit(feature);
+            } else if host_has(feature) {
+                model.features |= bit(feature);
+            } else {
+                model.missing |= bit(feature);
+            }
+        }
+        // Without the state there is nothing that uses it.
+        if !model.has(Feature::Xsave) {
+            for feature in [Feature::Avx, Feature::Xsaveopt, Feature::Xsavec, Feature::Xgetbv1, Feature::Pku] {
+                model.features &= !bit(feature);
+            }
+        }
+        if !model.has(Feature::Avx) {
+            for feature in [Feature::Avx2, Feature::Fma, Feature::F16c] {
+                model.features &= !bit(feature);
+            }
+        }
+        Ok(model)
+    }
+
+    /// A model without any feature.
+    pub(crate) fn empty() -> Self {
+        CpuModel { name: "none", features: 0, missing: 0 }
+    }
+
+    /// The model's name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Names of the model's features that the host cannot execute and the guest therefore does not see.
+    pub fn missing(&self) -> impl Iterator<Item = &'static str> + '_ {
+        FEATURES.iter().filter(|entry| self.missing & bit(entry.0) != 0).map(|entry| entry.1)
+    }
+
+    /// Whether the processor has a feature.
+    #[inline]
+    pub fn has(&self, feature: Feature) -> bool {
+        self.features & bit(feature) != 0
+    }
+
+    /// Whether instructions of this kind exist; `false` means #UD.
+    pub fn supports(&self, kind: CpuidFeature) -> bool {
+        use CpuidFeature as Kind;
+        let feature = match kind {
+            Kind::INTEL8086
+            | Kind::INTEL8086_ONLY
+            | Kind::INTEL186
+            | Kind::INTEL286
+            | Kind::INTEL386
+            | Kind::INTEL486
+            | Kind::X64
+            | Kind::CPUID
+            | Kind::FPU
+            | Kind::FPU287
+            | Kind::FPU387
+            | Kind::MULTIBYTENOP
+            | Kind::PAUSE
+            | Kind::RDPMC
+            | Kind::UDBG
+            | Kind::VMX
+            | Kind::SVM => return true,
+            // Executed as the hints and no-operations that they are on processors without them.
+            Kind::CET_IBT | Kind::CET_SS | Kind::MPX | Kind::CLDEMOTE | Kind::PREFETCHWT1 | Kind::PREFETCHITI => {
+                return true;
+            }
+            Kind::ADX => Feature::Adx,
+            Kind::AES => Feature::Aes,
+            Kind::AVX => Feature::Avx,
+            Kind::AVX2 => Feature::Avx2,
+            Kind::BMI1 => Feature::Bmi1,
+            Kind::BMI2 => Feature::Bmi2,
+            Kind::CLFLUSHOPT => Feature::Clflushopt,
+            Kind::CLFSH => Feature::Clfsh,
+            Kind::CLWB => Feature::Clwb,
+            Kind::CMOV => Feature::Cmov,
+            Kind::CMPXCHG16B => Feature::Cx16,
+            Kind::CX8 => Feature::Cx8,
+            Kind::F16C => Feature::F16c,
+            Kind::FMA => Feature::Fma,
+            Kind::FSGSBASE => Feature::Fsgsbase,
+            Kind::FXSR => Feature::Fxsr,
+            Kind::INVPCID => Feature::Invpcid,
+            Kind::LZCNT => Feature::Lzcnt,
+            Kind::MMX => Feature::Mmx,
+            Kind::MOVBE => Feature::Movbe,
+            Kind::MSR => Feature::Msr,
+            Kind::PCLMULQDQ => Feature::Pclmulqdq,
+            Kind::PKU => Feature::Pku,
+            Kind::POPCNT => Feature::Popcnt,
+            Kind::PREFETCHW | Kind::D3NOW => Feature::Prefetchw,
+            Kind::RDPID => Feature::Rdpid,
+            Kind::RDRAND => Feature::Rdrand,
+            Kind::RDSEED => Feature::Rdseed,
+            Kind::RDTSCP => Feature::Rdtscp,
+            Kind::SEP => Feature::Sep,
+            Kind::SHA => Feature::Sha,
+            Kind::SMAP => Feature::Smap,
+            Kind::SSE => Feature::Sse,
+            Kind::SSE2 => Feature::Sse2,
+            Kind::SSE3 => Feature::Sse3,
+            Kind::SSE4_1 => Feature::Sse41,
+            Kind::SSE4_2 => Feature::Sse42,
+            Kind::SSSE3 => Feature::Ssse3,
+            Kind::SYSCALL => Feature::Syscall,
+            Kind::TSC => Feature::Tsc,
+            Kind::XSAVE => Feature::Xsave,
+            Kind::XSAVEC => Feature::Xsavec,
+            Kind::XSAVEOPT => Feature::Xsaveopt,
+            _ => return false,
+        };
+        self.has(feature)
+    }
+
+    /// State components that XCR0 may have: x87, SSE, AVX, PKRU.
+    pub fn xcr0_mask(&self) -> u64 {
+        let avx = if self.has(Feature::Avx) { 1 << 2 } else { 0 };
+        let pkru = if self.has(Feature::Pku) { 1 << 9 } else { 0 };
+        3 | avx | pkru
+    }
+
+    /// Bytes of the standard XSAVE area for these components.
+    pub fn xsave_len(xcr0: u64) -> u32 {
+        if xcr0 & 1 << 9 != 0 {
+            2696
+        } else if xcr0 & 1 << 2 != 0 {
+            832
+        } else {
+            576
+        }
+    }
+
+    /// Bytes of the compacted XSAVE area for these components.
+    pub fn xsave_compacted_len(xcr0: u64) -> u32 {
+        576 + if xcr0 & 1 << 2 != 0 { 256 } else { 0 } + if xcr0 & 1 << 9 != 0 { 8 } else { 0 }
+    }
+
+    fn word(&self, word: Word) -> u32 {
+        FEATURES.iter().filter(|entry| entry.2 == word && self.has(entry.0)).fold(0, |bits, entry| bits | 1 << entry.3)
+    }
+
+    /// CPUID: EAX, EBX, ECX, EDX.
+    pub fn cpuid(&self, leaf: u32, subleaf: u32, context: &CpuidContext) -> [u32; 4] {
+        match leaf {
+            0..=LEAF_MAX => self.basic_leaf(leaf, subleaf, context),
+            0x4000_0000 => [HYPERVISOR_LEAF_MAX, 0x4b4d_564b, 0x564b_4d56, 0x4d],
+            0x4000_0001 => [kvm_feature::ALL, 0, 0, 0],
+            HYPERVISOR_LEAF_MAX => [context.tsc_khz as u32, (APIC_TIMER_HZ / 1000) as u32, 0, 0],
+            0x4000_0002..HYPERVISOR_LEAF_MAX => [0; 4],
+            0x8000_0000..=EXTENDED_LEAF_MAX => self.extended_leaf(leaf),
+            // Above the highest leaf Intel answers as for the highest basic leaf.
+            _ => self.basic_leaf(LEAF_MAX, subleaf, context),
+        }
+    }
+
+    fn basic_leaf(&self, leaf: u32, subleaf: u32, context: &CpuidContext) -> [u32; 4] {
+        let count = context.vcpu_count.max(1);
+        let core_bits = u32::BITS - (count - 1).leading_zeros();
+        match leaf {
+            0 => [LEAF_MAX, u32::from_le_bytes(*b"Genu"), u32::from_le_bytes(*b"ntel"), u32::from_le_bytes(*b"ineI")],
+            1 => {
+                let logical = if count > 1 { 1 << core_bits } else { 1 };
+                let mut ecx = self.word(Word::Leaf1Ecx);
+                let mut edx = self.word(Word::Leaf1Edx);
+                if context.cr4_osxsave && self.has(Feature::Xsave) {
+                    ecx |= 1 << 27;
+                }
+                if !context.apic_enabled {
+                    edx &= !(1 << 9);
+                }
+                if count > 1 {
+                    edx |= 1 << 28;
+                }
+                [SIGNATURE, context.apic_id << 24 | logical << 16 | 8 << 8, ecx, edx]
+            }
+            // All about caches is in leaf 4.
+            2 => [0x00fe_ff01, 0, 0, 0x00ff_0000],
+            4 => cache_leaf(subleaf, core_bits),
+            // The local APIC's timer runs whatever the processor does.
+            6 => [1 << 2, 0, 0, 0],
+            7 if subleaf == 0 => {
+                let mut ecx = self.word(Word::Leaf7Ecx);
+                if context.cr4_pke && self.has(Feature::Pku) {
+                    ecx |= 1 << 4;
+                }
+                [0, self.word(Word::Leaf7Ebx), ecx, self.word(Word::Leaf7Edx)]
+            }
+            0xb => match subleaf {
+                0 => [0, 1, 1 << 8, context.apic_id],
+                1 => [core_bits, count, 2 << 8 | 1, context.apic_id],
+                _ => [0, 0, subleaf & 0xff, context.apic_id],
+            },
+            0xd if self.has(Feature::Xsave) => match subleaf {
+                0 => [self.xcr0_mask() as u32, Self::xsave_len(context.xcr0), Self::xsave_len(self.xcr0_mask()), 0],
+                1 => [self.word(Word::LeafDEax), Self::xsave_compacted_len(context.xcr0), 0, 0],
+                2 if self.has(Feature::Avx) => [256, 576, 0, 0],
+                9 if self.has(Feature::Pku) => [8, 2688, 0, 0],
+                _ => [0; 4],
+            },
+            0x15 => {
+                // The largest fraction whose product with the crystal's kHz fits 32 bits, as kernels multiply first.
+                let crystal_khz = APIC_TIMER_HZ / 1000;
+                let tsc_khz = context.tsc_khz.max(1);
+                let denominator = (u64::from(u32::MAX) / tsc_khz).clamp(1, 1000);
+                let numerator = (tsc_khz * denominator + crystal_khz / 2) / crystal_khz;
+                [denominator as u32, numerator as u32, APIC_TIMER_HZ as u32, 0]
+            }
+            0x16 => {
+                let mhz = (context.tsc_khz / 1000) as u32 & 0xffff;
+                [mhz, mhz, 25, 0]
+            }
+            _ => [0; 4],
+        }
+    }
+
+    fn extended_leaf(&self, leaf: u32) -> [u32; 4] {
+        match leaf {
+            0x8000_0000 => [EXTENDED_LEAF_MAX, 0, 0, 0],
+            0x8000_0001 => [0, 0, self.word(Word::Extended1Ecx), self.word(Word::Extended1Edx)],
+            0x8000_0002..=0x8000_0004 => {
+                let start = (leaf - 0x8000_0002) as usize * 16;
+                std::array::from_fn(|index| {
+                    let at = start + 4 * index;
+                    u32::from_le_bytes([BRAND[at], BRAND[at + 1], BRAND[at + 2], BRAND[at + 3]])
+                })
+            }
+            // 1 MiB of second-level cache, 16 ways, 64-byte lines.
+            0x8000_0006 => [0, 0, 1024 << 16 | 8 << 12 | 64, 0],
+            0x8000_0007 => [0, 0, 0, self.word(Word::Extended7Edx)],
+            0x8000_0008 => {
+                let linear_bits = if self.has(Feature::La57) { 57 } else { 48 };
+                [PHYSICAL_BITS | linear_bits << 8, 0, 0, 0]
+            }
+            _ => [0; 4],
+        }
+    }
+}
+
+/// Leaf 4: 32 KiB of first-level cache each, 1 MiB second, 16 MiB third shared by all.
+fn cache_leaf(subleaf: u32, core_bits: u32) -> [u32; 4] {
+    let cores = ((1u32 << core_bits) - 1).min(63);
+    let cache = |kind: u32, level: u32, sharing: u32, ways: u32, sets: u32| {
+        [kind | level << 5 | 1 << 8 | sharing << 14 | cores << 26, (ways - 1) << 22 | 63, sets - 1, 0]
+    };
+    match subleaf {
+        0 => cache(1, 1, 0, 8, 64),
+        1 => cache(2, 1, 0, 8, 64),
+        2 => cache(3, 2, 0, 16, 1024),
+        3 => cache(3, 3, (1 << core_bits) - 1, 16, 16384),
+        _ => [0; 4],
+    }
+}
