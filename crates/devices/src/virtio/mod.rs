@@ -15,6 +15,7 @@
 pub mod block;
 mod chain;
 mod common_config;
+pub mod console;
 mod device;
 mod interrupts;
 mod queue;
