@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -239,6 +239,22 @@ impl GuestMemory {
         Ok(())
     }
 
+    /// Gives the pages of a range back to the host; they read as zeros afterwards. The range is whole pages.
+    pub fn punch_hole(&self, address: GuestAddress, len: u64) -> Result<(), MemoryError> {
+        let (region, offset) = self.range(address, len)?;
+        if address.0 % PAGE_SIZE != 0 || len % PAGE_SIZE != 0 {
+            return Err(MemoryError::NotRam { address, len });
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.inner.file, mode, region.file_offset + offset, len)
+            .map_err(|source| MemoryError::Host { bytes: len, source })?;
+        self.mark_written(address, len);
+        Ok(())
+    }
+
     /// Copies a plain structure out of the guest.
     pub fn read_value<T: FromBytes + IntoBytes>(&self, address: GuestAddress) -> Result<T, MemoryError> {
         let mut value = T::new_zeroed();
@@ -325,6 +341,21 @@ mod tests {
         assert_eq!(bytes, [7; 16]);
         memory.store_u16(GuestAddress(0x20001), 0xabcd).unwrap();
         assert_eq!(memory.load_u16(GuestAddress(0x20001)).unwrap(), 0xabcd);
+    }
+
+    #[test]
+    fn a_hole_gives_pages_back_and_reads_as_zeros() {
+        let memory = memory();
+        memory.fill(GuestAddress(0x20000), 7, 0x4000).unwrap();
+        memory.punch_hole(GuestAddress(0x21000), 0x2000).unwrap();
+        let mut bytes = [1; 0x4000];
+        memory.read(GuestAddress(0x20000), &mut bytes).unwrap();
+        assert!(bytes[0x1000..0x3000].iter().all(|&byte| byte == 0));
+        assert!(bytes[..0x1000].iter().chain(&bytes[0x3000..]).all(|&byte| byte == 7));
+        let blocks = rustix::fs::fstat(memory.file()).unwrap().st_blocks;
+        assert_eq!(blocks * 512, 0x2000);
+        assert!(memory.punch_hole(GuestAddress(0x20800), 0x1000).is_err());
+        assert!(memory.punch_hole(GuestAddress(0xf000), 0x2000).is_err());
     }
 
     #[test]

@@ -12,13 +12,16 @@
 //! Modules: `queue` and `chain` (split virtqueues), `device` (the trait), `worker` (threads that end), `interrupts` (from a device
 //! to MSI-X or INTx), `common_config` (the registers of 4.1.4.3), `transport` (the PCI function), and one for each device.
 
+pub mod balloon;
 pub mod block;
 mod chain;
 mod common_config;
 pub mod console;
 mod device;
 mod interrupts;
+pub mod net;
 mod queue;
+pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 mod transport;

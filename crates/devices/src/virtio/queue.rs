@@ -184,9 +184,9 @@ impl Queue {
         Ok(Some(chain))
     }
 
-    /// Puts the chain that was popped last back, to be popped again. Only where no other was popped since.
-    pub fn unpop(&mut self) {
-        self.next_available = self.next_available.wrapping_sub(1);
+    /// Puts the `count` chains that were popped last back, to be popped again.
+    pub fn unpop(&mut self, count: u16) {
+        self.next_available = self.next_available.wrapping_sub(count);
     }
 
     fn descriptor(&self, table: GuestAddress, table_len: u32, index: u16) -> Result<Descriptor, QueueError> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polder_machine::layout::{ECAM_LEN, ECAM_START};
 use polder_machine::{AccessSize, Bus, MsiMessage, MsiSink};
@@ -48,12 +48,19 @@ impl MsiRecorder {
 
     /// Waits until a condition holds, looking again after each message.
     pub(crate) fn wait_until(&self, what: &str, mut holds: impl FnMut() -> bool) {
-        let mut counts = self.counts.lock().unwrap();
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while !holds() {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let before: u64 = self.counts.lock().unwrap().values().sum();
+            if holds() {
+                return;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "timed out waiting for {what}");
-            counts = self.arrived.wait_timeout(counts, left.min(Duration::from_millis(200))).unwrap().0;
+            // Some conditions come without a message; those are found at the next look.
+            let counts = self.counts.lock().unwrap();
+            let look_again = left.min(Duration::from_millis(20));
+            let unchanged = |counts: &mut HashMap<u32, u64>| counts.values().sum::<u64>() == before;
+            drop(self.arrived.wait_timeout_while(counts, look_again, unchanged).unwrap());
         }
     }
 }

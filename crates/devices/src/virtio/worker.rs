@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
@@ -48,6 +49,20 @@ impl Signal {
     pub fn wait(&self) -> bool {
         if !self.is_stopped() {
             self.wait_raised();
+        }
+        !self.is_stopped()
+    }
+
+    /// Sleeps until the signal is raised or the time is over; lowers it. Returns whether to go on.
+    pub fn wait_at_most(&self, time: Duration) -> bool {
+        let time = rustix::time::Timespec {
+            tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        };
+        if !self.is_stopped() {
+            // An early return costs the caller one look at its clock.
+            let _ = poll(&mut [PollFd::new(&self.event, PollFlags::IN)], Some(&time));
+            self.lower();
         }
         !self.is_stopped()
     }
@@ -106,7 +121,6 @@ impl Drop for Worker {
 mod tests {
     use super::*;
     use std::sync::mpsc;
-    use std::time::Duration;
 
     #[test]
     fn a_dropped_worker_has_ended() {

@@ -151,7 +151,7 @@ impl Work {
             };
             let room = usize::try_from(room).unwrap_or(PAYLOAD_LEN_MAX).min(PAYLOAD_LEN_MAX);
             let Some(header) = self.multiplexer.next_packet(&mut self.payload[..room]) else {
-                self.receive.unpop();
+                self.receive.unpop(1);
                 break;
             };
             let len = (header.len as usize).min(room);
