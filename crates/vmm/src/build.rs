@@ -30,7 +30,7 @@ use crate::control::{Control, Event, Running};
 use crate::engine::{EngineMaker, MessagePath};
 use crate::files::Files;
 use crate::gate::Gate;
-use crate::{MachineConfig, TestDevices, VmmError};
+use crate::{MachineConfig, TestDevices, VmmError, virtio};
 
 /// Serial output that waits for a slow reader at most; beyond it the port holds the guest's transmitter.
 const CONSOLE_WAITING_LEN_MAX: usize = 64 << 10;
@@ -92,7 +92,7 @@ impl Machine {
 
         let requests: Arc<dyn RequestSink> = Arc::new(around.control.clone());
         let (devices, console) = add_platform(around, &ports, &mmio, &io_apic, &requests)?;
-        let virtio = virtio_devices(around)?;
+        let virtio = virtio::devices(around)?;
         add_pci(&memory, &ports, &mmio, &io_apic, &messages, &requests, &virtio)?;
         if config.test_devices == TestDevices::Present {
             add_test_devices(config, &ports, &mmio, &io_apic, &requests)?;
@@ -288,12 +288,6 @@ fn add_pci(
         pci.add(slot, VirtioPciFunction::new(device.clone(), memory.clone(), messages.clone(), line))?;
     }
     Ok(())
-}
-
-/// The virtio devices in slot order.
-fn virtio_devices(around: &Surroundings<'_>) -> Result<Vec<Arc<dyn VirtioDevice>>, VmmError> {
-    let _ = &around.files.disks;
-    Ok(Vec::new())
 }
 
 /// What test guests expect.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use polder_basics::ByteSize;
 use polder_devices::pci::PciError;
+use polder_devices::virtio::block::BlockError;
 use polder_machine::boot::BootError;
 use polder_machine::{BusError, EngineError};
 use polder_memory::MemoryError;
@@ -33,6 +34,12 @@ pub enum VmmError {
         path: PathBuf,
         #[source]
         source: io::Error,
+    },
+    #[error("the disk {} cannot be used", path.display())]
+    Disk {
+        path: PathBuf,
+        #[source]
+        source: BlockError,
     },
     #[error("the kernel {} cannot be started", path.display())]
     Boot {

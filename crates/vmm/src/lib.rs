@@ -11,7 +11,7 @@
 //! vCPU thread has ended when [`run`] returns.
 //!
 //! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `gate` (vCPU
-//! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured).
+//! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured), `virtio` (its virtio devices).
 
 mod build;
 mod config;
@@ -24,6 +24,7 @@ mod run;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod virtio;
 
 pub use config::{
     CPUS_MAX, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN,

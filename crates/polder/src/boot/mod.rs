@@ -1,0 +1,181 @@
+//! `polder boot`: a bare machine straight from files, with nothing kept.
+//!
+//! The serial console is standard input and output. Whatever happens, the terminal is as before when the command ends, and the
+//! only file that it can leave is the one of `--stats`.
+
+mod input;
+mod options;
+mod signals;
+mod stats_file;
+mod terminal;
+
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, ValueHint};
+use polder_basics::{ByteSize, SystemClock};
+use polder_vmm::{
+    CPUS_MAX, Console, Control, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, Outcome, ResetPolicy,
+    TestDevices,
+};
+
+use options::{parse_disk, parse_memory, parse_net};
+use signals::StopSignals;
+use stats_file::StatsFile;
+use terminal::RawTerminal;
+
+const STATUS_RESET: u8 = 10;
+const STATUS_PANICKED: u8 = 11;
+const STATUS_TIMED_OUT: u8 = 124;
+
+/// Boot a machine straight from files; nothing is kept
+///
+/// The serial console is on standard input and output; on a terminal, Ctrl-A x leaves and Ctrl-A Ctrl-A types Ctrl-A.
+///
+/// Exit status: 0 the guest powered off, 10 the guest asked for a reset (with --no-reboot), 11 the guest panicked or
+/// triple-faulted, 124 the time was up, 2 wrong usage, 1 anything else. With --test-devices, a write of V to port 0xf4 ends with
+/// status (V << 1) | 1.
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+pub struct BootArguments {
+    /// Kernel: a bzImage, an ELF file (PVH or 64-bit Linux) or a multiboot image
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    initrd: Option<PathBuf>,
+    /// Kernel command line, for example "console=ttyS0 root=/dev/vda"
+    #[arg(long, value_name = "STRING", default_value = "", hide_default_value = true, allow_hyphen_values = true)]
+    append: String,
+    /// Raw disk image or block device; ",ro" makes it read-only; may be repeated
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    disks: Vec<DiskConfig>,
+    /// Number of vCPUs, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=CPUS_MAX as i64))]
+    cpus: u32,
+    /// Memory, 64M to 16G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
+    memory: ByteSize,
+    /// What runs the guest: auto takes the faster engine that works here
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    engine: EngineName,
+    /// Network: none, or tap=NAME for a TAP interface of the host
+    #[arg(long, value_name = "none|tap=NAME", default_value = "none", value_parser = parse_net)]
+    net: NetConfig,
+    /// Unix socket for connections to the guest's vsock ports
+    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
+    vsock: Option<PathBuf>,
+    /// Stop the machine after that many seconds
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: Option<u64>,
+    /// Write what was measured to FILE, as JSON
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    stats: Option<PathBuf>,
+    /// End when the guest asks for a reset
+    #[arg(long)]
+    no_reboot: bool,
+    /// Add the devices that test guests expect
+    #[arg(long)]
+    test_devices: bool,
+}
+
+/// Names of engines.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum EngineName {
+    Auto,
+    Software,
+    Kvm,
+}
+
+impl BootArguments {
+    fn config(&self) -> Result<MachineConfig> {
+        Ok(MachineConfig {
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            append: self.append.clone(),
+            disks: self.disks.clone(),
+            cpus: self.cpus,
+            ram_bytes: self.memory.0,
+            engine: match self.engine {
+                EngineName::Auto => EngineChoice::Auto,
+                EngineName::Software => EngineChoice::Software,
+                EngineName::Kvm => EngineChoice::Kvm,
+            },
+            net: self.net.clone(),
+            vsock: self.vsock.clone(),
+            timeout: self.timeout.map(Duration::from_secs),
+            reset: if self.no_reboot { ResetPolicy::End } else { ResetPolicy::Reboot },
+            test_devices: if self.test_devices { TestDevices::Present } else { TestDevices::Absent },
+            identity: random_identity()?,
+        })
+    }
+}
+
+/// Draws who the machine is.
+pub fn random_identity() -> Result<Identity> {
+    use std::io::Read;
+    let mut random = [0; 37];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut random))
+        .context("the host's random numbers cannot be read from /dev/urandom")?;
+    let mut identity = Identity::default();
+    identity.uuid.copy_from_slice(&random[..16]);
+    // Version 4, variant 1 (RFC 4122, 4.4).
+    identity.uuid[6] = identity.uuid[6] & 0x0f | 0x40;
+    identity.uuid[8] = identity.uuid[8] & 0x3f | 0x80;
+    identity.generation_id.copy_from_slice(&random[16..32]);
+    // Locally administered, unicast.
+    identity.mac = [0x02, random[32], random[33], random[34], random[35], random[36]];
+    Ok(identity)
+}
+
+/// Boots and waits for the end. `process_start_ns` is the process' first moment on the monotonic clock.
+pub fn boot(arguments: BootArguments, process_start_ns: u64) -> Result<ExitCode> {
+    let config = arguments.config()?;
+    // Before any other thread exists, so that all threads inherit the mask and only the one that waits gets the signals.
+    let signals = StopSignals::block().context("the signals that stop polder cannot be caught")?;
+    let stats_file = arguments.stats.as_deref().map(StatsFile::create).transpose()?;
+    let control = Control::new();
+    let caught = signals.stop_on_arrival(control.clone())?;
+
+    let output = std::io::stdout()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("standard output cannot be used as the console")?;
+    let on_terminal = std::io::stdin().is_terminal();
+    let terminal = on_terminal.then(RawTerminal::enter).transpose().context("the terminal cannot be set up")?;
+    let keys = if on_terminal { input::Keys::Terminal } else { input::Keys::Plain };
+    let left = input::start(control.clone(), keys)?;
+
+    let console = Console { output: output.into() };
+    let report = polder_vmm::run(&config, console, &control, Arc::new(SystemClock), process_start_ns);
+    drop(terminal);
+    let report = report?;
+    if let Some(file) = stats_file {
+        file.write(&report.stats)?;
+    }
+    Ok(ExitCode::from(match report.outcome {
+        Outcome::PoweredOff => 0,
+        Outcome::Reset => STATUS_RESET,
+        Outcome::Panicked | Outcome::TripleFault => {
+            let what = if report.outcome == Outcome::Panicked { "the guest panicked" } else { "a triple fault" };
+            eprintln!("polder: the machine ended: {what}");
+            STATUS_PANICKED
+        }
+        Outcome::TimedOut => {
+            eprintln!("polder: the machine was stopped: its time of {} s was up", arguments.timeout.unwrap_or(0));
+            STATUS_TIMED_OUT
+        }
+        Outcome::DebugExit(value) => (value << 1 | 1) as u8,
+        Outcome::Stopped => match caught.name() {
+            Some(name) => bail!("the machine was stopped by {name}"),
+            None if left.is_set() => bail!("the machine was stopped by Ctrl-A x"),
+            None => return Err(anyhow!("the machine was stopped")),
+        },
+    }))
+}

@@ -1,0 +1,72 @@
+//! What to try when something went wrong, for errors that people can do something about.
+
+use std::io::ErrorKind;
+
+use polder_machine::boot::BootError;
+use polder_memory::MemoryError;
+use polder_vmm::VmmError;
+
+/// A hint for an error, from whatever cause in its chain has one.
+pub fn hint(error: &anyhow::Error) -> Option<&'static str> {
+    error.chain().find_map(|cause| {
+        let boot = cause.downcast_ref().and_then(boot_hint);
+        let memory = cause.downcast_ref().and_then(memory_hint);
+        boot.or(memory).or_else(|| cause.downcast_ref().and_then(vmm_hint))
+    })
+}
+
+fn vmm_hint(error: &VmmError) -> Option<&'static str> {
+    match error {
+        VmmError::NoKvmEngine => Some("use --engine software, or --engine auto, which takes it"),
+        VmmError::Open { source, .. } => match source.kind() {
+            ErrorKind::NotFound => Some("check the path"),
+            ErrorKind::PermissionDenied => Some("check who may read it (a disk that the guest only reads can end with ,ro)"),
+            ErrorKind::ReadOnlyFilesystem => Some("the guest may read a disk that it cannot write if it ends with ,ro"),
+            _ => None,
+        },
+        VmmError::Disk { .. } => Some("a disk is a raw image; `truncate -s 1G FILE` makes an empty one"),
+        VmmError::Host { .. } => Some("see what limits processes and open files here: ulimit -a"),
+        VmmError::VcpuDied { .. } => Some("please report it, with the lines above"),
+        _ => None,
+    }
+}
+
+fn boot_hint(error: &BootError) -> Option<&'static str> {
+    match error {
+        BootError::UnknownKernel { .. } | BootError::ForeignKernel { .. } | BootError::KernelEmpty => {
+            Some("give a Linux kernel for x86-64, such as Debian's /boot/vmlinuz-*")
+        }
+        BootError::BadBzImage { .. } | BootError::BadPayload { .. } | BootError::BadElf { .. } => {
+            Some("copy the kernel file again and compare the sizes")
+        }
+        BootError::NoRoomForKernel { .. } | BootError::NoRoomForInitrd { .. } => {
+            Some("give the machine more with --memory")
+        }
+        BootError::UnknownCompression { .. } => Some("build the kernel with gzip, xz, lz4 or zstd"),
+        BootError::OldBzImage { .. } => Some("take a kernel from 2008 (2.6.26) or later"),
+        BootError::InitrdTruncated => Some("the file shrank while it was read: wait until it is written"),
+        BootError::CommandLineTooLong { .. } => Some("shorten --append"),
+        _ => None,
+    }
+}
+
+fn memory_hint(error: &MemoryError) -> Option<&'static str> {
+    match error {
+        MemoryError::Host { .. } => Some("give the machine less with --memory; `polder doctor` says what is free"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_deep_in_a_chain_gives_the_hint() {
+        let error = VmmError::Boot { path: "vmlinuz".into(), source: BootError::KernelEmpty };
+        let error = anyhow::Error::new(error);
+        assert!(hint(&error).unwrap().contains("vmlinuz"));
+        assert_eq!(format!("{error:#}"), "the kernel vmlinuz cannot be started: the kernel file is empty");
+        assert_eq!(hint(&anyhow::anyhow!("something else")), None);
+    }
+}
