@@ -20,7 +20,9 @@ fn vmm_hint(error: &VmmError) -> Option<&'static str> {
         VmmError::NoKvmEngine => Some("use --engine software, or --engine auto, which takes it"),
         VmmError::Open { source, .. } => match source.kind() {
             ErrorKind::NotFound => Some("check the path"),
-            ErrorKind::PermissionDenied => Some("check who may read it (a disk that the guest only reads can end with ,ro)"),
+            ErrorKind::PermissionDenied => {
+                Some("check who may read it (a disk that the guest only reads can end with ,ro)")
+            }
             ErrorKind::ReadOnlyFilesystem => Some("the guest may read a disk that it cannot write if it ends with ,ro"),
             _ => None,
         },

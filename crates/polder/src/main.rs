@@ -3,11 +3,14 @@
 //! Invariant: nothing else in the house prints, and an error's chain is printed once, here. Exit status: 0 done, 2 wrong
 //! usage, 1 anything else; commands that run a guest or a program in one end with the status their help names.
 
+mod boot;
+mod hint;
 mod image;
 mod state_folder;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use polder_basics::{Clock, SystemClock};
 use std::process::ExitCode;
 
 /// Virtual machines on any x86-64 Linux host.
@@ -20,22 +23,28 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    Boot(boot::BootArguments),
     /// Make, list and remove images
     Image(image::ImageArguments),
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let process_start_ns = SystemClock.monotonic_ns();
+    match run(Arguments::parse().command, process_start_ns) {
+        Ok(status) => status,
         Err(error) => {
             eprintln!("polder: {error:#}");
+            if let Some(hint) = hint::hint(&error) {
+                eprintln!("hint: {hint}");
+            }
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command, process_start_ns: u64) -> Result<ExitCode> {
     match command {
-        Command::Image(arguments) => image::image(arguments),
+        Command::Boot(arguments) => boot::boot(arguments, process_start_ns),
+        Command::Image(arguments) => image::image(arguments).map(|()| ExitCode::SUCCESS),
     }
 }

@@ -32,9 +32,9 @@ pub enum BootError {
     BadElf { what: &'static str },
     #[error("the multiboot header is damaged: {what}")]
     BadMultiboot { what: &'static str },
-    #[error("the kernel wants memory from {start:#x} to {end:#x}, and a machine with {ram} has none there")]
+    #[error("the kernel wants memory from {start:#x} to {end:#x}, and a machine with {ram} of memory has none there")]
     NoRoomForKernel { start: u64, end: u64, ram: ByteSize },
-    #[error("the initrd of {initrd} does not fit beside the kernel in a machine with {ram}")]
+    #[error("the initrd of {initrd} does not fit beside the kernel in a machine with {ram} of memory")]
     NoRoomForInitrd { initrd: ByteSize, ram: ByteSize },
     #[error("the initrd file ended early")]
     InitrdTruncated,

@@ -29,6 +29,16 @@ use signals::StopSignals;
 use stats_file::StatsFile;
 use terminal::RawTerminal;
 
+const EXIT_STATUS: &str = "\
+Exit status:
+    0  the guest powered off
+   10  the guest asked for a reset, with --no-reboot
+   11  the guest panicked or triple-faulted
+  124  the time of --timeout was up
+    2  wrong usage
+    1  anything else
+  With --test-devices, a write of V to port 0xf4 ends with status (V << 1) | 1.";
+
 const STATUS_RESET: u8 = 10;
 const STATUS_PANICKED: u8 = 11;
 const STATUS_TIMED_OUT: u8 = 124;
@@ -36,12 +46,8 @@ const STATUS_TIMED_OUT: u8 = 124;
 /// Boot a machine straight from files; nothing is kept
 ///
 /// The serial console is on standard input and output; on a terminal, Ctrl-A x leaves and Ctrl-A Ctrl-A types Ctrl-A.
-///
-/// Exit status: 0 the guest powered off, 10 the guest asked for a reset (with --no-reboot), 11 the guest panicked or
-/// triple-faulted, 124 the time was up, 2 wrong usage, 1 anything else. With --test-devices, a write of V to port 0xf4 ends with
-/// status (V << 1) | 1.
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = EXIT_STATUS)]
 pub struct BootArguments {
     /// Kernel: a bzImage, an ELF file (PVH or 64-bit Linux) or a multiboot image
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -143,10 +149,8 @@ pub fn boot(arguments: BootArguments, process_start_ns: u64) -> Result<ExitCode>
     let control = Control::new();
     let caught = signals.stop_on_arrival(control.clone())?;
 
-    let output = std::io::stdout()
-        .as_fd()
-        .try_clone_to_owned()
-        .context("standard output cannot be used as the console")?;
+    let output =
+        std::io::stdout().as_fd().try_clone_to_owned().context("standard output cannot be used as the console")?;
     let on_terminal = std::io::stdin().is_terminal();
     let terminal = on_terminal.then(RawTerminal::enter).transpose().context("the terminal cannot be set up")?;
     let keys = if on_terminal { input::Keys::Terminal } else { input::Keys::Plain };
