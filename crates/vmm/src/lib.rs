@@ -11,8 +11,10 @@
 //! vCPU thread has ended when [`run`] returns.
 //!
 //! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `gate` (vCPU
-//! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured), `virtio` (its virtio devices).
+//! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured),
+//! `virtio` (its virtio devices), `agent_client` (the host's end of a session with the agent in the guest).
 
+pub mod agent_client;
 mod build;
 mod config;
 mod control;
