@@ -30,12 +30,20 @@ const PACKAGES: &[Package] = &[
     Package { name: "fakeroot", reason: "owners of files in a disk made without being root" },
     Package { name: "zstd", reason: "unpacks packages and compresses initramfs images" },
     Package { name: "xz-utils", reason: "unpacks packages" },
-    Package { name: "python3-minimal", reason: "generates fixed benchmark inputs" },
 ];
+
+/// What benchmarks run beside polder.
+const PEER_PACKAGES: &[Package] =
+    &[Package { name: "qemu-system-x86", reason: "the peer that benchmarks run beside polder (-accel tcg)" }];
 
 /// Installs what building and testing need.
 pub fn install() -> Result<()> {
     ensure(PACKAGES)
+}
+
+/// Installs the peer of the benchmarks.
+pub fn install_peer() -> Result<()> {
+    ensure(PEER_PACKAGES)
 }
 
 fn ensure(packages: &[Package]) -> Result<()> {

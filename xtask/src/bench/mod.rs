@@ -1,15 +1,39 @@
 //! `cargo xtask bench NAME`: measurements with the peer beside us in the same run.
 
+mod engine;
+mod report;
+
 use anyhow::{Result, bail};
 use clap::Args;
 
 #[derive(Args)]
 pub struct BenchArguments {
-    /// Which bench: engine
+    /// Which bench: engine (programs natively, in polder and in QEMU's TCG)
     name: String,
+    /// How often each of the three runs everything; the medians are shown
+    #[arg(long, default_value_t = 1)]
+    rounds: u32,
+    /// Length of a batch in milliseconds
+    #[arg(long, default_value_t = 150)]
+    batch_ms: u32,
+    /// How often whole programs run in each round
+    #[arg(long, default_value_t = 1)]
+    repeats: u32,
+    /// Only these rows, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    rows: Vec<String>,
+    /// Only these runners, separated by commas: native, polder, tcg
+    #[arg(long, value_delimiter = ',')]
+    runners: Vec<String>,
+    /// Seconds after which a guest is given up
+    #[arg(long, default_value_t = 3000)]
+    timeout_s: u64,
 }
 
 /// Runs the bench of that name.
 pub fn bench(arguments: &BenchArguments) -> Result<()> {
-    bail!("there is no bench {}", arguments.name)
+    match arguments.name.as_str() {
+        "engine" => engine::measure(arguments),
+        other => bail!("there is no bench {other}: the one there is is called engine"),
+    }
 }

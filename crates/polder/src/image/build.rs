@@ -149,6 +149,7 @@ fn make_root_file_system(arguments: &BuildArguments, agent: &Path, work: &Path) 
         .arg(hook("chmod 755 \"$1/usr/local/sbin/polder-agent\"".to_string()))
         .arg(hook(customize::after_packages(&arguments.name)))
         .arg(hook(format!("copy-out /boot {}", quoted(&boot))))
+        .arg(hook("rm \"$1\"/boot/plain-* \"$1/boot/kernel-package\"".to_string()))
         .arg(hook(customize::make_disk(&mke2fs.to_string_lossy(), disk.as_raw_fd())))
         .args([SUITE, "-"])
         .env("LC_ALL", "C.UTF-8")
@@ -173,7 +174,7 @@ fn take_kernel(work: &Path) -> Result<String> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let target = if name.starts_with("vmlinuz-") {
             "kernel"
-        } else if name.starts_with("initrd.img-") {
+        } else if name.starts_with("plain-initrd.img-") {
             "initrd"
         } else {
             continue;

@@ -20,11 +20,10 @@ pub const PACKAGES: &[&str] = &[
     "less",
 ];
 
-/// Before the kernel is installed: its initrd holds the modules of a polder machine instead of those of every machine, and
-/// is not compressed, as unpacking it in the guest costs more than reading it.
+/// Before the kernel is installed: its initrd holds the modules of a polder machine instead of those of every machine.
 pub const BEFORE_PACKAGES: &str = r#"set -eu
 mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
-printf 'MODULES=list\nCOMPRESS=cat\n' > "$1/etc/initramfs-tools/conf.d/polder"
+printf 'MODULES=list\nCOMPRESS=gzip\n' > "$1/etc/initramfs-tools/conf.d/polder"
 printf '%s\n' virtio_pci virtio_blk virtio_net virtio_console virtio-rng ext4 crc32c-intel crc32c_generic \
     > "$1/usr/share/initramfs-tools/modules.d/polder""#;
 

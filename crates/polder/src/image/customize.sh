@@ -1,4 +1,4 @@
-# Runs on the host with the new root file system as $1, after its packages are there. AGENT and HOSTNAME are set by the caller.
+# Runs on the host with the new root file system as $1, after its packages are there. The caller sets GUEST_HOSTNAME.
 set -eu
 root="$1"
 echo "$GUEST_HOSTNAME" > "$root/etc/hostname"
@@ -40,6 +40,11 @@ printf '[Match]\nName=e*\n\n[Network]\nDHCP=yes\n' > "$root/etc/systemd/network/
 chroot "$root" systemctl --quiet enable polder-agent.service systemd-networkd.service serial-getty@ttyS0.service
 # Work that a machine which lives for minutes does not want, and the wait for a network that may not be there.
 chroot "$root" systemctl --quiet mask systemd-networkd-wait-online.service apt-daily.timer apt-daily-upgrade.timer \
-    dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service
+    dpkg-db-backup.timer e2scrub_all.timer fstrim.timer getty@tty1.service e2scrub_reap.service
 
 chroot "$root" dpkg-query --show --showformat='${Package} ${Version}\n' 'linux-image-[0-9]*' | head -n 1 > "$root/boot/kernel-package"
+
+# The initrd that instances boot from is not compressed: unpacking it here once is cheaper than in each guest.
+for initrd in "$root"/boot/initrd.img-*; do
+    gzip --decompress --stdout "$initrd" > "$root/boot/plain-${initrd##*/}"
+done

@@ -1,0 +1,232 @@
+//! What was measured, as a table for people and JSON for programs.
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::str::FromStr;
+
+/// Who runs the rows.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Runner {
+    Native,
+    Polder,
+    Tcg,
+}
+
+impl Runner {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Polder => "polder",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+impl FromStr for Runner {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "native" => Ok(Self::Native),
+            "polder" => Ok(Self::Polder),
+            "tcg" => Ok(Self::Tcg),
+            other => bail!("there is no runner {other}: choose from native, polder and tcg"),
+        }
+    }
+}
+
+/// One row of one run.
+pub struct Row {
+    name: String,
+    nanoseconds: f64,
+    checksum: Option<String>,
+}
+
+/// Everything one run printed.
+#[derive(Default)]
+pub struct Measured {
+    rows: Vec<Row>,
+    failed: Vec<String>,
+}
+
+impl Measured {
+    /// Reads the lines ROW, OPENSSL and FAIL; everything else on a console is not ours.
+    pub fn parse(output: &str) -> Self {
+        let mut measured = Self::default();
+        for line in output.lines().map(str::trim) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                ["ROW", name, time, checksum] => {
+                    if let Ok(nanoseconds) = time.parse() {
+                        measured.rows.push(Row { name: name.into(), nanoseconds, checksum: Some(checksum.into()) });
+                    }
+                }
+                ["OPENSSL", name, figures] => measured.rows.extend(openssl_row(name, figures)),
+                ["FAIL", name, ..] => measured.failed.push(name.to_string()),
+                _ => {}
+            }
+        }
+        measured
+    }
+}
+
+/// `openssl speed -mr`: bytes a second of 8 KiB blocks, or private operations a second for RSA.
+fn openssl_row(name: &str, figures: &str) -> Option<Row> {
+    let fields: Vec<&str> = figures.split(':').collect();
+    let nanoseconds = if name.contains("rsa") {
+        1e9 / fields.get(2)?.parse::<f64>().ok()?
+    } else {
+        8192.0 / fields.last()?.parse::<f64>().ok()? * 1e9
+    };
+    (nanoseconds.is_finite() && nanoseconds > 0.0).then(|| Row { name: name.into(), nanoseconds, checksum: None })
+}
+
+/// All rounds of all runners.
+#[derive(Default)]
+pub struct Report {
+    /// Rows in the order they were first seen.
+    order: Vec<String>,
+    times: BTreeMap<(String, Runner), Vec<f64>>,
+    checksums: BTreeMap<(String, Runner), String>,
+    runners: Vec<Runner>,
+    failures: Vec<String>,
+    /// A run did not come to its end.
+    pub incomplete: bool,
+}
+
+impl Report {
+    pub fn add(&mut self, runner: Runner, measured: Measured) {
+        if !self.runners.contains(&runner) {
+            self.runners.push(runner);
+        }
+        self.failures.extend(measured.failed.iter().map(|row| format!("{row} failed in {}", runner.name())));
+        for row in measured.rows {
+            if !self.order.contains(&row.name) {
+                self.order.push(row.name.clone());
+            }
+            if let Some(checksum) = row.checksum {
+                let others = self.checksums.iter().filter(|((name, _), _)| *name == row.name);
+                if let Some((_, other)) = others.map(|(key, sum)| (key.1, sum)).find(|(_, sum)| **sum != checksum) {
+                    self.failures.push(format!("{} gave {checksum} in {}, elsewhere {other}", row.name, runner.name()));
+                }
+                self.checksums.insert((row.name.clone(), runner), checksum);
+            }
+            self.times.entry((row.name, runner)).or_default().push(row.nanoseconds);
+        }
+    }
+
+    /// The median time of a row.
+    fn median(&self, row: &str, runner: Runner) -> Option<f64> {
+        let mut times = self.times.get(&(row.to_string(), runner))?.clone();
+        times.sort_by(f64::total_cmp);
+        times.get(times.len() / 2).copied()
+    }
+
+    /// How many times longer `runner` takes than `base`.
+    fn ratio(&self, row: &str, runner: Runner, base: Runner) -> Option<f64> {
+        Some(self.median(row, runner)? / self.median(row, base)?)
+    }
+
+    pub fn print(&self) {
+        println!("| row | native | polder | tcg | polder / native | tcg / native | tcg / polder |");
+        println!("|---|---|---|---|---|---|---|");
+        for row in &self.order {
+            let time = |runner| self.median(row, runner).map_or("-".to_string(), shown_time);
+            let ratio = |a, b| self.ratio(row, a, b).map_or("-".to_string(), |ratio| format!("{ratio:.2}"));
+            println!(
+                "| {row} | {} | {} | {} | {} | {} | {} |",
+                time(Runner::Native),
+                time(Runner::Polder),
+                time(Runner::Tcg),
+                ratio(Runner::Polder, Runner::Native),
+                ratio(Runner::Tcg, Runner::Native),
+                ratio(Runner::Tcg, Runner::Polder),
+            );
+        }
+        if let Some(mean) = self.geometric_mean() {
+            println!(
+                "Over all rows that both ran, polder needs {mean:.2} of the time that TCG needs (geometric mean)."
+            );
+        }
+        for failure in &self.failures {
+            println!("WRONG: {failure}");
+        }
+    }
+
+    fn geometric_mean(&self) -> Option<f64> {
+        let ratios: Vec<f64> =
+            self.order.iter().filter_map(|row| self.ratio(row, Runner::Polder, Runner::Tcg)).map(f64::ln).collect();
+        (!ratios.is_empty()).then(|| (ratios.iter().sum::<f64>() / ratios.len() as f64).exp())
+    }
+
+    pub fn write(&self, file: &Path) -> Result<()> {
+        let rows: Vec<_> = self
+            .order
+            .iter()
+            .map(|row| {
+                let mut entry = json!({ "row": row });
+                for runner in &self.runners {
+                    entry[format!("{}_ns", runner.name())] = json!(self.median(row, *runner));
+                    entry[format!("{}_checksum", runner.name())] = json!(self.checksums.get(&(row.clone(), *runner)));
+                }
+                entry
+            })
+            .collect();
+        let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let processor = processor.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
+        let report = json!({
+            "format": 1, "bench": "engine", "processor": processor, "rows": rows,
+            "failures": self.failures, "incomplete": self.incomplete,
+        });
+        if let Some(folder) = file.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        std::fs::write(file, serde_json::to_string_pretty(&report)? + "\n")
+            .with_context(|| format!("cannot write {}", file.display()))
+    }
+
+    /// An error if a result was wrong or missing: a fast wrong engine is no engine.
+    pub fn verdict(&self) -> Result<()> {
+        if !self.failures.is_empty() {
+            bail!("{} results were wrong", self.failures.len());
+        }
+        if self.incomplete {
+            bail!("a run did not come to its end");
+        }
+        Ok(())
+    }
+}
+
+fn shown_time(nanoseconds: f64) -> String {
+    match nanoseconds {
+        time if time < 1e3 => format!("{time:.0} ns"),
+        time if time < 1e6 => format!("{:.2} us", time / 1e3),
+        time if time < 1e9 => format!("{:.2} ms", time / 1e6),
+        time => format!("{:.2} s", time / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_checksum_fails_the_bench_however_fast_it_was() {
+        let mut report = Report::default();
+        report.add(Runner::Native, Measured::parse("noise\nROW fib 100.0 00aa\nBENCH END\n"));
+        report.add(Runner::Polder, Measured::parse("ROW fib 10.0 00ab\r\n"));
+        assert!(report.verdict().is_err());
+        assert_eq!(report.ratio("fib", Runner::Polder, Runner::Native), Some(0.1));
+    }
+
+    #[test]
+    fn openssl_figures_become_times() {
+        let measured = Measured::parse(
+            "OPENSSL openssl_sha256 22:sha256:1000000\nOPENSSL openssl_rsa2048 4:2048:1000.0:30000.0\n",
+        );
+        assert_eq!(measured.rows[0].nanoseconds, 8_192_000.0);
+        assert_eq!(measured.rows[1].nanoseconds, 1e6);
+    }
+}
