@@ -152,6 +152,12 @@ pub struct Cpu {
     pub halted: bool,
     /// DR6 bits of debug traps that the finished instruction earned; delivered before the next one (`system::debug`).
     pub pending_debug: u64,
+    /// MOV SS and POP SS: debug traps too stay out for one instruction.
+    pub stack_shadow: bool,
+    /// The instruction went through the interrupt table or cleared TF itself: no single-step trap comes after it.
+    pub step_consumed: bool,
+    /// The instruction set RFLAGS.RF itself (IRET): it stays for the next one.
+    pub resume_set: bool,
     /// `fault` was raised after its instruction had taken effect (a task switch): it is delivered before the next one, at `rip`.
     pub late_fault: bool,
     pub system_call: SystemCallRegisters,
@@ -240,6 +246,9 @@ impl Cpu {
             nmi_blocked: false,
             halted: false,
             pending_debug: 0,
+            stack_shadow: false,
+            step_consumed: false,
+            resume_set: false,
             late_fault: false,
             system_call: SystemCallRegisters::default(),
             tsc_aux: 0,

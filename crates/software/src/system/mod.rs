@@ -1,9 +1,25 @@
-//! System instructions. (Owner: helper `system`.)
+//! System instructions and what the processor does on its own: segments and descriptors, exceptions and interrupts, far
+//! transfers, tasks, control registers, ports, debugging.
+//!
+//! Handlers are methods `op_…` of [`Cpu`](crate::cpu::Cpu) that give a [`Flow`](crate::op::Flow) or a fault; `lower::system` chooses them. A method that
+//! changes the mode works out the next instruction's address first.
 
-use crate::cpu::Cpu;
-use crate::page_walk::Access;
+mod control_registers;
+mod debug;
+mod debug_registers;
+mod descriptor;
+pub(crate) mod descriptor_tables;
+mod exception_delivery;
+mod far_transfer;
+mod interrupt_return;
+pub(crate) mod operand;
+pub(crate) mod port_io;
+mod processor;
+mod segment_load;
+mod software_interrupt;
+mod stack;
+mod system_call;
+mod task_switch;
+mod tlb_instructions;
 
-impl Cpu {
-    /// Notes that a data access may have met an enabled breakpoint.
-    pub fn note_data_breakpoint(&mut self, _linear: u64, _bytes: u64, _access: Access) {}
-}
+pub use exception_delivery::Delivery;
