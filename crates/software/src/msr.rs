@@ -4,7 +4,7 @@
 //! that only control hardware which an interpreter lacks (microcode, machine checks, memory types, speculation) keep what is written.
 
 use crate::apic::register_range as x2apic;
-use crate::cpu::{Cpu, FS, GS, cr0, efer, is_canonical};
+use crate::cpu::{Cpu, FS, GS, is_canonical};
 use crate::cpu_model::{ARCH_CAPABILITIES, Feature};
 use crate::fault::Fault;
 use crate::page_walk::PHYSICAL_BITS;
@@ -259,7 +259,7 @@ impl Cpu {
                 self.apic.set_base(value).ok()?;
                 self.set_apic_page();
             }
-            number::EFER => self.write_efer(value)?,
+            number::EFER => self.set_efer(value).ok()?,
             number::STAR => self.system_call.star = value,
             number::LSTAR if canonical => self.system_call.lstar = value,
             number::CSTAR if canonical => self.system_call.cstar = value,
@@ -313,23 +313,6 @@ impl Cpu {
                 None => self.write_paravirtual_msr(msr, value)?,
             },
         }
-        Some(())
-    }
-
-    /// EFER (SDM vol. 3, 2.2.1): LMA is the processor's, LME cannot change while paging is on.
-    fn write_efer(&mut self, value: u64) -> Option<()> {
-        if value & !(efer::SCE | efer::LME | efer::LMA | efer::NXE) != 0 {
-            return None;
-        }
-        if (value ^ self.efer) & efer::LME != 0 && self.cr0 & cr0::PG != 0 {
-            return None;
-        }
-        let changed = (value ^ self.efer) & efer::NXE != 0;
-        self.efer = value & !efer::LMA | self.efer & efer::LMA;
-        if changed {
-            self.tlb.flush_all();
-        }
-        self.update_mode();
         Some(())
     }
 }

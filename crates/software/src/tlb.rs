@@ -24,6 +24,8 @@ const PAGE_MASK: u64 = !(PAGE_SIZE - 1);
 const GENERATION_MAX: u64 = 4095;
 /// Address spaces whose entries survive a switch.
 const CONTEXTS: usize = 8;
+/// Key of no address space.
+const NO_KEY: u64 = u64::MAX;
 /// Matches no tag: generation 0 is never handed out.
 const NO_TAG: u64 = 0;
 
@@ -73,6 +75,8 @@ pub struct Tlb {
     code_base: usize,
     generation: u64,
     last_generation: u64,
+    /// Key of the address space in use.
+    current_key: u64,
     contexts: [Context; CONTEXTS],
     clock: u64,
     /// Changes whenever a translation of an address space may have changed other than by a new generation.
@@ -104,7 +108,8 @@ impl Default for Tlb {
             code_base: 0,
             generation: 1,
             last_generation: 1,
-            contexts: [Context { key: u64::MAX, generation: 0, used: 0 }; CONTEXTS],
+            current_key: NO_KEY,
+            contexts: [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS],
             clock: 0,
             epoch: 1,
             code_size: 0,
@@ -172,44 +177,48 @@ impl Tlb {
 
     /// Drops everything of all address spaces.
     pub fn flush_all(&mut self) {
-        for context in &mut self.contexts {
-            context.key = u64::MAX;
-        }
+        self.forget_contexts();
         self.generation = self.new_generation();
+        self.remember(self.current_key);
         self.retag();
     }
 
     /// Drops the entries of the address space with this key, whether it is in use or not.
     pub fn flush_context(&mut self, key: u64) {
-        let current = self.generation;
-        let Some(slot) = self.contexts.iter().position(|context| context.key == key) else { return };
-        let was = self.contexts[slot].generation;
-        let generation = self.new_generation();
-        self.contexts[slot] = Context { key, generation, used: self.clock };
-        if was == current {
-            self.generation = generation;
+        if key == self.current_key {
+            self.generation = self.new_generation();
+            self.remember(key);
+        } else if let Some(context) = self.contexts.iter_mut().find(|context| context.key == key) {
+            context.key = NO_KEY;
         }
         self.retag();
     }
 
-    /// Switches to the address space with this key (table address and PCID); with `keep` its older entries stay valid.
+    /// Switches to the address space with this key (its PCID); with `keep` its older entries stay valid.
     pub fn switch_context(&mut self, key: u64, keep: bool) {
         self.clock += 1;
+        self.current_key = key;
+        let found = self.contexts.iter().find(|context| context.key == key);
+        self.generation = match found.filter(|_| keep) {
+            Some(context) => context.generation,
+            None => self.new_generation(),
+        };
+        self.remember(key);
+        self.retag();
+    }
+
+    /// Notes that the current generation is that of `key`, in place of the context that was used least recently.
+    fn remember(&mut self, key: u64) {
         let found = self.contexts.iter().position(|context| context.key == key);
-        if let Some(slot) = found.filter(|_| keep) {
-            self.contexts[slot].used = self.clock;
-            self.generation = self.contexts[slot].generation;
-            self.retag();
-            return;
-        }
-        let generation = self.new_generation();
         let slot = found.unwrap_or_else(|| {
             let oldest = self.contexts.iter().enumerate().min_by_key(|(_, context)| context.used);
             oldest.map_or(0, |(slot, _)| slot)
         });
-        self.contexts[slot] = Context { key, generation, used: self.clock };
-        self.generation = generation;
-        self.retag();
+        self.contexts[slot] = Context { key, generation: self.generation, used: self.clock };
+    }
+
+    fn forget_contexts(&mut self) {
+        self.contexts = [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS];
     }
 
     fn retag(&mut self) {
@@ -217,6 +226,7 @@ impl Tlb {
         self.fetch_tag = self.epoch << 16 | self.generation << 4 | user << 2 | u64::from(self.code_size);
     }
 
+    /// A generation that no entry has. When they run out, everything is cleared; the caller makes the result the current one.
     fn new_generation(&mut self) -> u64 {
         if self.last_generation == GENERATION_MAX {
             for entry in self.data.iter_mut() {
@@ -226,9 +236,7 @@ impl Tlb {
             for entry in self.code.iter_mut() {
                 entry.tag = NO_TAG;
             }
-            for context in &mut self.contexts {
-                context.key = u64::MAX;
-            }
+            self.forget_contexts();
             self.epoch += 1;
             self.last_generation = 0;
         }

@@ -1,6 +1,7 @@
 //! MOV to and from CRn, LMSW, SMSW, CLTS, EFER and what changes of them bring about (SDM vol. 3, 2.5, 4.10.4 and 10.8.5).
 
 use crate::cpu::{CS, Cpu, cr0, cr4, efer};
+use crate::cpu_model::Feature;
 use crate::fault::Fault;
 use crate::op::{Flow, Op};
 use crate::page_walk::PHYSICAL_BITS;
@@ -26,6 +27,27 @@ impl Cpu {
         self.mode.long && self.segments[usize::from(CS)].attributes & 1 << 13 != 0
     }
 
+    /// The bits of CR4 that the CPU model has.
+    fn cr4_existing(&self) -> u64 {
+        let by_feature = [
+            (Feature::De, cr4::DE),
+            (Feature::Pse, cr4::PSE),
+            (Feature::Pae, cr4::PAE),
+            (Feature::Mce, cr4::MCE),
+            (Feature::Pge, cr4::PGE),
+            (Feature::Umip, cr4::UMIP),
+            (Feature::La57, cr4::LA57),
+            (Feature::Fsgsbase, cr4::FSGSBASE),
+            (Feature::Pcid, cr4::PCIDE),
+            (Feature::Xsave, cr4::OSXSAVE),
+            (Feature::Smep, cr4::SMEP),
+            (Feature::Smap, cr4::SMAP),
+            (Feature::Pku, cr4::PKE),
+        ];
+        let always = cr4::TSD | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+        by_feature.iter().filter(|(feature, _)| self.model.has(*feature)).fold(always, |bits, (_, bit)| bits | bit)
+    }
+
     /// Key of the current address space in the look-up tables: the PCID.
     pub(crate) fn context_key(&self) -> u64 {
         if self.cr4 & cr4::PCIDE != 0 { self.cr3 & PCID } else { 0 }
@@ -42,7 +64,7 @@ impl Cpu {
             2 => self.cr2,
             3 => self.cr3,
             4 => self.cr4,
-            _ => self.read_cr8(),
+            _ => self.cr8(),
         };
         self.set_register(op.second, value, u64::from(op.extra2));
         Ok(Flow::Next)
@@ -67,12 +89,7 @@ impl Cpu {
             }
             3 => self.write_cr3(value)?,
             4 => self.write_cr4(value)?,
-            _ => {
-                if value & !15 != 0 {
-                    return Err(self.raise_gp(0));
-                }
-                self.write_cr8(value);
-            }
+            _ => self.set_cr8(value)?,
         }
         self.rip = following;
         Ok(Flow::Leave)

@@ -140,7 +140,7 @@ impl Cpu {
         self.require_cpl_0()?;
         let value = self.pair();
         let avx_without_sse = value & 6 == 4;
-        if self.gpr[RCX] as u32 != 0 || value & 1 == 0 || value & !self.xcr0_existing() != 0 || avx_without_sse {
+        if self.gpr[RCX] as u32 != 0 || value & 1 == 0 || value & !self.model.xcr0_mask() != 0 || avx_without_sse {
             return Err(self.raise_gp(0));
         }
         self.xcr0 = value;
@@ -179,7 +179,7 @@ impl Cpu {
     /// VMCALL and VMMCALL: KVM's hypercalls.
     pub(crate) fn op_hypercall(&mut self, op: &Op) -> Result<Flow, Fault> {
         let following = self.following_ip(op);
-        self.hypercall();
+        self.hypercall()?;
         self.rip = following;
         Ok(Flow::Leave)
     }
