@@ -87,7 +87,6 @@ fn register_or_memory(instruction: &Instruction, operand: u32, builder: &mut OpB
     }
 }
 
-
 /// Segment, control and debug registers.
 fn moves(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     let first = instruction.op0_register();

@@ -6,17 +6,8 @@ use crate::fault::Fault;
 use crate::op::{Flow, Op};
 use crate::page_walk::PHYSICAL_BITS;
 
-const CR0_EXISTING: u64 = cr0::PE
-    | cr0::MP
-    | cr0::EM
-    | cr0::TS
-    | cr0::ET
-    | cr0::NE
-    | cr0::WP
-    | cr0::AM
-    | cr0::NW
-    | cr0::CD
-    | cr0::PG;
+const CR0_EXISTING: u64 =
+    cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 /// CR3 bit 63 in a write: the process-context's translations stay valid.
 const KEEP: u64 = 1 << 63;
 const PCID: u64 = 0xfff;
@@ -179,10 +170,7 @@ impl Cpu {
         let old = std::mem::replace(&mut self.cr4, value);
         let paging_bits = cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::LA57 | cr4::PCIDE;
         let uses_pointers = self.cr0 & cr0::PG != 0 && value & cr4::PAE != 0 && !long;
-        if uses_pointers
-            && changed & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0
-            && !self.load_pae_pointers()
-        {
+        if uses_pointers && changed & (cr4::PAE | cr4::PSE | cr4::PGE | cr4::SMEP) != 0 && !self.load_pae_pointers() {
             self.cr4 = old;
             return Err(self.raise_gp(0));
         }

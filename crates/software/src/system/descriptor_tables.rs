@@ -149,8 +149,7 @@ impl Cpu {
 
     /// Whether a descriptor's privilege lets the running code and the selector's RPL use it.
     fn may_ask(&self, descriptor: &Descriptor, selector: u16) -> bool {
-        descriptor.is_conforming()
-            || self.cpl() <= descriptor.dpl() && (selector & 3) as u8 <= descriptor.dpl()
+        descriptor.is_conforming() || self.cpl() <= descriptor.dpl() && (selector & 3) as u8 <= descriptor.dpl()
     }
 
     /// VERR (`immediate` 0) and VERW (1).
@@ -161,8 +160,7 @@ impl Cpu {
         let selector = self.operand_u16(op)?;
         let answer = match self.asked_descriptor(selector)? {
             Some(descriptor) => {
-                let usable =
-                    if op.immediate == 0 { descriptor.is_readable() } else { descriptor.is_writable_data() };
+                let usable = if op.immediate == 0 { descriptor.is_readable() } else { descriptor.is_writable_data() };
                 usable && self.may_ask(&descriptor, selector)
             }
             None => false,
@@ -189,8 +187,7 @@ impl Cpu {
             known && self.may_ask(descriptor, selector)
         });
         if let Some(descriptor) = answer {
-            let value =
-                if is_limit { u64::from(descriptor.limit()) } else { descriptor.raw >> 32 & 0x00ff_ff00 };
+            let value = if is_limit { u64::from(descriptor.limit()) } else { descriptor.raw >> 32 & 0x00ff_ff00 };
             self.set_register(op.first, value, u64::from(op.extra2));
         }
         self.set_zero_flag(answer.is_some());

@@ -121,11 +121,8 @@ impl Cpu {
     /// Checks a code segment that is named directly.
     fn check_direct_code(&mut self, code: &Descriptor) -> Result<(), Fault> {
         let rpl = (code.selector & 3) as u8;
-        let level_fits = if code.is_conforming() {
-            code.dpl() <= self.cpl()
-        } else {
-            rpl <= self.cpl() && code.dpl() == self.cpl()
-        };
+        let level_fits =
+            if code.is_conforming() { code.dpl() <= self.cpl() } else { rpl <= self.cpl() && code.dpl() == self.cpl() };
         let size_fits = !(self.mode.long && code.is_long() && code.is_big());
         if !code.is_code() || !level_fits || !size_fits {
             return Err(self.raise_selector(vector::GENERAL_PROTECTION, code.selector, 0));

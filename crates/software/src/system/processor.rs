@@ -1,7 +1,7 @@
 //! Small instructions about the processor itself: HLT, CLI, STI, CLAC, STAC, time stamps, CPUID, model-specific registers, XCR0,
 //! PKRU, hypercalls.
 
-use crate::cpu::{Cpu, RAX, RCX, RDX, RBX, cr4};
+use crate::cpu::{Cpu, RAX, RBX, RCX, RDX, cr4};
 use crate::fault::Fault;
 use crate::flags;
 use crate::op::{Flow, Op};

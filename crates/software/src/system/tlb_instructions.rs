@@ -1,6 +1,6 @@
 //! INVLPG, INVPCID and the cache instructions (SDM vol. 3, 4.10.4).
 
-use crate::cpu::{Cpu, CodeSize, cr4, is_canonical};
+use crate::cpu::{CodeSize, Cpu, cr4, is_canonical};
 use crate::fault::Fault;
 use crate::op::{Flow, Op};
 use crate::page_walk::Access;
