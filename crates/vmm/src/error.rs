@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use polder_basics::ByteSize;
 use polder_devices::pci::PciError;
 use polder_devices::virtio::block::BlockError;
+use polder_devices::virtio::net::TapError;
 use polder_machine::boot::BootError;
 use polder_machine::{BusError, EngineError};
 use polder_memory::MemoryError;
@@ -46,6 +47,14 @@ pub enum VmmError {
         path: PathBuf,
         #[source]
         source: BootError,
+    },
+    #[error("the network card has no network")]
+    Net(#[from] TapError),
+    #[error("the vsock socket {} cannot be made", path.display())]
+    Vsock {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
     },
     #[error("the KVM engine is not built yet")]
     NoKvmEngine,

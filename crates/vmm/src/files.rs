@@ -4,10 +4,14 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use polder_machine::boot::KERNEL_LEN_MAX;
 
-use crate::{DiskAccess, MachineConfig, VmmError};
+use polder_devices::virtio::net::Tap;
+
+use crate::vsock_socket::VsockSocket;
+use crate::{DiskAccess, MachineConfig, NetConfig, VmmError};
 
 /// An open disk.
 #[derive(Debug)]
@@ -17,11 +21,12 @@ pub(crate) struct Disk {
 }
 
 /// All files of a machine.
-#[derive(Debug)]
 pub(crate) struct Files {
     kernel: File,
     initrd: Option<File>,
     pub(crate) disks: Vec<Disk>,
+    pub(crate) tap: Option<Arc<Tap>>,
+    pub(crate) vsock: Option<VsockSocket>,
 }
 
 impl Files {
@@ -33,6 +38,11 @@ impl Files {
             kernel: open("kernel", &config.kernel, DiskAccess::ReadOnly)?,
             initrd: config.initrd.as_deref().map(|path| open("initrd", path, DiskAccess::ReadOnly)).transpose()?,
             disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
+            tap: match &config.net {
+                NetConfig::None => None,
+                NetConfig::Tap(name) => Some(Arc::new(Tap::open(name)?)),
+            },
+            vsock: config.vsock.as_deref().map(bind_vsock).transpose()?,
         })
     }
 
@@ -52,6 +62,10 @@ impl Files {
         file.seek(SeekFrom::Start(0))?;
         Ok(Some((file, len)))
     }
+}
+
+fn bind_vsock(path: &Path) -> Result<VsockSocket, VmmError> {
+    VsockSocket::bind(path).map_err(|source| VmmError::Vsock { path: path.to_owned(), source })
 }
 
 fn open(what: &'static str, path: &Path, access: DiskAccess) -> Result<File, VmmError> {

@@ -12,7 +12,7 @@
 //!
 //! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `gate` (vCPU
 //! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured),
-//! `virtio` (its virtio devices), `agent_client` (the host's end of a session with the agent in the guest).
+//! `virtio` (its virtio devices), `vsock_socket` (the host's way to the guest's ports), `agent_client` (the host's end of a session with the agent in the guest).
 
 pub mod agent_client;
 mod build;
@@ -27,6 +27,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 mod virtio;
+mod vsock_socket;
 
 pub use config::{
     CPUS_MAX, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN,

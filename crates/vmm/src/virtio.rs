@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use polder_devices::virtio::VirtioDevice;
+use polder_devices::virtio::balloon::Balloon;
 use polder_devices::virtio::block::{self, Block, BlockOptions, EngineChoice};
+use polder_devices::virtio::net::{Net, NetOptions};
+use polder_devices::virtio::rng::Rng;
+use polder_devices::virtio::vsock::{GUEST_CID_MIN, Vsock};
 
 use crate::build::Surroundings;
 use crate::{DiskAccess, VmmError};
@@ -13,6 +17,18 @@ pub(crate) fn devices(around: &Surroundings<'_>) -> Result<Vec<Arc<dyn VirtioDev
     let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
     for index in 0..around.files.disks.len() {
         devices.push(disk(around, index)?);
+    }
+    if let Some(tap) = &around.files.tap {
+        let options = NetOptions { mac: around.config.identity.mac, mtu: None };
+        devices.push(Arc::new(Net::new(tap.clone(), options)));
+    }
+    devices.push(Arc::new(Rng::new(around.clock.clone())));
+    devices.push(Arc::new(Balloon::new()));
+    if let Some(socket) = &around.files.vsock {
+        let device = socket
+            .listener()
+            .and_then(|listener| Vsock::new(GUEST_CID_MIN, listener, socket.path().to_owned(), around.clock.clone()));
+        devices.push(Arc::new(device.map_err(|source| VmmError::Host { what: "descriptor for vsock", source })?));
     }
     Ok(devices)
 }
