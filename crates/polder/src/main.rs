@@ -4,6 +4,7 @@
 //! usage, 1 anything else; commands that run a guest or a program in one end with the status their help names.
 
 mod boot;
+mod doctor;
 mod hint;
 mod image;
 mod state_folder;
@@ -24,6 +25,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Boot(boot::BootArguments),
+    Doctor(doctor::DoctorArguments),
     /// Make, list and remove images
     Image(image::ImageArguments),
 }
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
 fn run(command: Command, process_start_ns: u64) -> Result<ExitCode> {
     match command {
         Command::Boot(arguments) => boot::boot(arguments, process_start_ns),
+        Command::Doctor(arguments) => doctor::doctor(&arguments),
         Command::Image(arguments) => image::image(arguments).map(|()| ExitCode::SUCCESS),
     }
 }

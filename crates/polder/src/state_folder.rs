@@ -29,7 +29,8 @@ impl StateFolder {
         Self { path }
     }
 
-    fn locate() -> Result<PathBuf> {
+    /// Where the state folder is or would be.
+    pub fn locate() -> Result<PathBuf> {
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         if let Some(path) = variable("POLDER_HOME") {
             return Ok(path);
