@@ -27,6 +27,10 @@ fn vmm_hint(error: &VmmError) -> Option<&'static str> {
             _ => None,
         },
         VmmError::Disk { .. } => Some("a disk is a raw image; `truncate -s 1G FILE` makes an empty one"),
+        VmmError::Net(_) => Some("`ip tuntap add NAME mode tap user $USER` makes an interface for you (as root)"),
+        VmmError::Vsock { source, .. } if source.kind() == ErrorKind::AddrInUse => {
+            Some("another machine may use the socket; if none does, remove the file")
+        }
         VmmError::Host { .. } => Some("see what limits processes and open files here: ulimit -a"),
         VmmError::VcpuDied { .. } => Some("please report it, with the lines above"),
         _ => None,

@@ -11,6 +11,7 @@ use polder_devices::test_devices::{
     DEBUG_EXIT_PORTS, DebugExit, TEST_INTERRUPTS_START, TEST_MEMORY_LEN, TEST_MEMORY_START, TEST_PORTS_LEN,
     TEST_PORTS_START, TestInterrupts, TestMemory, TestPorts,
 };
+use polder_devices::virtio::console::Console as VirtioConsole;
 use polder_devices::virtio::{VirtioDevice, VirtioPciFunction};
 use polder_devices::{
     AcpiRegisters, CMOS_PORTS, FW_CFG_PORTS, FwCfg, GenerationId, KEYBOARD_PORT, KEYBOARD_PORTS, KeyboardController,
@@ -26,11 +27,11 @@ use polder_machine::{
 };
 use polder_memory::{GuestAddress, GuestMemory};
 
-use crate::control::{Control, Event, Running};
+use crate::control::{Control, Event, Keyboard, Running};
 use crate::engine::{EngineMaker, MessagePath};
 use crate::files::Files;
 use crate::gate::Gate;
-use crate::{MachineConfig, TestDevices, VmmError, virtio};
+use crate::{ConsolePort, MachineConfig, TestDevices, VmmError, virtio};
 
 /// Serial output that waits for a slow reader at most; beyond it the port holds the guest's transmitter.
 const CONSOLE_WAITING_LEN_MAX: usize = 64 << 10;
@@ -57,7 +58,7 @@ pub(crate) struct Machine {
     pub(crate) gate: Arc<Gate>,
     pub(crate) vcpus: Vec<Arc<dyn VcpuHandle>>,
     threads: Vec<JoinHandle<()>>,
-    console: QueuedWriterHandle,
+    console: Vec<QueuedWriterHandle>,
     virtio: Vec<Arc<dyn VirtioDevice>>,
     _message_sink: Arc<dyn MsiSink>,
     _generation_id: GenerationId,
@@ -92,7 +93,16 @@ impl Machine {
 
         let requests: Arc<dyn RequestSink> = Arc::new(around.control.clone());
         let (devices, console) = add_platform(around, &ports, &mmio, &io_apic, &requests)?;
-        let virtio = virtio::devices(around)?;
+        let mut console = vec![console];
+        let virtio_console = match config.console {
+            ConsolePort::Serial => None,
+            ConsolePort::Virtio => {
+                let (device, output) = virtio_console(around)?;
+                console.push(output);
+                Some(device)
+            }
+        };
+        let virtio = virtio::devices(around, virtio_console.clone())?;
         add_pci(&memory, &ports, &mmio, &io_apic, &messages, &requests, &virtio)?;
         if config.test_devices == TestDevices::Present {
             add_test_devices(config, &ports, &mmio, &io_apic, &requests)?;
@@ -131,7 +141,10 @@ impl Machine {
         }
         around.control.set_running(Running {
             gate: Arc::downgrade(&machine.gate),
-            serial: Arc::downgrade(&machine._devices.serial),
+            keyboard: match &virtio_console {
+                Some(console) => Keyboard::Virtio(Arc::downgrade(console)),
+                None => Keyboard::Serial(Arc::downgrade(&machine._devices.serial)),
+            },
             acpi: Arc::downgrade(&machine._devices.acpi),
         });
         Ok(machine)
@@ -147,7 +160,9 @@ impl Machine {
         for device in self.virtio.drain(..) {
             device.reset();
         }
-        self.console.drain(CONSOLE_DRAIN);
+        for output in &self.console {
+            output.drain(CONSOLE_DRAIN);
+        }
     }
 }
 
@@ -233,6 +248,28 @@ fn wire(io_apic: &Arc<IoApic>, pin: u8) -> Arc<dyn InterruptLine> {
     io_apic.line(pin).unwrap_or_else(|| Arc::new(()))
 }
 
+/// A way to the console's output that never blocks.
+fn console_output(around: &Surroundings<'_>) -> Result<(QueuedWriter, QueuedWriterHandle), VmmError> {
+    let host = |what| move |source| VmmError::Host { what, source };
+    let target = around.console.try_clone().map_err(host("descriptor for the console"))?;
+    let output =
+        QueuedWriter::spawn("console", target, CONSOLE_WAITING_LEN_MAX).map_err(host("thread for the console"))?;
+    let handle = output.handle();
+    Ok((output, handle))
+}
+
+fn virtio_console(around: &Surroundings<'_>) -> Result<(Arc<VirtioConsole>, QueuedWriterHandle), VmmError> {
+    let (output, handle) = console_output(around)?;
+    let console = Arc::new(VirtioConsole::new(Box::new(output)));
+    let for_room = Arc::downgrade(&console);
+    handle.set_on_room(move || {
+        if let Some(console) = for_room.upgrade() {
+            console.output_ready();
+        }
+    });
+    Ok((console, handle))
+}
+
 /// What every PC has beside PCI.
 fn add_platform(
     around: &Surroundings<'_>,
@@ -242,10 +279,7 @@ fn add_platform(
     requests: &Arc<dyn RequestSink>,
 ) -> Result<(Devices, QueuedWriterHandle), VmmError> {
     let host = |what| move |source| VmmError::Host { what, source };
-    let target = around.console.try_clone().map_err(host("descriptor for the console"))?;
-    let output =
-        QueuedWriter::spawn("console", target, CONSOLE_WAITING_LEN_MAX).map_err(host("thread for the console"))?;
-    let console = output.handle();
+    let (output, console) = console_output(around)?;
     let serial = Arc::new(Serial::new(Box::new(output), wire(io_apic, layout::COM1_GSI)));
     // Weak: the writer's thread holds the closure, and the port holds the writer.
     let for_room = Arc::downgrade(&serial);

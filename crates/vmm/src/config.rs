@@ -57,6 +57,16 @@ pub enum ResetPolicy {
     End,
 }
 
+/// Which console is typed at. Both write to the same output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ConsolePort {
+    /// The first serial port, `ttyS0`.
+    #[default]
+    Serial,
+    /// A virtio console, `hvc0`, which is there only then.
+    Virtio,
+}
+
 /// Whether the devices that test guests expect are there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TestDevices {
@@ -87,6 +97,7 @@ pub struct MachineConfig {
     pub net: NetConfig,
     /// Where the guest's vsock ports appear as Unix sockets; no vsock device without.
     pub vsock: Option<PathBuf>,
+    pub console: ConsolePort,
     /// The machine ends when it has run that long.
     pub timeout: Option<Duration>,
     pub reset: ResetPolicy,
@@ -107,6 +118,7 @@ impl MachineConfig {
             engine: EngineChoice::default(),
             net: NetConfig::default(),
             vsock: None,
+            console: ConsolePort::default(),
             timeout: None,
             reset: ResetPolicy::default(),
             test_devices: TestDevices::default(),

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use polder_devices::virtio::console::Console;
 use polder_devices::{AcpiRegisters, Serial};
 use polder_machine::{GuestRequest, RequestSink};
 
@@ -29,8 +30,27 @@ pub(crate) enum Event {
 #[derive(Default)]
 pub(crate) struct Running {
     pub(crate) gate: Weak<Gate>,
-    pub(crate) serial: Weak<Serial>,
+    pub(crate) keyboard: Keyboard,
     pub(crate) acpi: Weak<AcpiRegisters>,
+}
+
+/// Where typed text goes.
+#[derive(Clone, Default)]
+pub(crate) enum Keyboard {
+    #[default]
+    None,
+    Serial(Weak<Serial>),
+    Virtio(Weak<Console>),
+}
+
+impl Keyboard {
+    fn push_input(&self, bytes: &[u8]) -> usize {
+        match self {
+            Keyboard::None => 0,
+            Keyboard::Serial(serial) => serial.upgrade().map_or(0, |serial| serial.push_input(bytes)),
+            Keyboard::Virtio(console) => console.upgrade().map_or(0, |console| console.push_input(bytes)),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -68,10 +88,10 @@ impl Control {
         }
     }
 
-    /// Types at the serial console; says how many bytes the machine took. The rest can be offered again a little later.
+    /// Types at the console; says how many bytes the machine took. The rest can be offered again a little later.
     pub fn type_in(&self, bytes: &[u8]) -> usize {
-        let serial = lock(&self.shared.running).serial.upgrade();
-        serial.map_or(0, |serial| serial.push_input(bytes))
+        let keyboard = lock(&self.shared.running).keyboard.clone();
+        keyboard.push_input(bytes)
     }
 
     /// Stops all vCPUs until [`Control::resume`] and returns when they have stopped; whether there is a machine.

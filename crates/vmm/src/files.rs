@@ -76,7 +76,8 @@ fn open(what: &'static str, path: &Path, access: DiskAccess) -> Result<File, Vmm
     if kind.is_dir() {
         return refused("a folder");
     }
-    if !kind.is_file() && !(what == "disk" && kind.is_block_device()) {
+    let usable = kind.is_file() || what == "disk" && kind.is_block_device();
+    if !usable {
         return refused("a device, a pipe or a socket");
     }
     File::options().read(true).write(access == DiskAccess::ReadWrite).open(path).map_err(error)

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use polder_devices::virtio::VirtioDevice;
 use polder_devices::virtio::balloon::Balloon;
 use polder_devices::virtio::block::{self, Block, BlockOptions, EngineChoice};
+use polder_devices::virtio::console::Console;
 use polder_devices::virtio::net::{Net, NetOptions};
 use polder_devices::virtio::rng::Rng;
 use polder_devices::virtio::vsock::{GUEST_CID_MIN, Vsock};
@@ -13,7 +14,10 @@ use crate::build::Surroundings;
 use crate::{DiskAccess, VmmError};
 
 /// Makes the devices that the configuration asks for: disks first, so that their slots do not depend on anything else.
-pub(crate) fn devices(around: &Surroundings<'_>) -> Result<Vec<Arc<dyn VirtioDevice>>, VmmError> {
+pub(crate) fn devices(
+    around: &Surroundings<'_>,
+    console: Option<Arc<Console>>,
+) -> Result<Vec<Arc<dyn VirtioDevice>>, VmmError> {
     let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
     for index in 0..around.files.disks.len() {
         devices.push(disk(around, index)?);
@@ -24,6 +28,9 @@ pub(crate) fn devices(around: &Surroundings<'_>) -> Result<Vec<Arc<dyn VirtioDev
     }
     devices.push(Arc::new(Rng::new(around.clock.clone())));
     devices.push(Arc::new(Balloon::new()));
+    if let Some(console) = console {
+        devices.push(console);
+    }
     if let Some(socket) = &around.files.vsock {
         let device = socket
             .listener()

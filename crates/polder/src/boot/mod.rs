@@ -20,8 +20,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
-    CPUS_MAX, Console, Control, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, Outcome, ResetPolicy,
-    TestDevices,
+    CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, Outcome,
+    ResetPolicy, TestDevices,
 };
 
 use options::{parse_disk, parse_memory, parse_net};
@@ -76,6 +76,9 @@ pub struct BootArguments {
     /// Unix socket for connections to the guest's vsock ports
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
     vsock: Option<PathBuf>,
+    /// Which console the keys go to: serial is ttyS0, virtio adds hvc0
+    #[arg(long, value_name = "PORT", default_value = "serial")]
+    console: ConsoleName,
     /// Stop the machine after that many seconds
     #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: Option<u64>,
@@ -98,6 +101,13 @@ enum EngineName {
     Kvm,
 }
 
+/// Names of consoles.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum ConsoleName {
+    Serial,
+    Virtio,
+}
+
 impl BootArguments {
     fn config(&self) -> Result<MachineConfig> {
         Ok(MachineConfig {
@@ -114,6 +124,10 @@ impl BootArguments {
             },
             net: self.net.clone(),
             vsock: self.vsock.clone(),
+            console: match self.console {
+                ConsoleName::Serial => ConsolePort::Serial,
+                ConsoleName::Virtio => ConsolePort::Virtio,
+            },
             timeout: self.timeout.map(Duration::from_secs),
             reset: if self.no_reboot { ResetPolicy::End } else { ResetPolicy::Reboot },
             test_devices: if self.test_devices { TestDevices::Present } else { TestDevices::Absent },

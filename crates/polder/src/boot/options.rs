@@ -26,7 +26,7 @@ pub fn parse_memory(text: &str) -> Result<ByteSize, String> {
     if !(RAM_BYTES_MIN..=RAM_BYTES_MAX).contains(&size.0) {
         return Err(format!("a machine has {} to {} of memory", ByteSize(RAM_BYTES_MIN), ByteSize(RAM_BYTES_MAX)));
     }
-    if size.0 % 4096 != 0 {
+    if !size.0.is_multiple_of(4096) {
         return Err("memory comes in whole pages of 4 KiB".to_owned());
     }
     Ok(size)
