@@ -334,8 +334,10 @@ impl Cpu {
     /// Memory-mapped registers: the local APIC's own page, or the machine's.
     fn load_registers(&mut self, physical: u64, bytes: u64) -> u64 {
         if physical / PAGE_SIZE == self.apic_page {
+            self.counters.apic += 1;
             return self.load_local_apic(physical % PAGE_SIZE, bytes);
         }
+        self.counters.mmio += 1;
         match AccessSize::from_bytes(bytes as usize) {
             Some(size) => self.services.mmio.read(physical, size),
             None => u64::MAX,
@@ -344,8 +346,10 @@ impl Cpu {
 
     fn store_registers(&mut self, physical: u64, value: u64, bytes: u64) {
         if physical / PAGE_SIZE == self.apic_page {
+            self.counters.apic += 1;
             self.store_local_apic(physical % PAGE_SIZE, value, bytes);
         } else if let Some(size) = AccessSize::from_bytes(bytes as usize) {
+            self.counters.mmio += 1;
             self.services.mmio.write(physical, size, value);
         }
     }

@@ -10,7 +10,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, Instruction};
 use polder_machine::AccessSize;
 use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
@@ -278,7 +278,7 @@ impl Blocks {
     /// their bytes, 0 if there is not even one.
     fn lower_bytes(&mut self, cpu: &Cpu, bytes: &[u8]) -> usize {
         let context = CodeContext { code: cpu.mode.code, block_rip: cpu.rip };
-        let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, cpu.model.decoder_options());
         let mut instruction = Instruction::default();
         let mut len = 0;
         for _ in 0..BLOCK_OPS_MAX {
@@ -297,7 +297,7 @@ impl Blocks {
                 self.ops.push(op);
                 return len;
             }
-            let (op, ends_block) = lower::lower(&instruction, context);
+            let (op, ends_block) = lower::lower_for(&cpu.model, &instruction, context);
             len += instruction.len();
             self.ops.push(op);
             if ends_block {
@@ -404,8 +404,8 @@ enum Decoded {
 
 fn decode_one(cpu: &Cpu, bytes: &[u8]) -> (Op, bool) {
     let context = CodeContext { code: cpu.mode.code, block_rip: cpu.rip };
-    let instruction = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, DecoderOptions::NONE).decode();
-    lower::lower(&instruction, context)
+    let instruction = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, cpu.model.decoder_options()).decode();
+    lower::lower_for(&cpu.model, &instruction, context)
 }
 
 /// #GP(0): the instruction is longer than 15 bytes.
@@ -501,7 +501,7 @@ fn fetch(cpu: &mut Cpu, linear: u64) -> Result<Fetched, Fault> {
         fetched.bytes[fetched.len] = read_code(cpu, fetched.last_page * PAGE_SIZE + at % PAGE_SIZE);
         fetched.len += 1;
         let bytes = &fetched.bytes[..fetched.len];
-        let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, cpu.model.decoder_options());
         let instruction = decoder.decode();
         if !instruction.is_invalid() || decoder.last_error() != DecoderError::NoMoreBytes {
             return Ok(fetched);

@@ -7,7 +7,7 @@
 //! The vendor is Intel's: stock kernels then trust ARCH_CAPABILITIES, which tells them that the speculation bugs of real
 //! processors are absent. Family 6, model 0x1b belongs to no product, so no list of errata names it.
 
-use iced_x86::CpuidFeature;
+use iced_x86::{CpuidFeature, DecoderOptions};
 
 use crate::page_walk::PHYSICAL_BITS;
 
@@ -316,6 +316,18 @@ impl CpuModel {
     #[inline]
     pub fn has(&self, feature: Feature) -> bool {
         self.features & bit(feature) != 0
+    }
+
+    /// How bytes are decoded: where a feature is missing, its prefix is ignored (`rep bsf` is TZCNT only with BMI1).
+    pub fn decoder_options(&self) -> u32 {
+        let mut options = DecoderOptions::NO_WBNOINVD;
+        if !self.has(Feature::Bmi1) {
+            options |= DecoderOptions::NO_MPFX_0FBC;
+        }
+        if !self.has(Feature::Lzcnt) {
+            options |= DecoderOptions::NO_MPFX_0FBD;
+        }
+        options
     }
 
     /// Whether instructions of this kind exist; `false` means #UD.

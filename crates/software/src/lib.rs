@@ -22,6 +22,7 @@ mod block_cache;
 mod counters;
 mod cpu;
 mod cpu_model;
+mod engine;
 mod fault;
 mod flags;
 mod lower;
@@ -37,5 +38,8 @@ mod system;
 pub mod testbench;
 mod time;
 mod tlb;
+mod trace;
+mod vcpu;
 
+pub use engine::SoftwareEngine;
 pub use cpu_model::{CpuModel, CpuModelError, Feature};

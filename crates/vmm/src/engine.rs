@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use polder_machine::{Engine, EngineServices, MsiMessage, MsiSink};
+use polder_software::{CpuModel, SoftwareEngine};
 
 use crate::{EngineChoice, VmmError};
 
@@ -14,8 +15,8 @@ pub(crate) fn make(choice: EngineChoice, services: EngineServices, cpus: u32) ->
     match choice {
         // Until the KVM engine is there, the software engine is the faster of those that work.
         EngineChoice::Auto | EngineChoice::Software => {
-            let _ = (services, cpus);
-            Err(VmmError::NoKvmEngine)
+            let model = CpuModel::named(CpuModel::NEWEST, &[])?;
+            Ok(SoftwareEngine::new(services, cpus, model)?)
         }
         EngineChoice::Kvm => Err(VmmError::NoKvmEngine),
     }

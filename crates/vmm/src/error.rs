@@ -10,6 +10,7 @@ use polder_devices::virtio::net::TapError;
 use polder_machine::boot::BootError;
 use polder_machine::{BusError, EngineError};
 use polder_memory::MemoryError;
+use polder_software::CpuModelError;
 
 /// A machine cannot be made, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +61,8 @@ pub enum VmmError {
     NoKvmEngine,
     #[error("the engine cannot run this machine")]
     Engine(#[from] EngineError),
+    #[error("the CPU model cannot be had")]
+    CpuModel(#[from] CpuModelError),
     #[error("the machine's memory cannot be made or filled")]
     Memory(#[from] MemoryError),
     #[error("two devices claim the same addresses")]

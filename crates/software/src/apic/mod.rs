@@ -7,6 +7,8 @@ mod inbox;
 mod local;
 mod router;
 mod timer;
+#[cfg(test)]
+mod tests;
 
 pub use inbox::{EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SIPI, EVENT_STOP, Inbox};
 pub use local::LocalApic;

@@ -13,6 +13,7 @@ mod vector;
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu, ZERO};
+use crate::cpu_model::CpuModel;
 use crate::op::{Flow, Handler, Op, address};
 
 /// What the meaning of bytes depends on beside the bytes.
@@ -50,6 +51,15 @@ pub fn lower(instruction: &Instruction, context: CodeContext) -> (Op, bool) {
         None => builder.ends_block = true,
     }
     (builder.op, builder.ends_block)
+}
+
+/// As [`lower`] for a processor of this model: instructions that it lacks are undefined.
+pub fn lower_for(model: &CpuModel, instruction: &Instruction, context: CodeContext) -> (Op, bool) {
+    if instruction.cpuid_features().iter().all(|&kind| model.supports(kind)) {
+        return lower(instruction, context);
+    }
+    let next_offset = instruction.next_ip().wrapping_sub(context.block_rip) as u16;
+    (Op { next_offset, len: instruction.len() as u8, ..Op::empty(undefined) }, true)
 }
 
 /// Handler of everything that is not an instruction of this processor.

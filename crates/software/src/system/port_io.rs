@@ -48,11 +48,13 @@ impl Cpu {
     }
 
     fn read_port(&mut self, port: u16, bytes: u64) -> u64 {
+        self.counters.port += 1;
         self.note_port_breakpoint(port, bytes);
         self.services.ports.read(u64::from(port), Self::port_size(bytes))
     }
 
     fn write_port(&mut self, port: u16, bytes: u64, value: u64) {
+        self.counters.port += 1;
         self.note_port_breakpoint(port, bytes);
         let size = Self::port_size(bytes);
         self.services.ports.write(u64::from(port), size, value & size.all_ones());

@@ -10,6 +10,7 @@ impl Cpu {
     /// HLT
     pub(crate) fn op_halt(&mut self, op: &Op) -> Result<Flow, Fault> {
         self.require_cpl_0()?;
+        self.counters.hlt += 1;
         self.halted = true;
         Ok(self.leave(op))
     }

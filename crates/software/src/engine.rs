@@ -1,0 +1,84 @@
+//! The software engine as the machine sees it.
+
+use std::sync::{Arc, Mutex};
+
+use polder_machine::{Engine, EngineError, EngineServices, MsiSink, Vcpu, VcpuHandle};
+use polder_memory::CodeWatcher;
+
+use crate::apic::{EVENT_NMI, Inbox, LocalApic, Router};
+use crate::counters::Published;
+use crate::cpu::Cpu;
+use crate::cpu_model::CpuModel;
+use crate::time;
+use crate::vcpu::{SoftwareHandle, SoftwareVcpu};
+
+/// vCPUs that a machine can have: APIC ids 0 to 254 without extensions.
+const VCPUS_MAX: u32 = 255;
+
+/// The software engine: needs nothing of the host but an x86-64 CPU with SSE2 and the features of the model.
+pub struct SoftwareEngine {
+    vcpus: Mutex<Vec<SoftwareVcpu>>,
+    handles: Vec<Arc<SoftwareHandle>>,
+    router: Arc<Router>,
+}
+
+/// Tells every vCPU of stale code; its inbox bounds what waits.
+struct StaleCode(Vec<Arc<Inbox>>);
+
+impl CodeWatcher for StaleCode {
+    fn code_written(&self, page_number: u64, granules: u64) {
+        for inbox in &self.0 {
+            inbox.post_stale(page_number, granules);
+        }
+    }
+}
+
+impl SoftwareEngine {
+    /// An engine with vCPUs in power-on state. One engine for each [`polder_memory::GuestMemory`].
+    pub fn new(services: EngineServices, vcpu_count: u32, model: CpuModel) -> Result<Arc<Self>, EngineError> {
+        if !(1..=VCPUS_MAX).contains(&vcpu_count) {
+            return Err(EngineError::VcpuCount { asked: vcpu_count, max: VCPUS_MAX });
+        }
+        let model = Arc::new(model);
+        let inboxes: Vec<Arc<Inbox>> = (0..vcpu_count).map(|_| Arc::default()).collect();
+        services.memory.set_code_watcher(Arc::new(StaleCode(inboxes.clone())));
+        let router = Arc::new(Router::new(inboxes));
+        let tsc_khz = time::tsc_khz();
+        let epoch_tsc = time::host_tsc();
+        let mut vcpus = Vec::new();
+        let mut handles = Vec::new();
+        for (index, inbox) in router.inboxes().iter().enumerate() {
+            let apic = LocalApic::new(router.clone(), index, tsc_khz);
+            let cpu = Cpu::with_platform(services.clone(), model.clone(), apic, epoch_tsc);
+            let published = Arc::new(Published::default());
+            handles.push(Arc::new(SoftwareHandle { inbox: inbox.clone(), published: published.clone() }));
+            vcpus.push(SoftwareVcpu::new(cpu, published));
+        }
+        Ok(Arc::new(SoftwareEngine { vcpus: Mutex::new(vcpus), handles, router }))
+    }
+}
+
+impl Engine for SoftwareEngine {
+    fn name(&self) -> &'static str {
+        "software"
+    }
+
+    fn take_vcpus(&self) -> Vec<Box<dyn Vcpu>> {
+        let mut vcpus = self.vcpus.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        std::mem::take(&mut *vcpus).into_iter().map(|vcpu| Box::new(vcpu) as Box<dyn Vcpu>).collect()
+    }
+
+    fn handles(&self) -> Vec<Arc<dyn VcpuHandle>> {
+        self.handles.iter().map(|handle| handle.clone() as Arc<dyn VcpuHandle>).collect()
+    }
+
+    fn msi_sink(&self) -> Arc<dyn MsiSink> {
+        self.router.clone()
+    }
+
+    fn send_nmi(&self) {
+        for inbox in self.router.inboxes() {
+            inbox.post_event(EVENT_NMI);
+        }
+    }
+}

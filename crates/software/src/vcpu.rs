@@ -1,0 +1,349 @@
+//! The outer loop of one vCPU: everything between runs of blocks.
+//!
+//! Between runs the loop looks, in the order of the architecture (SDM vol. 3, table 6-2), at INIT, debug traps, NMIs, interrupts, and then
+//! lets the code go on: one instruction where an interrupt shadow or single steps ask for it, else blocks until something happens.
+//!
+//! Four things bring the inner loop back: the attention flag (someone put something into the [`Inbox`]), an instruction that
+//! changed what matters here, an exception, and the budget of [`BLOCKS_BETWEEN_LOOKS`], after which the timer's deadline is compared
+//! with the TSC. A request that cannot be delivered now (IF clear, priority too low) needs no flag: whatever changes that comes back here.
+//!
+//! While halted the thread sleeps in the host until the inbox is signalled or the timer is due.
+
+use std::sync::Arc;
+
+use polder_machine::state::{RunState, VcpuState};
+use polder_machine::{Vcpu, VcpuExit, VcpuHandle};
+
+use crate::apic::{EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SIPI, EVENT_STOP, Inbox, LocalApic, Router};
+use crate::block_cache::Blocks;
+use crate::counters::Published;
+use crate::cpu::{CS, Cpu};
+use crate::flags;
+use crate::run::Outcome;
+use crate::system::Delivery;
+use crate::time::{NEVER, host_tsc, ticks_to_ns};
+use crate::trace;
+
+/// Blocks between two looks at the clock: some 10 to 20 microseconds.
+const BLOCKS_BETWEEN_LOOKS: u32 = 256;
+
+/// One vCPU, owned by its thread.
+pub struct SoftwareVcpu {
+    cpu: Cpu,
+    blocks: Blocks,
+    inbox: Arc<Inbox>,
+    published: Arc<Published>,
+    /// INIT has come, SIPI has not.
+    waits_for_sipi: bool,
+    nmi_pending: bool,
+    /// A kick came while not halted: the next HLT does not halt.
+    kicked: bool,
+    /// The host's timer slack was set for this thread.
+    slack_set: bool,
+}
+
+impl SoftwareVcpu {
+    /// A vCPU after power-on.
+    pub fn new(cpu: Cpu, published: Arc<Published>) -> Self {
+        let vcpu_count = cpu.apic.router().inboxes().len() as u32;
+        let inbox = cpu.apic.inbox().clone();
+        let waits_for_sipi = cpu.apic.id() != 0;
+        SoftwareVcpu {
+            cpu,
+            blocks: Blocks::new(vcpu_count),
+            inbox,
+            published,
+            waits_for_sipi,
+            nmi_pending: false,
+            kicked: false,
+            slack_set: false,
+        }
+    }
+
+    /// Takes everything out of the inbox; `true`: stop.
+    fn attend(&mut self) -> bool {
+        if !self.inbox.take_attention() {
+            return false;
+        }
+        let stale = self.inbox.take_stale();
+        if stale.everything {
+            self.blocks.flush();
+        }
+        for (page_number, granules) in stale.pages {
+            self.blocks.invalidate(page_number, granules);
+        }
+        let (events, sipi_vector) = self.inbox.take_events();
+        if events == 0 {
+            return false;
+        }
+        if events & EVENT_INIT != 0 {
+            self.init();
+        }
+        if events & EVENT_SIPI != 0 && self.waits_for_sipi {
+            self.start_up(sipi_vector);
+        }
+        if events & EVENT_NMI != 0 {
+            self.nmi_pending = true;
+        }
+        if events & EVENT_KICK != 0 {
+            self.kicked = true;
+        }
+        events & EVENT_STOP != 0
+    }
+
+    /// INIT: power-on state, but for what the manual keeps: the time-stamp counter, MSRs, XCR0, vector registers (SDM vol. 3, table 10-1).
+    fn init(&mut self) {
+        let is_bootstrap = self.cpu.apic.id() == 0;
+        let power_on = VcpuState::power_on(is_bootstrap);
+        let xcr0 = self.cpu.xcr0;
+        self.cpu.apic.init();
+        self.load(&VcpuState { xcr0, ..power_on });
+    }
+
+    /// SIPI: real mode at the vector's page.
+    fn start_up(&mut self, vector: u8) {
+        self.waits_for_sipi = false;
+        let code = &mut self.cpu.segments[usize::from(CS)];
+        code.selector = u16::from(vector) << 8;
+        code.base = u64::from(vector) << 12;
+        self.cpu.rip = 0;
+        self.cpu.update_mode();
+    }
+
+    /// Sets the registers of a [`VcpuState`].
+    fn load(&mut self, state: &VcpuState) {
+        let cpu = &mut self.cpu;
+        cpu.gpr[..16].copy_from_slice(&state.gpr);
+        cpu.rip = state.rip;
+        cpu.segments = state.segments;
+        cpu.ldtr = state.ldtr;
+        cpu.tr = state.tr;
+        cpu.gdtr = state.gdtr;
+        cpu.idtr = state.idtr;
+        cpu.cr0 = state.cr0;
+        cpu.cr2 = state.cr2;
+        cpu.cr3 = state.cr3;
+        cpu.cr4 = state.cr4;
+        cpu.efer = state.efer;
+        cpu.xcr0 = state.xcr0;
+        cpu.debug = state.debug;
+        cpu.apic.set_tpr((state.cr8 as u8 & 15) << 4);
+        cpu.halted = state.run_state == RunState::Halted;
+        cpu.interrupt_shadow = false;
+        cpu.nmi_blocked = false;
+        cpu.pending_debug = 0;
+        cpu.late_fault = false;
+        cpu.stack_shadow = false;
+        cpu.set_rflags(state.rflags);
+        cpu.set_apic_page();
+        cpu.tlb.flush_all();
+        if cpu.cr0 & crate::cpu::cr0::PG != 0 && cpu.cr4 & crate::cpu::cr4::PAE != 0 && !cpu.mode.long {
+            // A state whose tables are bad faults when it runs.
+            cpu.load_pae_pointers();
+        }
+        self.blocks.flush();
+        self.waits_for_sipi = state.run_state == RunState::WaitForSipi;
+        self.nmi_pending = false;
+        self.kicked = false;
+    }
+
+    /// Whether a halted vCPU has a reason to go on.
+    fn wakes(&mut self) -> bool {
+        if std::mem::take(&mut self.kicked) || self.nmi_pending && !self.cpu.nmi_blocked {
+            return true;
+        }
+        self.cpu.end_quiet_interrupt();
+        self.cpu.system_flags & flags::IF != 0 && self.cpu.apic.deliverable().is_some()
+    }
+
+    /// Sleeps until the inbox is signalled or the timer is due.
+    fn sleep(&mut self) {
+        let deadline = self.cpu.apic.timer.deadline();
+        let timeout = if deadline == NEVER {
+            None
+        } else {
+            let now = host_tsc();
+            if deadline <= now {
+                return;
+            }
+            Some(ticks_to_ns(deadline - now, self.cpu.apic.timer.tsc_khz()))
+        };
+        self.cpu.counters.sleeps += 1;
+        self.publish();
+        self.inbox.sleep(timeout);
+    }
+
+    fn publish(&self) {
+        self.published.publish(self.cpu.instructions, &self.cpu.counters);
+    }
+
+    /// Delivers what waits to be delivered before the next instruction.
+    fn deliver_pending(&mut self) -> Delivery {
+        let cpu = &mut self.cpu;
+        if cpu.trap_pending() {
+            cpu.counters.exceptions += 1;
+            if cpu.deliver_trap() == Delivery::TripleFault {
+                return Delivery::TripleFault;
+            }
+        }
+        if cpu.interrupt_shadow {
+            return Delivery::Done;
+        }
+        if self.nmi_pending && !cpu.nmi_blocked {
+            self.nmi_pending = false;
+            cpu.counters.nmis += 1;
+            return cpu.deliver_nmi();
+        }
+        if cpu.system_flags & flags::IF == 0 || self.inbox.highest_request().is_none() {
+            return Delivery::Done;
+        }
+        cpu.end_quiet_interrupt();
+        if let Some(vector) = cpu.apic.deliverable() {
+            cpu.apic.accept(vector);
+            cpu.offer_quiet_end();
+            cpu.counters.interrupts += 1;
+            return cpu.deliver_interrupt(vector);
+        }
+        Delivery::Done
+    }
+
+    /// Runs one instruction, or blocks.
+    fn advance(&mut self) -> Delivery {
+        let traced = trace::is_on();
+        if !(self.cpu.interrupt_shadow || self.cpu.needs_single_step() || traced) {
+            let outcome = self.blocks.run(&mut self.cpu, self.inbox.attention(), BLOCKS_BETWEEN_LOOKS);
+            return self.finish(outcome);
+        }
+        if traced {
+            trace::instruction(&self.cpu);
+        }
+        let step = match self.cpu.before_step() {
+            Ok(step) => step,
+            Err(_) => return self.finish(Outcome::Fault),
+        };
+        self.cpu.interrupt_shadow = false;
+        let outcome = self.blocks.run_one(&mut self.cpu);
+        if outcome != Outcome::Fault {
+            self.cpu.after_step(step);
+        }
+        self.finish(outcome)
+    }
+
+    fn finish(&mut self, outcome: Outcome) -> Delivery {
+        self.cpu.counters.leaves += 1;
+        if outcome != Outcome::Fault {
+            return Delivery::Done;
+        }
+        self.cpu.counters.exceptions += 1;
+        trace::exception(&self.cpu);
+        self.cpu.deliver_exception()
+    }
+
+    /// Sleeps of this thread end when they should: Linux adds 50 microseconds unless told not to.
+    fn set_timer_slack(&mut self) {
+        if !self.slack_set {
+            self.slack_set = true;
+            // SAFETY: sets a number of the calling thread. It cannot fail in a way that matters.
+            unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
+        }
+    }
+}
+
+impl Vcpu for SoftwareVcpu {
+    fn run(&mut self) -> VcpuExit {
+        self.set_timer_slack();
+        let exit = loop {
+            if self.attend() {
+                break VcpuExit::Stopped;
+            }
+            if self.cpu.apic.timer.deadline() != NEVER {
+                self.cpu.apic.poll_timer(host_tsc());
+            }
+            if self.waits_for_sipi {
+                self.sleep();
+                continue;
+            }
+            if self.cpu.halted {
+                if !self.wakes() {
+                    self.sleep();
+                    continue;
+                }
+                self.cpu.halted = false;
+            }
+            if self.deliver_pending() == Delivery::TripleFault || self.advance() == Delivery::TripleFault {
+                trace::triple_fault(&self.cpu);
+                break VcpuExit::TripleFault;
+            }
+        };
+        self.publish();
+        exit
+    }
+
+    fn state(&self) -> VcpuState {
+        let cpu = &self.cpu;
+        let mut gpr = [0; 16];
+        gpr.copy_from_slice(&cpu.gpr[..16]);
+        VcpuState {
+            gpr,
+            rip: cpu.rip,
+            rflags: cpu.rflags(),
+            segments: cpu.segments,
+            ldtr: cpu.ldtr,
+            tr: cpu.tr,
+            gdtr: cpu.gdtr,
+            idtr: cpu.idtr,
+            cr0: cpu.cr0,
+            cr2: cpu.cr2,
+            cr3: cpu.cr3,
+            cr4: cpu.cr4,
+            cr8: cpu.cr8(),
+            efer: cpu.efer,
+            xcr0: cpu.xcr0,
+            debug: cpu.debug,
+            run_state: match (self.waits_for_sipi, cpu.halted) {
+                (true, _) => RunState::WaitForSipi,
+                (false, true) => RunState::Halted,
+                (false, false) => RunState::Runnable,
+            },
+        }
+    }
+
+    fn set_state(&mut self, state: &VcpuState) {
+        self.inbox.clear_requests();
+        self.load(state);
+    }
+
+    fn reset(&mut self) {
+        let old = &self.cpu;
+        let index = old.apic.id() as usize;
+        let router: Arc<Router> = old.apic.router().clone();
+        // What was sent to the processor before the reset is void; a request to stop is not.
+        self.inbox.take_event(EVENT_INIT | EVENT_SIPI | EVENT_NMI | EVENT_KICK);
+        let apic = LocalApic::new(router, index, old.apic.timer.tsc_khz());
+        let mut cpu = Cpu::with_platform(old.services.clone(), old.model.clone(), apic, old.epoch_tsc);
+        cpu.counters = old.counters;
+        cpu.instructions = old.instructions;
+        self.cpu = cpu;
+        // The new look-up tables count their generations anew.
+        self.blocks.flush();
+        self.waits_for_sipi = index != 0;
+        self.nmi_pending = false;
+        self.kicked = false;
+    }
+}
+
+/// Reaches a vCPU from other threads.
+pub struct SoftwareHandle {
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) published: Arc<Published>,
+}
+
+impl VcpuHandle for SoftwareHandle {
+    fn stop(&self) {
+        self.inbox.post_event(EVENT_STOP);
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.published.read()
+    }
+}
