@@ -41,5 +41,5 @@ mod tlb;
 mod trace;
 mod vcpu;
 
-pub use engine::SoftwareEngine;
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
+pub use engine::SoftwareEngine;

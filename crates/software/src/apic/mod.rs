@@ -6,9 +6,9 @@
 mod inbox;
 mod local;
 mod router;
-mod timer;
 #[cfg(test)]
 mod tests;
+mod timer;
 
 pub use inbox::{EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SIPI, EVENT_STOP, Inbox};
 pub use local::LocalApic;
