@@ -362,7 +362,8 @@ impl Cpu {
         }
     }
 
-    fn stored_to_physical(&mut self, physical: u64, bytes: u64) {
+    /// Tells whoever watches the page that `bytes` bytes at `physical` (inside one page) were written.
+    pub(crate) fn stored_to_physical(&mut self, physical: u64, bytes: u64) {
         if let Some(page) = self.services.memory.page(physical / PAGE_SIZE) {
             // SAFETY: the note lives as long as the memory.
             let note = unsafe { (*page.note).load(Ordering::Relaxed) };
@@ -390,6 +391,14 @@ impl Checked {
             _ => at(self.first, index),
         };
         Checked { first, first_len: 1, second: None }
+    }
+
+    /// The guest-physical addresses of the two halves, if the access lies in two pages of RAM.
+    pub fn two_pages_of_ram(self) -> Option<(u64, u64)> {
+        match (self.first, self.second) {
+            (Target::Ram { physical: first, .. }, Some(Target::Ram { physical: second, .. })) => Some((first, second)),
+            _ => None,
+        }
     }
 
     /// The host address, if the access lies in one page of RAM.

@@ -4,5 +4,14 @@
 //! few host instructions. Arithmetic is executed by the same host instruction in inline assembly; its flags are the host's.
 
 pub mod alu;
+pub mod atomic;
+pub mod bits;
 pub mod branch;
+pub mod decimal;
+pub mod misc;
+pub mod movement;
+pub mod multiply;
 pub mod operand;
+pub mod shift;
+pub mod stack;
+pub mod string;

@@ -87,12 +87,15 @@ pub trait Place {
         commit: impl FnOnce(&mut Cpu, R),
     ) -> Result<(), Fault>;
     fn read<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Fault>;
+    fn write<T: Width>(cpu: &mut Cpu, op: &Op, value: T) -> Result<(), Fault>;
 }
 
 /// The register `op.first`.
 pub struct First;
 /// The register `op.second`.
 pub struct Second;
+/// The register `op.extra`.
+pub struct Third;
 /// The immediate.
 pub struct Immediate;
 /// The memory operand.
@@ -109,6 +112,13 @@ impl Source for Second {
     #[inline(always)]
     fn read<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Fault> {
         Ok(T::register(cpu, op.second))
+    }
+}
+
+impl Source for Third {
+    #[inline(always)]
+    fn read<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Fault> {
+        Ok(T::register(cpu, op.extra))
     }
 }
 
@@ -144,6 +154,12 @@ impl Place for First {
     fn read<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Fault> {
         Ok(T::register(cpu, op.first))
     }
+
+    #[inline(always)]
+    fn write<T: Width>(cpu: &mut Cpu, op: &Op, value: T) -> Result<(), Fault> {
+        T::set_register(cpu, op.first, value);
+        Ok(())
+    }
 }
 
 impl Place for Memory {
@@ -165,5 +181,10 @@ impl Place for Memory {
     #[inline(always)]
     fn read<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<T, Fault> {
         cpu.load_operand(op)
+    }
+
+    #[inline(always)]
+    fn write<T: Width>(cpu: &mut Cpu, op: &Op, value: T) -> Result<(), Fault> {
+        cpu.store_operand(op, value)
     }
 }

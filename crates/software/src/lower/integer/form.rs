@@ -1,6 +1,6 @@
 //! Operand forms and widths of instructions, and the tables of handlers they choose from.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{ConditionCode, Instruction, OpKind, Register};
 
 use super::super::{OpBuilder, byte_register, register_number};
 
@@ -103,3 +103,80 @@ macro_rules! widths {
     }};
 }
 pub(super) use widths;
+
+/// As `widths!`, for instructions without a form for bytes.
+macro_rules! widths_from_16 {
+    ($function:path, [$($before:ty),*], [$($after:ty),*]) => {{
+        use $function as function;
+        [
+            None,
+            Some(function::<$($before,)* u16, $($after),*> as $crate::op::Handler),
+            Some(function::<$($before,)* u32, $($after),*>),
+            Some(function::<$($before,)* u64, $($after),*>),
+        ]
+    }};
+}
+pub(super) use widths_from_16;
+
+/// As `widths!`, for instructions with 32- and 64-bit forms only.
+macro_rules! widths_from_32 {
+    ($function:path, [$($before:ty),*], [$($after:ty),*]) => {{
+        use $function as function;
+        [
+            None,
+            None,
+            Some(function::<$($before,)* u32, $($after),*> as $crate::op::Handler),
+            Some(function::<$($before,)* u64, $($after),*>),
+        ]
+    }};
+}
+pub(super) use widths_from_32;
+
+/// A handler for each condition code; further type parameters come after it.
+macro_rules! conditions {
+    ($function:path $(, $after:ty)*) => {{
+        use $function as function;
+        [
+            function::<0 $(, $after)*> as $crate::op::Handler,
+            function::<1 $(, $after)*>,
+            function::<2 $(, $after)*>,
+            function::<3 $(, $after)*>,
+            function::<4 $(, $after)*>,
+            function::<5 $(, $after)*>,
+            function::<6 $(, $after)*>,
+            function::<7 $(, $after)*>,
+            function::<8 $(, $after)*>,
+            function::<9 $(, $after)*>,
+            function::<10 $(, $after)*>,
+            function::<11 $(, $after)*>,
+            function::<12 $(, $after)*>,
+            function::<13 $(, $after)*>,
+            function::<14 $(, $after)*>,
+            function::<15 $(, $after)*>,
+        ]
+    }};
+}
+pub(super) use conditions;
+
+/// The condition code of a Jcc, SETcc or CMOVcc.
+pub fn condition(instruction: &Instruction) -> Option<usize> {
+    Some(match instruction.condition_code() {
+        ConditionCode::o => 0,
+        ConditionCode::no => 1,
+        ConditionCode::b => 2,
+        ConditionCode::ae => 3,
+        ConditionCode::e => 4,
+        ConditionCode::ne => 5,
+        ConditionCode::be => 6,
+        ConditionCode::a => 7,
+        ConditionCode::s => 8,
+        ConditionCode::ns => 9,
+        ConditionCode::p => 10,
+        ConditionCode::np => 11,
+        ConditionCode::l => 12,
+        ConditionCode::ge => 13,
+        ConditionCode::le => 14,
+        ConditionCode::g => 15,
+        ConditionCode::None => return None,
+    })
+}

@@ -1,15 +1,34 @@
 //! Choice of handlers for general-purpose instructions.
 
 mod arithmetic;
+mod atomic;
+mod bits;
 mod control;
 mod form;
+mod misc;
+mod movement;
+mod stack;
+mod string;
 
-use iced_x86::Instruction;
+use iced_x86::{Code, Instruction};
 
 use super::OpBuilder;
 use crate::op::Handler;
 
 /// The handler for a general-purpose instruction; `None` for all others.
 pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
-    arithmetic::select(instruction, builder).or_else(|| control::select(instruction, builder))
+    if instruction.code() == Code::INVALID {
+        return None;
+    }
+    if instruction.has_lock_prefix() {
+        return atomic::select(instruction, builder);
+    }
+    arithmetic::select(instruction, builder)
+        .or_else(|| movement::select(instruction, builder))
+        .or_else(|| control::select(instruction, builder))
+        .or_else(|| stack::select(instruction, builder))
+        .or_else(|| bits::select(instruction, builder))
+        .or_else(|| string::select(instruction, builder))
+        .or_else(|| atomic::select(instruction, builder))
+        .or_else(|| misc::select(instruction, builder))
 }
