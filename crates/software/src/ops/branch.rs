@@ -138,7 +138,7 @@ pub fn call_64(cpu: &mut Cpu, op: &Op) -> Flow {
 #[inline(always)]
 fn call_to<T: Width>(cpu: &mut Cpu, op: &Op, target: u64) -> Flow {
     let back = T::from_u64(op.next_rip(cpu));
-    let result = cpu.check_branch(target).and_then(|()| cpu.push(back));
+    let result = cpu.check_branch(target).and_then(|()| cpu.push_value(back));
     if result.is_ok() {
         cpu.rip = target;
     }
@@ -173,7 +173,7 @@ pub fn return_64(cpu: &mut Cpu, _op: &Op) -> Flow {
 /// RET; the immediate is what it takes off the stack beside the return address.
 pub fn return_near<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let top = cpu.gpr[RSP];
-    let Ok(target) = cpu.load_from_stack::<T>(top) else { return Flow::Fault };
+    let Ok(target) = cpu.load_stack::<T>(top) else { return Flow::Fault };
     let target = target.to_u64();
     let result = cpu.check_branch(target);
     if result.is_ok() {

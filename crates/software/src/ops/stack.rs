@@ -11,16 +11,6 @@ use crate::ops::operand::{Source, Width, flow};
 use crate::page_walk::Access;
 
 impl Cpu {
-    /// Sets the stack pointer in the stack's size; in smaller sizes the register's other bits stay (16) or go (32).
-    #[inline(always)]
-    pub fn set_stack_pointer(&mut self, value: u64) {
-        match self.mode.stack {
-            CodeSize::Bits64 => self.gpr[RSP] = value,
-            CodeSize::Bits32 => self.set_dword(RSP as u8, value as u32),
-            CodeSize::Bits16 => self.set_word(RSP as u8, value as u16),
-        }
-    }
-
     /// An offset in the stack segment, cut to the stack's size.
     #[inline(always)]
     pub fn cut_to_stack(&self, offset: u64) -> u64 {
@@ -33,7 +23,7 @@ impl Cpu {
 
     /// Stores at an offset in the stack segment.
     #[inline(always)]
-    pub fn store_to_stack<T: GuestInt>(&mut self, offset: u64, value: T) -> Result<(), Fault> {
+    pub fn store_stack<T: GuestInt>(&mut self, offset: u64, value: T) -> Result<(), Fault> {
         if self.is_64_bit() {
             return self.store(offset, value, SS);
         }
@@ -44,7 +34,7 @@ impl Cpu {
 
     /// Loads from an offset in the stack segment.
     #[inline(always)]
-    pub fn load_from_stack<T: GuestInt>(&mut self, offset: u64) -> Result<T, Fault> {
+    pub fn load_stack<T: GuestInt>(&mut self, offset: u64) -> Result<T, Fault> {
         if self.is_64_bit() {
             return self.load(offset, SS);
         }
@@ -55,18 +45,18 @@ impl Cpu {
 
     /// Pushes a value.
     #[inline(always)]
-    pub fn push<T: GuestInt>(&mut self, value: T) -> Result<(), Fault> {
+    pub fn push_value<T: GuestInt>(&mut self, value: T) -> Result<(), Fault> {
         let top = self.gpr[RSP].wrapping_sub(T::BYTES);
-        self.store_to_stack(top, value)?;
+        self.store_stack(top, value)?;
         self.set_stack_pointer(top);
         Ok(())
     }
 
     /// Pops a value.
     #[inline(always)]
-    pub fn pop<T: GuestInt>(&mut self) -> Result<T, Fault> {
+    pub fn pop_value<T: GuestInt>(&mut self) -> Result<T, Fault> {
         let top = self.gpr[RSP];
-        let value = self.load_from_stack(top)?;
+        let value = self.load_stack(top)?;
         self.set_stack_pointer(top.wrapping_add(T::BYTES));
         Ok(value)
     }
@@ -75,7 +65,7 @@ impl Cpu {
 /// PUSH
 pub fn push<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(value) = S::read::<T>(cpu, op) else { return Flow::Fault };
-    flow(cpu.push(value))
+    flow(cpu.push_value(value))
 }
 
 /// PUSH of a 64-bit register in 64-bit code.
@@ -100,7 +90,7 @@ pub fn pop_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
 
 /// POP to a register.
 pub fn pop_register<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
-    let Ok(value) = cpu.pop::<T>() else { return Flow::Fault };
+    let Ok(value) = cpu.pop_value::<T>() else { return Flow::Fault };
     T::set_register(cpu, op.first, value);
     Flow::Next
 }
@@ -108,7 +98,7 @@ pub fn pop_register<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 /// POP to memory: its address is computed with the stack pointer as it is after the pop.
 pub fn pop_memory<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let old = cpu.gpr[RSP];
-    let result = cpu.pop::<T>().and_then(|value| cpu.store_operand(op, value));
+    let result = cpu.pop_value::<T>().and_then(|value| cpu.store_operand(op, value));
     if result.is_err() {
         cpu.gpr[RSP] = old;
     }
@@ -118,7 +108,7 @@ pub fn pop_memory<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 /// PUSH of a segment register (`op.first`): zero-extended.
 pub fn push_segment<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let selector = cpu.segments[usize::from(op.first) % 6].selector;
-    flow(cpu.push(T::from_u64(u64::from(selector))))
+    flow(cpu.push_value(T::from_u64(u64::from(selector))))
 }
 
 /// PUSHA: eight registers, the old stack pointer among them.
@@ -137,7 +127,7 @@ pub fn push_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     }
     for number in 0..8u64 {
         let value = T::from_u64(cpu.gpr[7 - number as usize]);
-        if cpu.store_to_stack(lowest.wrapping_add(number * T::BYTES), value).is_err() {
+        if cpu.store_stack(lowest.wrapping_add(number * T::BYTES), value).is_err() {
             return Flow::Fault;
         }
     }
@@ -150,7 +140,7 @@ pub fn pop_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let old = cpu.gpr[RSP];
     let mut values = [T::default(); 8];
     for (number, value) in (0..).zip(&mut values) {
-        match cpu.load_from_stack(old.wrapping_add(number * T::BYTES)) {
+        match cpu.load_stack(old.wrapping_add(number * T::BYTES)) {
             Ok(loaded) => *value = loaded,
             Err(_) => return Flow::Fault,
         }
@@ -173,12 +163,12 @@ fn check_virtual_8086(cpu: &mut Cpu) -> Result<(), Fault> {
 /// PUSHF: VM and RF read as zero.
 pub fn push_flags<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let value = cpu.rflags() & !(flags::VM | flags::RF);
-    flow(check_virtual_8086(cpu).and_then(|()| cpu.push(T::from_u64(value))))
+    flow(check_virtual_8086(cpu).and_then(|()| cpu.push_value(T::from_u64(value))))
 }
 
 /// POPF: what may change depends on the privilege (SDM vol. 2, POPF).
 pub fn pop_flags<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
-    let Ok(value) = check_virtual_8086(cpu).and_then(|()| cpu.pop::<T>()) else { return Flow::Fault };
+    let Ok(value) = check_virtual_8086(cpu).and_then(|()| cpu.pop_value::<T>()) else { return Flow::Fault };
     let value = value.to_u64();
     let mut changeable = flags::TF | flags::DF | flags::NT;
     if T::BYTES > 2 {
@@ -218,16 +208,16 @@ fn enter_frame<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     let mut top = frame;
     let mut display = [T::default(); 32];
     for number in 1..level {
-        display[number as usize] = cpu.load_from_stack(cpu.gpr[RBP].wrapping_sub(number * T::BYTES))?;
+        display[number as usize] = cpu.load_stack(cpu.gpr[RBP].wrapping_sub(number * T::BYTES))?;
     }
-    cpu.store_to_stack(frame, T::from_u64(cpu.gpr[RBP]))?;
+    cpu.store_stack(frame, T::from_u64(cpu.gpr[RBP]))?;
     for number in 1..level {
         top = top.wrapping_sub(T::BYTES);
-        cpu.store_to_stack(top, display[number as usize])?;
+        cpu.store_stack(top, display[number as usize])?;
     }
     if level > 0 {
         top = top.wrapping_sub(T::BYTES);
-        cpu.store_to_stack(top, T::from_u64(frame))?;
+        cpu.store_stack(top, T::from_u64(frame))?;
     }
     top = top.wrapping_sub(op.immediate & 0xffff);
     // The new top must be writable (SDM vol. 2, ENTER).
@@ -242,7 +232,7 @@ fn enter_frame<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 /// LEAVE
 pub fn leave<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let frame = cpu.gpr[RBP];
-    let Ok(value) = cpu.load_from_stack::<T>(frame) else { return Flow::Fault };
+    let Ok(value) = cpu.load_stack::<T>(frame) else { return Flow::Fault };
     cpu.set_stack_pointer(frame.wrapping_add(T::BYTES));
     T::set_register(cpu, RBP as u8, value);
     Flow::Next

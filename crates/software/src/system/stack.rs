@@ -58,6 +58,7 @@ impl Cpu {
     }
 
     /// Sets RSP, ESP or SP, by the size of the stack; the other bits stay, as the architecture has it for SP.
+    #[inline(always)]
     pub(crate) fn set_stack_pointer(&mut self, pointer: u64) {
         self.gpr[RSP] = match self.mode.stack {
             CodeSize::Bits16 => self.gpr[RSP] & !0xffff | pointer & 0xffff,
