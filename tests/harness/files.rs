@@ -33,6 +33,13 @@ pub fn tiny(name: &str) -> PathBuf {
     found(guests().join("tiny").join(format!("{name}.elf")), "cargo xtask guests --tiny")
 }
 
+/// A state folder that holds the image `debian`.
+pub fn image_home() -> PathBuf {
+    let home = guests().join("home");
+    found(home.join("images/debian/image.json"), "cargo xtask test");
+    home
+}
+
 /// The release binary.
 pub fn polder() -> PathBuf {
     let path = std::env::var_os("POLDER_TEST_BINARY").map_or_else(|| target().join("release/polder"), PathBuf::from);

@@ -8,4 +8,4 @@ mod boot;
 mod files;
 
 pub use boot::{Boot, Monitor, Outcome};
-pub use files::{Kernel, Scratch, nightly, polder, tiny};
+pub use files::{Kernel, Scratch, image_home, nightly, polder, tiny};

@@ -1,0 +1,75 @@
+//! Promise: `polder run debian` boots a Debian image, runs a command inside and ends with its output and exit status.
+//!
+//! The image is made once into the cache of test guests; every test runs on private copies of its disk.
+
+use polder_tests::{Outcome, image_home, nightly, polder};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// An interpreted Debian takes about a minute to its agent.
+const BOOT_LIMIT: Duration = Duration::from_secs(600);
+const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+/// One Debian at a time: two would slow each other down beyond their limits on a small host.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn run(arguments: &[&str], limit: Duration) -> Outcome {
+    Outcome::of(Command::new(polder()).args(arguments).env("POLDER_HOME", image_home()), limit)
+}
+
+#[test]
+#[ignore = "polder run is not there yet"]
+fn a_command_runs_in_a_debian_and_its_output_and_status_come_back() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let script = "grep ^PRETTY /etc/os-release; echo to-stderr >&2; exit 37";
+    let outcome = run(&["run", "debian", "--", "sh", "-c", script], BOOT_LIMIT);
+    outcome.expect_status(37).expect_console("PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"");
+    assert!(outcome.errors.contains("to-stderr"), "standard error comes back\n{outcome}");
+}
+
+#[test]
+#[ignore = "polder run is not there yet"]
+fn an_instance_in_the_background_is_listed_used_and_removed() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let _ = run(&["rm", "--force", "background"], COMMAND_LIMIT);
+    run(&["run", "-d", "--name", "background", "debian"], COMMAND_LIMIT).expect_status(0);
+    run(&["ps"], COMMAND_LIMIT).expect_status(0).expect_console("background");
+    run(&["exec", "background", "--", "hostname"], BOOT_LIMIT).expect_status(0).expect_console("debian");
+    run(&["exec", "background", "--", "false"], COMMAND_LIMIT).expect_status(1);
+    run(&["stop", "background"], BOOT_LIMIT).expect_status(0);
+    run(&["rm", "background"], COMMAND_LIMIT).expect_status(0);
+    let listed = run(&["ps"], COMMAND_LIMIT);
+    assert!(!listed.console.contains("background"), "a removed instance is not listed\n{listed}");
+}
+
+#[test]
+#[ignore = "polder run is not there yet"]
+fn an_image_or_instance_that_is_not_there_is_named() {
+    for arguments in [["run", "no-such-image"], ["stop", "no-such-instance"], ["rm", "no-such-instance"]] {
+        let outcome = run(&arguments, COMMAND_LIMIT);
+        outcome.expect_status(1);
+        assert!(outcome.errors.contains(arguments[1]), "the message names {}\n{outcome}", arguments[1]);
+    }
+}
+
+/// Programs whose right result is known, in an image that has them (`polder-test-work`, made by `cargo xtask test --nightly`).
+#[test]
+#[ignore = "polder run is not there yet"]
+fn known_programs_give_their_known_results_inside() {
+    if !nightly() {
+        return;
+    }
+    let _alone = ONE_AT_A_TIME.lock();
+    let script = "set -e\n\
+        cd /tmp\n\
+        printf 'int f(int n){return n<2?n:f(n-1)+f(n-2);}\\n#include <stdio.h>\\nint main(){printf(\"fib %%d\\\\n\",f(20));}\\n' > a.c\n\
+        gcc -O2 -o a a.c && ./a\n\
+        openssl speed -seconds 1 sha256 > /dev/null 2>&1 && echo openssl-good\n\
+        python3 -m test test_int test_float test_struct test_json test_re > python.log 2>&1 && echo python-good || tail -20 python.log\n\
+        stress-ng --verify --timeout 60 --cpu 1 --vm 1 --vm-bytes 64M --matrix 1 --fork 1 --pipe 1 && echo stress-good";
+    let outcome = run(&["run", "polder-test-work", "--", "sh", "-c", script], Duration::from_secs(3600));
+    outcome.expect_status(0);
+    for good in ["fib 6765", "openssl-good", "python-good", "stress-good"] {
+        outcome.expect_console(good);
+    }
+}
