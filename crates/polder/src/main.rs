@@ -32,6 +32,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let process_start_ns = SystemClock.monotonic_ns();
+    log_to_stderr();
     match run(Arguments::parse().command, process_start_ns) {
         Ok(status) => status,
         Err(error) => {
@@ -41,6 +42,13 @@ fn main() -> ExitCode {
             }
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Events of the libraries go to stderr when POLDER_LOG asks for them (`POLDER_LOG=debug`, `POLDER_LOG=polder::exceptions=trace`).
+fn log_to_stderr() {
+    if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env("POLDER_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     }
 }
 
