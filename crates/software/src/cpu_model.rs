@@ -541,3 +541,118 @@ fn cache_leaf(subleaf: u32, core_bits: u32) -> [u32; 4] {
         _ => [0; 4],
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(name: &str, changes: &[&str]) -> CpuModel {
+        CpuModel::on_host(name, changes, |_| true).unwrap()
+    }
+
+    const CONTEXT: CpuidContext = CpuidContext {
+        apic_id: 2,
+        vcpu_count: 4,
+        cr4_osxsave: true,
+        cr4_pke: false,
+        apic_enabled: true,
+        xcr0: 7,
+        tsc_khz: 2_500_000,
+    };
+
+    /// What a guest of each release sees may not change: a new set of features is a new model.
+    #[test]
+    fn the_models_cpuid_is_what_it_was() {
+        let table = [
+            (0, 0, [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
+            (1, 0, [0x106b1, 0x0204_0800, 0xfffa_3203, 0x1f8b_fbff]),
+            (2, 0, [0x00fe_ff01, 0, 0, 0x00ff_0000]),
+            (4, 0, [0x0c00_0121, 0x01c0_003f, 63, 0]),
+            (4, 3, [0x0c00_c163, 0x03c0_003f, 16383, 0]),
+            (4, 4, [0; 4]),
+            (6, 0, [4, 0, 0, 0]),
+            (7, 0, [0, 0x209c_07ab, 0x0040_0004, 0xac00_0010]),
+            (7, 1, [0; 4]),
+            (0xb, 0, [0, 1, 0x100, 2]),
+            (0xb, 1, [2, 4, 0x201, 2]),
+            (0xb, 2, [0, 0, 2, 2]),
+            (0xd, 0, [7, 832, 832, 0]),
+            (0xd, 1, [7, 832, 0, 0]),
+            (0xd, 2, [256, 576, 0, 0]),
+            (0x15, 0, [1000, 100_000, 25_000_000, 0]),
+            (0x16, 0, [2500, 2500, 25, 0]),
+            (0x4000_0000, 0, [0x4000_0010, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+            (0x4000_0001, 0, [0x0100_08cb, 0, 0, 0]),
+            (0x4000_0010, 0, [2_500_000, 25_000, 0, 0]),
+            (0x8000_0000, 0, [0x8000_0008, 0, 0, 0]),
+            (0x8000_0001, 0, [0, 0, 0x121, 0x2c10_0800]),
+            (0x8000_0007, 0, [0, 0, 0, 0x100]),
+            (0x8000_0008, 0, [0x3028, 0, 0, 0]),
+        ];
+        let v3 = model("polder-v3", &[]);
+        for (leaf, subleaf, expected) in table {
+            let got = v3.cpuid(leaf, subleaf, &CONTEXT);
+            assert_eq!(got, expected, "{leaf:#x}.{subleaf}: {got:#x?}");
+        }
+        let v2 = model("polder-v2", &[]);
+        let old = [
+            (1, 0, [0x106b1, 0x0204_0800, 0x81ba_2201, 0x1f8b_fbff]),
+            (7, 0, [0, 0x0010_0683, 0x0040_0004, 0xac00_0010]),
+            (0xd, 0, [0; 4]),
+            (0x8000_0001, 0, [0, 0, 0x101, 0x2c10_0800]),
+        ];
+        for (leaf, subleaf, expected) in old {
+            let got = v2.cpuid(leaf, subleaf, &CONTEXT);
+            assert_eq!(got, expected, "{leaf:#x}.{subleaf}: {got:#x?}");
+        }
+    }
+
+    #[test]
+    fn the_brand_is_polders() {
+        let model = model("polder-v3", &[]);
+        let bytes: Vec<u8> =
+            (2..5).flat_map(|leaf| model.cpuid(0x8000_0000 + leaf, 0, &CONTEXT)).flat_map(u32::to_le_bytes).collect();
+        assert!(bytes.starts_with(b"polder virtual CPU\0"));
+    }
+
+    #[test]
+    fn a_feature_that_the_host_lacks_is_not_shown_and_not_executed() {
+        let model = CpuModel::on_host("polder-v3", &[], |feature| feature != Feature::Avx).unwrap();
+        assert!(!model.supports(CpuidFeature::AVX) && !model.supports(CpuidFeature::AVX2));
+        assert!(model.supports(CpuidFeature::SSE4_2) && model.supports(CpuidFeature::XSAVE));
+        assert_eq!(model.cpuid(0xd, 0, &CONTEXT)[0], 3);
+        assert_eq!(model.missing().collect::<Vec<_>>(), ["avx"]);
+        assert!(CpuModel::on_host("polder-v2", &[], |feature| feature != Feature::Sse42).is_err());
+    }
+
+    #[test]
+    fn features_come_and_go_by_name() {
+        let model = model("polder-v3", &["+pku", "la57", "-avx2"]);
+        assert!(model.has(Feature::Pku) && model.has(Feature::La57) && !model.has(Feature::Avx2));
+        assert_eq!(model.xcr0_mask(), 0x207);
+        assert_eq!(model.cpuid(0xd, 9, &CONTEXT), [8, 2688, 0, 0]);
+        assert_eq!(model.cpuid(0x8000_0008, 0, &CONTEXT)[0], 0x3928);
+        assert!(matches!(CpuModel::named("polder-v3", &["+warp"]), Err(CpuModelError::UnknownFeature { .. })));
+        assert!(matches!(CpuModel::named("pentium", &[]), Err(CpuModelError::UnknownModel { .. })));
+    }
+
+    #[test]
+    fn every_feature_has_a_bit_of_its_own() {
+        for (index, first) in FEATURES.iter().enumerate() {
+            for second in &FEATURES[index + 1..] {
+                assert!((first.2, first.3) != (second.2, second.3) && first.1 != second.1, "{} {}", first.1, second.1);
+            }
+        }
+    }
+
+    #[test]
+    fn the_tsc_frequency_of_leaf_15_is_right_and_its_product_fits() {
+        for tsc_khz in [999_999, 1_000_000, 2_596_120, 3_333_333, 4_294_000, 6_000_000] {
+            let [denominator, numerator, crystal, _] =
+                model("polder-v3", &[]).cpuid(0x15, 0, &CpuidContext { tsc_khz, ..CONTEXT });
+            let khz = u64::from(crystal) / 1000 * u64::from(numerator) / u64::from(denominator);
+            assert!(khz.abs_diff(tsc_khz) <= 25, "{tsc_khz}: {khz}");
+            assert!(u64::from(crystal) / 1000 * u64::from(numerator) < 1 << 33);
+        }
+    }
+}

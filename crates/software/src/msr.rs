@@ -316,3 +316,144 @@ impl Cpu {
         Some(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::vector;
+    use crate::testbench::TestBench;
+
+    fn read(bench: &mut TestBench, msr: u32) -> Option<u64> {
+        let result = bench.cpu.read_msr(msr).ok();
+        assert!(result.is_some() || bench.cpu.fault.vector == vector::GENERAL_PROTECTION);
+        result
+    }
+
+    fn write(bench: &mut TestBench, msr: u32, value: u64) -> bool {
+        bench.cpu.write_msr(msr, value).is_ok()
+    }
+
+    /// (register, values that it keeps, values that raise #GP)
+    const TABLE: &[(u32, &[u64], &[u64])] = &[
+        (number::STAR, &[u64::MAX], &[]),
+        (number::LSTAR, &[0xffff_8000_0000_0000, 1], &[0x8000_0000_0000, 1 << 63]),
+        (number::CSTAR, &[0xffff_8000_0000_0000], &[0x8000_0000_0000]),
+        (number::FMASK, &[0xffff_ffff], &[1 << 32]),
+        (number::FS_BASE, &[0x7fff_ffff_f000], &[1 << 47]),
+        (number::GS_BASE, &[u64::MAX], &[1 << 47]),
+        (number::KERNEL_GS_BASE, &[u64::MAX], &[1 << 47]),
+        (number::SYSENTER_CS, &[0x10], &[]),
+        (number::SYSENTER_ESP, &[0x1000], &[1 << 47]),
+        (number::SYSENTER_EIP, &[0x1000], &[1 << 47]),
+        (number::TSC_AUX, &[0xffff_ffff], &[1 << 32]),
+        (number::PAT, &[0x0007_0406_0007_0406, 0x0505_0505_0505_0505], &[2, 3, 8]),
+        (number::MTRR_DEF_TYPE, &[0, 0xc06], &[2, 0x1000, 0x106 | 1 << 8]),
+        (0x200, &[0x8000_0006], &[2, 0x106, 1 << 40]),
+        (0x201, &[0xff_f000_0800], &[1, 1 << 40]),
+        (0x250, &[0x0606_0606_0606_0606], &[2]),
+        (0x26f, &[0x0505_0505_0505_0505], &[7]),
+        (number::SPEC_CTRL, &[0, 1, 7], &[8]),
+        (number::MCG_STATUS, &[0], &[1]),
+        (number::MCG_CTL, &[0, u64::MAX], &[1]),
+        (0x400, &[u64::MAX, 0], &[]),
+        (0x401, &[0], &[1]),
+        (number::DEBUG_CTL, &[0, 3], &[1 << 6]),
+        (number::MISC_ENABLE, &[0x1801, 0x1800], &[1 << 34, 1 << 22]),
+        (number::EFER, &[0x501, 0xd01], &[1 << 1, 0]),
+    ];
+
+    #[test]
+    fn registers_keep_what_they_may_hold_and_refuse_the_rest() {
+        let mut bench = TestBench::new();
+        for &(msr, good, bad) in TABLE {
+            for &value in good {
+                assert!(write(&mut bench, msr, value), "{msr:#x} refuses {value:#x}");
+                assert_eq!(read(&mut bench, msr), Some(value), "{msr:#x}");
+            }
+            for &value in bad {
+                assert!(!write(&mut bench, msr, value), "{msr:#x} takes {value:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn read_only_registers_have_their_values_and_refuse_writes() {
+        let mut bench = TestBench::new();
+        for (msr, value) in [
+            (number::MTRR_CAP, 0x508),
+            (number::MCG_CAP, 0x10a),
+            (number::ARCH_CAPABILITIES, ARCH_CAPABILITIES),
+            (number::FEATURE_CONTROL, 1),
+            (number::MICROCODE_REVISION, 1 << 32),
+        ] {
+            assert_eq!(read(&mut bench, msr), Some(value), "{msr:#x}");
+            assert!(!write(&mut bench, msr, value), "{msr:#x}");
+        }
+        assert_eq!(read(&mut bench, number::PRED_CMD), None);
+        assert!(write(&mut bench, number::PRED_CMD, 1) && !write(&mut bench, number::PRED_CMD, 2));
+    }
+
+    #[test]
+    fn unknown_registers_fault() {
+        let mut bench = TestBench::new();
+        for msr in [0x13, 0xc1, 0x210, 0x428, 0x606, 0xc001_0015, 0x4b56_4d02, 0x4b56_4d06, u32::MAX] {
+            assert_eq!(read(&mut bench, msr), None, "{msr:#x}");
+            assert!(!write(&mut bench, msr, 0), "{msr:#x}");
+        }
+    }
+
+    #[test]
+    fn x2apic_registers_exist_only_in_x2apic_mode() {
+        let mut bench = TestBench::new();
+        assert_eq!(read(&mut bench, 0x802), None);
+        let base = read(&mut bench, number::APIC_BASE).unwrap();
+        assert_eq!((base, bench.cpu.apic_page), (0xfee0_0900, 0xfee00));
+        assert!(write(&mut bench, number::APIC_BASE, base | 1 << 10));
+        assert_eq!((read(&mut bench, 0x803), bench.cpu.apic_page), (Some(0x5_0014), u64::MAX));
+        assert!(!write(&mut bench, 0x803, 0) && !write(&mut bench, 0x80e, 0) && write(&mut bench, 0x80b, 0));
+    }
+
+    #[test]
+    fn writing_the_tsc_moves_the_adjustment_and_the_other_way_round() {
+        let mut bench = TestBench::new();
+        assert!(write(&mut bench, number::TSC_ADJUST, 1 << 50));
+        let tsc = read(&mut bench, number::TSC).unwrap();
+        assert!(tsc >= 1 << 50 && tsc < 1 << 51);
+        assert!(write(&mut bench, number::TSC, 0));
+        assert!(read(&mut bench, number::TSC).unwrap() < 1 << 40);
+        let adjust = read(&mut bench, number::TSC_ADJUST).unwrap();
+        assert!((adjust as i64) < 0, "{adjust:#x}");
+        assert!(write(&mut bench, number::TSC_ADJUST, 0));
+        assert!(read(&mut bench, number::TSC).unwrap() < 1 << 40);
+    }
+
+    #[test]
+    fn a_tsc_deadline_in_the_past_interrupts_at_once() {
+        let mut bench = TestBench::new();
+        bench.cpu.store_local_apic(0xf0, 0x1ff, 4);
+        bench.cpu.store_local_apic(0x320, 2 << 17 | 0xec, 4);
+        assert!(write(&mut bench, number::TSC_DEADLINE, 1));
+        assert_eq!(bench.cpu.apic.deliverable(), Some(0xec));
+        assert_eq!(read(&mut bench, number::TSC_DEADLINE), Some(0));
+        assert!(write(&mut bench, number::TSC_DEADLINE, u64::MAX));
+        assert_eq!(read(&mut bench, number::TSC_DEADLINE), Some(u64::MAX));
+    }
+
+    #[test]
+    fn the_local_apics_page_takes_aligned_double_words_only() {
+        let mut bench = TestBench::new();
+        bench.cpu.store_local_apic(0x80, 0x35, 4);
+        assert_eq!((bench.cpu.load_local_apic(0x80, 4), bench.cpu.cr8()), (0x35, 3));
+        bench.cpu.store_local_apic(0x80, 0x55, 1);
+        bench.cpu.store_local_apic(0x84, 0x55, 4);
+        assert_eq!(bench.cpu.load_local_apic(0x80, 8), 0x35);
+        assert_eq!(bench.cpu.load_local_apic(0x32, 1), 0x05);
+        assert_eq!(bench.cpu.load_local_apic(0x84, 4), 0);
+        for offset in 0..4096 {
+            for bytes in [1, 2, 4, 8] {
+                bench.cpu.load_local_apic(offset, bytes);
+                bench.cpu.store_local_apic(offset, u64::MAX, bytes);
+            }
+        }
+    }
+}

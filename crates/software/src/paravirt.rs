@@ -207,6 +207,108 @@ impl Cpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testbench::{DATA, TestBench};
+
+    fn word(bench: &TestBench, offset: u64) -> u32 {
+        u32::from_le_bytes(bench.read(DATA + offset))
+    }
+
+    #[test]
+    fn the_clock_page_turns_the_tsc_into_nanoseconds_since_the_epoch() {
+        let mut bench = TestBench::new();
+        bench.cpu.write_msr(number::KVM_SYSTEM_TIME, DATA | 1).unwrap();
+        assert_eq!((word(&bench, 0), word(&bench, 28) >> 8 & 0xff), (2, u32::from(TSC_STABLE)));
+        let (stamp, base) = (bench.read_u64(DATA + 8), bench.read_u64(DATA + 16));
+        let (multiplier, shift) = (word(&bench, 24), word(&bench, 28) as i8);
+        let delta = u128::from(bench.cpu.tsc().wrapping_sub(stamp));
+        let shifted = if shift >= 0 { delta << shift } else { delta >> -shift };
+        let ns = base + (shifted * u128::from(multiplier) >> 32) as u64;
+        assert!(bench.cpu.system_ns().abs_diff(ns) < 10_000_000);
+        // Moving the TSC moves the stamp, not the time.
+        bench.cpu.write_msr(number::TSC_ADJUST, 1 << 40).unwrap();
+        assert_eq!((word(&bench, 0), bench.read_u64(DATA + 8)), (4, stamp.wrapping_add(1 << 40)));
+        bench.cpu.write_msr(number::KVM_SYSTEM_TIME, 0).unwrap();
+        bench.cpu.write_msr(number::TSC_ADJUST, 0).unwrap();
+        assert_eq!(word(&bench, 0), 4);
+    }
+
+    #[test]
+    fn the_wall_clock_tells_when_the_system_time_was_zero() {
+        let mut bench = TestBench::new();
+        bench.cpu.write_msr(number::KVM_WALL_CLOCK, DATA).unwrap();
+        let start_ns = u64::from(word(&bench, 4)) * 1_000_000_000 + u64::from(word(&bench, 8));
+        let now_ns = bench.cpu.services.clock.wall_ns();
+        assert_eq!(word(&bench, 0), 2);
+        assert!((start_ns + bench.cpu.system_ns()).abs_diff(now_ns) < 1_000_000_000);
+    }
+
+    #[test]
+    fn a_clock_outside_ram_is_the_guests_own_mistake() {
+        let mut bench = TestBench::new();
+        bench.cpu.write_msr(number::KVM_SYSTEM_TIME, u64::MAX).unwrap();
+        bench.cpu.write_msr(number::KVM_WALL_CLOCK, u64::MAX).unwrap();
+        bench.cpu.write_msr(number::KVM_PV_EOI, u64::MAX & !3 | 1).unwrap();
+        bench.cpu.store_local_apic(0xf0, 0x1ff, 4);
+        bench.cpu.apic.inbox().post_fixed(0x41, false);
+        bench.cpu.apic.accept(0x41);
+        bench.cpu.offer_quiet_end();
+        bench.cpu.end_quiet_interrupt();
+    }
+
+    #[test]
+    fn clearing_the_offered_bit_ends_the_interrupt() {
+        let mut bench = TestBench::new();
+        bench.cpu.write_msr(number::KVM_PV_EOI, DATA | 1).unwrap();
+        bench.cpu.store_local_apic(0xf0, 0x1ff, 4);
+        for accepts in [true, false] {
+            bench.cpu.apic.inbox().post_fixed(0x41, false);
+            bench.cpu.apic.accept(0x41);
+            bench.cpu.offer_quiet_end();
+            assert_eq!(word(&bench, 0), 1);
+            if accepts {
+                bench.write(DATA, &[0]);
+            }
+            bench.cpu.end_quiet_interrupt();
+            assert_eq!((word(&bench, 0), bench.cpu.apic.ppr()), (0, if accepts { 0 } else { 0x40 }));
+        }
+    }
+
+    #[test]
+    fn no_quiet_end_is_offered_for_level_interrupts_or_while_others_wait() {
+        let mut bench = TestBench::new();
+        bench.cpu.write_msr(number::KVM_PV_EOI, DATA | 1).unwrap();
+        bench.cpu.store_local_apic(0xf0, 0x1ff, 4);
+        bench.cpu.apic.inbox().post_fixed(0x41, true);
+        bench.cpu.apic.accept(0x41);
+        bench.cpu.offer_quiet_end();
+        assert_eq!(word(&bench, 0), 0);
+        bench.cpu.apic.inbox().post_fixed(0x61, false);
+        bench.cpu.apic.accept(0x61);
+        bench.cpu.apic.inbox().post_fixed(0x31, false);
+        bench.cpu.offer_quiet_end();
+        assert_eq!(word(&bench, 0), 0);
+    }
+
+    #[test]
+    fn hypercalls_send_interrupts_and_refuse_users() {
+        let mut bench = TestBench::new();
+        bench.cpu.store_local_apic(0xf0, 0x1ff, 4);
+        let call = |bench: &mut TestBench, arguments: [u64; 5]| {
+            for (register, value) in [RAX, RBX, RCX, RDX, RSI].into_iter().zip(arguments) {
+                bench.cpu.gpr[register] = value;
+            }
+            bench.cpu.hypercall().unwrap();
+            bench.cpu.gpr[RAX]
+        };
+        assert_eq!(call(&mut bench, [HYPERCALL_SEND_IPI, 0b11, 0, 0, 0x41]), 1);
+        assert_eq!(bench.cpu.apic.inbox().highest_request(), Some(0x41));
+        assert_eq!(call(&mut bench, [HYPERCALL_KICK_CPU, 0, 0, 0, 0]), 0);
+        assert!(bench.cpu.apic.inbox().take_event(EVENT_KICK));
+        assert_eq!(call(&mut bench, [HYPERCALL_KICK_CPU, 0, u64::MAX, 0, 0]), 0);
+        assert_eq!(call(&mut bench, [99, 0, 0, 0, 0]), ERROR_NO_SUCH_CALL);
+        bench.set_mode(crate::cpu::CodeSize::Bits64, 3);
+        assert_eq!(call(&mut bench, [HYPERCALL_KICK_CPU, 0, 0, 0, 0]), ERROR_NOT_PERMITTED);
+    }
 
     #[test]
     fn the_scale_turns_ticks_into_nanoseconds() {
