@@ -22,4 +22,9 @@ mod system_call;
 mod task_switch;
 mod tlb_instructions;
 
+#[cfg(test)]
+mod test_guest;
+#[cfg(test)]
+mod tests;
+
 pub use exception_delivery::Delivery;
