@@ -64,6 +64,8 @@ pub struct Translation {
     pub physical: u64,
     /// Whether a write would pass too, without setting a dirty flag.
     pub writable: bool,
+    /// The page has `1 << shift` bytes.
+    pub shift: u32,
 }
 
 /// One level's entry with where it came from.
@@ -90,7 +92,7 @@ impl Cpu {
     /// Translates a linear address for an access, sets accessed and dirty flags, or raises #PF. Canonical form is the caller's concern.
     pub fn translate(&mut self, linear: u64, access: Access, privilege: Privilege) -> Result<Translation, Fault> {
         if self.cr0 & cr0::PG == 0 {
-            return Ok(Translation { physical: linear & 0xffff_ffff, writable: true });
+            return Ok(Translation { physical: linear & 0xffff_ffff, writable: true, shift: 12 });
         }
         let user = match privilege {
             Privilege::Current => self.mode.cpl == 3,
@@ -107,7 +109,12 @@ impl Cpu {
             break;
         }
         match result {
-            Ok(translation) => Ok(translation),
+            Ok(translation) => {
+                if translation.shift > 12 {
+                    self.tlb.note_large(linear, translation.shift);
+                }
+                Ok(translation)
+            }
             Err(code) => {
                 let write = if access == Access::Write { error_code::WRITE } else { 0 };
                 let user = if user { error_code::USER } else { 0 };
@@ -174,7 +181,7 @@ impl Cpu {
                 let key = (entry.value >> 59 & 15) as u32;
                 self.check(access, user, privilege, rights, execute, key)?;
                 let writable = self.finish(&entry, access, user, privilege, rights, key, true)?;
-                return Ok(Translation { physical, writable });
+                return Ok(Translation { physical, writable, shift });
             }
             self.set_bits_64(&entry, ACCESSED)?;
             table = entry.value & ADDRESS;
@@ -199,7 +206,7 @@ impl Cpu {
             let physical = directory.value & 0xffc0_0000 | high | linear & 0x3f_ffff;
             self.check(access, user, privilege, rights, true, 0)?;
             let writable = self.finish(&directory, access, user, privilege, rights, 0, false)?;
-            return Ok(Translation { physical: physical & ((1 << PHYSICAL_BITS) - 1), writable });
+            return Ok(Translation { physical: physical & ((1 << PHYSICAL_BITS) - 1), writable, shift: 22 });
         }
         let at = (directory.value & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4;
         let page = Entry { value: self.load_entry_32(at), at };
@@ -210,7 +217,7 @@ impl Cpu {
         rights &= page.value;
         self.check(access, user, privilege, rights, true, 0)?;
         let writable = self.finish(&page, access, user, privilege, rights, 0, false)?;
-        Ok(Translation { physical: page.value & 0xffff_f000 | linear & 0xfff, writable })
+        Ok(Translation { physical: page.value & 0xffff_f000 | linear & 0xfff, writable, shift: 12 })
     }
 
     /// The access rights (SDM vol. 3, 4.6).

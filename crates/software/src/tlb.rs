@@ -77,6 +77,8 @@ pub struct Tlb {
     last_generation: u64,
     /// Key of the address space in use.
     current_key: u64,
+    /// Which regions of 4 MiB and of 1 GiB may have entries that come from a large page: a set of hashes.
+    large: Box<[u64; LARGE_WORDS]>,
     contexts: [Context; CONTEXTS],
     clock: u64,
     /// Changes whenever a translation of an address space may have changed other than by a new generation.
@@ -109,6 +111,7 @@ impl Default for Tlb {
             generation: 1,
             last_generation: 1,
             current_key: NO_KEY,
+            large: Box::new([0; LARGE_WORDS]),
             contexts: [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS],
             clock: 0,
             epoch: 1,
@@ -116,6 +119,19 @@ impl Default for Tlb {
             fetch_tag: 0,
         }
     }
+}
+
+/// Words of the set of hashes: 65,536 bits.
+const LARGE_WORDS: usize = 1024;
+/// Regions that large pages of 2 or 4 MiB are noted by.
+const MIDDLE_SHIFT: u32 = 22;
+/// Regions that pages of 1 GiB are noted by.
+const HUGE_SHIFT: u32 = 30;
+
+/// Word and bit of a region in the set of hashes.
+fn large_bit(linear: u64, shift: u32) -> (usize, u64) {
+    let hash = (linear >> shift | u64::from(shift) << 58).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+    ((hash >> 6) as usize % LARGE_WORDS, 1 << (hash & 63))
 }
 
 fn index(linear: u64, entries: usize) -> usize {
@@ -161,8 +177,20 @@ impl Tlb {
             CodeEntry { tag: linear & PAGE_MASK | self.generation, page_number };
     }
 
-    /// Drops one page of the address space in use, from all tables. Other address spaces' entries of it go only when `everywhere`.
+    /// Notes that a translation came from a page of `1 << shift` bytes, more than 4 KiB: entries hold parts of it.
+    pub fn note_large(&mut self, linear: u64, shift: u32) {
+        let (word, bit) = large_bit(linear, if shift > MIDDLE_SHIFT { HUGE_SHIFT } else { MIDDLE_SHIFT });
+        self.large[word] |= bit;
+    }
+
+    /// Drops one page from all tables, whatever address space its entries belong to; of a large page, all its parts.
     pub fn invalidate_page(&mut self, linear: u64) {
+        for shift in [MIDDLE_SHIFT, HUGE_SHIFT] {
+            let (word, bit) = large_bit(linear, shift);
+            if self.large[word] & bit != 0 {
+                self.invalidate_region(linear, shift);
+            }
+        }
         self.epoch += 1;
         self.retag();
         for table in 0..4 {
@@ -172,6 +200,22 @@ impl Tlb {
         }
         for table in 0..2 {
             self.code[table * CODE_ENTRIES + index(linear, CODE_ENTRIES)].tag = NO_TAG;
+        }
+    }
+
+    #[cold]
+    fn invalidate_region(&mut self, linear: u64, shift: u32) {
+        let region = linear >> shift;
+        for entry in self.data.iter_mut() {
+            if entry.read_tag >> shift == region {
+                entry.read_tag = NO_TAG;
+            }
+            if entry.write_tag >> shift == region {
+                entry.write_tag = NO_TAG;
+            }
+        }
+        for entry in self.code.iter_mut().filter(|entry| entry.tag >> shift == region) {
+            entry.tag = NO_TAG;
         }
     }
 
@@ -218,6 +262,7 @@ impl Tlb {
     }
 
     fn forget_contexts(&mut self) {
+        self.large.fill(0);
         self.contexts = [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS];
     }
 
@@ -305,6 +350,22 @@ mod tests {
             tlb.flush_all();
             assert!(!hit(&tlb, 0x5000));
         }
+    }
+
+    #[test]
+    fn invalidating_a_large_page_drops_all_its_parts() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        let huge = 0xffff_8880_4000_0000;
+        for (linear, shift) in [(0x60_0000, 21), (0x7f_f000, 21), (huge, 30), (huge + 0x3fff_f000, 30)] {
+            tlb.fill_data(SUPERVISOR_OPEN, linear, std::ptr::null_mut(), std::ptr::null(), true);
+            tlb.note_large(linear, shift);
+        }
+        tlb.fill_data(SUPERVISOR_OPEN, 0x1_0080_1000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.invalidate_page(0x60_1000);
+        assert!(!hit(&tlb, 0x60_0000) && !hit(&tlb, 0x7f_f000) && hit(&tlb, huge) && hit(&tlb, 0x1_0080_1000));
+        tlb.invalidate_page(huge + 0x123_4567);
+        assert!(!hit(&tlb, huge) && !hit(&tlb, huge + 0x3fff_f000));
     }
 
     #[test]
