@@ -96,7 +96,7 @@ impl TestGuest {
         self.set_descriptor(KERNEL_DATA, segment_descriptor(0x13, 0, false, true));
         self.set_descriptor(USER_CODE, segment_descriptor(0x1b, 3, long, !long));
         self.set_descriptor(USER_DATA, segment_descriptor(0x13, 3, false, true));
-        let tss = 0x67 | (TSS & 0xff_ffff) << 16 | 0x89 << 40 | (TSS >> 24 & 0xff) << 56;
+        let tss = 0x67 | (TSS & 0xff_ffff) << 16 | 0x8b << 40 | (TSS >> 24 & 0xff) << 56;
         self.set_descriptor(TASK, tss);
         self.set_descriptor(TASK + 8, 0);
         if long {
