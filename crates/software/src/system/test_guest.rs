@@ -143,7 +143,8 @@ impl TestGuest {
 
     /// An IDT gate with its access byte (0x8e: interrupt gate, DPL 0).
     pub fn set_gate(&mut self, vector: u8, access: u64, offset: u64, selector: u16, ist: u64) {
-        let low = offset & 0xffff | u64::from(selector) << 16 | ist << 32 | access << 40 | (offset >> 16 & 0xffff) << 48;
+        let low =
+            offset & 0xffff | u64::from(selector) << 16 | ist << 32 | access << 40 | (offset >> 16 & 0xffff) << 48;
         if self.cpu.efer != 0 {
             self.write(IDT + 16 * u64::from(vector), &low.to_le_bytes());
             self.write(IDT + 16 * u64::from(vector) + 8, &(offset >> 32).to_le_bytes());

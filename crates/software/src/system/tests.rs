@@ -4,8 +4,8 @@ use polder_machine::state::SegmentState;
 
 use super::Delivery;
 use super::test_guest::{
-    FREE, GDT, HANDLERS, IDT, IST_1, KERNEL_CODE, KERNEL_DATA, RING_0_STACK, TASK, TSS, TestGuest, USER_CODE, USER_DATA,
-    segment_descriptor,
+    FREE, GDT, HANDLERS, IDT, IST_1, KERNEL_CODE, KERNEL_DATA, RING_0_STACK, TASK, TSS, TestGuest, USER_CODE,
+    USER_DATA, segment_descriptor,
 };
 use crate::cpu::{CS, CodeSize, DS, FS, RAX, RBX, RCX, RDX, RSP, SS, cr0, cr4};
 use crate::fault::vector;
@@ -182,7 +182,7 @@ fn segment_loads_check_presence_privilege_and_type() {
         (kernel_data & !(0x80 << 40), 0, 0, true, Some((12, FREE))),
         (segment_descriptor(0x10, 0, false, true), 0, 0, true, Some((13, FREE))), // read-only
         (segment_descriptor(0x18, 0, false, true), 0, 0, false, Some((13, FREE))), // execute-only
-        (segment_descriptor(0x1e, 0, false, true), 3, 3, false, None), // conforming, readable
+        (segment_descriptor(0x1e, 0, false, true), 3, 3, false, None),            // conforming, readable
     ];
     for (descriptor, rpl, cpl, stack, expected) in cases {
         let mut guest = TestGuest::protected(cpl);
@@ -407,23 +407,23 @@ fn syscall_enters_the_kernel_and_sysret_leaves_it() {
 #[test]
 fn privileged_instructions_fault_in_user_code() {
     let cases: &[(&[u8], u64)] = &[
-        (&[0xf4], 13),                         // hlt
-        (&[0xfa], 13),                         // cli
-        (&[0x0f, 0x20, 0xc0], 13),             // mov rax, cr0
-        (&[0x0f, 0x22, 0xc8], 6),              // mov cr1, rax
-        (&[0x0f, 0x01, 0x38], 13),             // invlpg [rax]
-        (&[0x0f, 0x30], 13),                   // wrmsr
-        (&[0x0f, 0x06], 13),                   // clts
-        (&[0x0f, 0x09], 13),                   // wbinvd
-        (&[0x0f, 0x01, 0xf8], 13),             // swapgs
-        (&[0x0f, 0x00, 0xd8], 13),             // ltr ax
-        (&[0x0f, 0x01, 0xca], 6),              // clac
-        (&[0x0f, 0x01, 0xc8], 6),              // monitor
-        (&[0x0f, 0xaa], 6),                    // rsm
-        (&[0x0f, 0x37], 6),                    // getsec
-        (&[0xf3, 0x48, 0x0f, 0xae, 0xc0], 6),  // rdfsbase rax without CR4.FSGSBASE
-        (&[0x0f, 0x01, 0xd0], 6),              // xgetbv without CR4.OSXSAVE
-        (&[0x48, 0x0f, 0x07], 13),             // sysretq
+        (&[0xf4], 13),                        // hlt
+        (&[0xfa], 13),                        // cli
+        (&[0x0f, 0x20, 0xc0], 13),            // mov rax, cr0
+        (&[0x0f, 0x22, 0xc8], 6),             // mov cr1, rax
+        (&[0x0f, 0x01, 0x38], 13),            // invlpg [rax]
+        (&[0x0f, 0x30], 13),                  // wrmsr
+        (&[0x0f, 0x06], 13),                  // clts
+        (&[0x0f, 0x09], 13),                  // wbinvd
+        (&[0x0f, 0x01, 0xf8], 13),            // swapgs
+        (&[0x0f, 0x00, 0xd8], 13),            // ltr ax
+        (&[0x0f, 0x01, 0xca], 6),             // clac
+        (&[0x0f, 0x01, 0xc8], 6),             // monitor
+        (&[0x0f, 0xaa], 6),                   // rsm
+        (&[0x0f, 0x37], 6),                   // getsec
+        (&[0xf3, 0x48, 0x0f, 0xae, 0xc0], 6), // rdfsbase rax without CR4.FSGSBASE
+        (&[0x0f, 0x01, 0xd0], 6),             // xgetbv without CR4.OSXSAVE
+        (&[0x48, 0x0f, 0x07], 13),            // sysretq
     ];
     for (code, expected) in cases {
         let mut guest = TestGuest::long(3);
