@@ -15,6 +15,7 @@ use crate::msr::Msrs;
 use crate::paravirt::Paravirt;
 use crate::time;
 use crate::tlb::Tlb;
+use crate::vector::VectorState;
 
 /// Index in `Cpu::gpr` that always reads as zero: an absent base or index register.
 pub const ZERO: usize = 16;
@@ -165,6 +166,7 @@ pub struct Cpu {
     pub tsc_aux: u32,
     /// What the guest's time-stamp counter is ahead of the host's.
     pub tsc_offset: u64,
+<<<<<<< HEAD
     /// The host's TSC at the machine's power-on.
     pub epoch_tsc: u64,
     pub model: Arc<CpuModel>,
@@ -172,6 +174,10 @@ pub struct Cpu {
     pub msr: Msrs,
     pub paravirt: Paravirt,
     pub counters: Counters,
+=======
+    /// x87, MMX, SSE and AVX.
+    pub vector: VectorState,
+>>>>>>> c2beb90 (software: vector and x87 instructions run on the host in generated stubs)
     pub services: EngineServices,
 }
 
@@ -252,6 +258,7 @@ impl Cpu {
             late_fault: false,
             system_call: SystemCallRegisters::default(),
             tsc_aux: 0,
+<<<<<<< HEAD
             // The guest's TSC starts from zero, on all vCPUs alike.
             tsc_offset: epoch_tsc.wrapping_neg(),
             epoch_tsc,
@@ -260,6 +267,10 @@ impl Cpu {
             msr: Msrs::default(),
             paravirt: Paravirt::default(),
             counters: Counters::default(),
+=======
+            tsc_offset: 0,
+            vector: VectorState::default(),
+>>>>>>> c2beb90 (software: vector and x87 instructions run on the host in generated stubs)
             services,
         };
         cpu.gpr[RDX] = 0x600;
@@ -312,7 +323,7 @@ impl Cpu {
         (self.system_flags >> 12 & 3) as u8
     }
 
-    /// Recomputes [`Mode`] and the look-up table in use. Call after any change of CR0, CR4, EFER, RFLAGS.VM, RFLAGS.AC, CS, SS or DR7.
+    /// Recomputes [`Mode`] and the look-up table in use. Call after any change of CR0, CR4, XCR0, EFER, RFLAGS.VM, RFLAGS.AC, CS, SS or DR7.
     pub fn update_mode(&mut self) {
         let protected_enabled = self.cr0 & cr0::PE != 0;
         let virtual_8086 = protected_enabled && self.system_flags & flags::VM != 0;
@@ -342,6 +353,7 @@ impl Cpu {
         };
         self.mode = Mode { cpl, code, stack, protected: protected_enabled && !virtual_8086, long, virtual_8086 };
         self.select_tables();
+        self.vector.enabled = self.enabled_vector_classes();
     }
 
     /// A byte register by its offset in the bytes of `gpr`: 8 * register, or 8 * register + 1 for AH, CH, DH and BH.

@@ -43,3 +43,4 @@ mod vcpu;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
 pub use engine::SoftwareEngine;
+mod vector;

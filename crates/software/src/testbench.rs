@@ -172,6 +172,14 @@ impl TestBench {
         Stop::Limit
     }
 
+    /// The x87 registers as FXSAVE writes them; the thread's own registers are free again.
+    pub fn x87(&mut self) -> [u8; 160] {
+        self.cpu.vector.retire_x87();
+        let mut bytes = [0; 160];
+        bytes.copy_from_slice(&self.cpu.vector.x87_image().0[..160]);
+        bytes
+    }
+
     fn stop(&self, outcome: Outcome) -> Option<Stop> {
         match outcome {
             Outcome::Fault => Some(Stop::Fault(self.cpu.fault)),

@@ -1,0 +1,203 @@
+//! Plain moves, which are so frequent and so short that a stub would cost more than the move.
+//!
+//! Register numbers in slots are times 16, as stubs want them.
+
+use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_loadu_si128, _mm_store_si128, _mm_storeu_si128};
+
+use super::{Ymm, class};
+use crate::access::GuestInt;
+use crate::cpu::Cpu;
+use crate::fault::Fault;
+use crate::op::{Flow, Op};
+use crate::ops::operand::flow;
+use crate::page_walk::Access;
+
+/// Register-number encodings of slots.
+#[inline(always)]
+fn number(slot: u8) -> usize {
+    usize::from(slot >> 4)
+}
+
+/// The instruction class of an encoding.
+const fn class_of(vex: bool) -> u8 {
+    if vex { class::AVX } else { class::SSE }
+}
+
+#[inline(always)]
+fn begin<const VEX: bool>(cpu: &mut Cpu) -> Result<(), Fault> {
+    if cpu.vector.enabled & class_of(VEX) == 0 { Err(cpu.raise_disabled(class_of(VEX))) } else { Ok(()) }
+}
+
+/// Writes an XMM register: VEX encodings clear the upper half of YMM.
+#[inline(always)]
+fn set_xmm<const VEX: bool>(register: &mut Ymm, low: u64, high: u64) {
+    register.0[0] = low;
+    register.0[1] = high;
+    if VEX {
+        register.0[2] = 0;
+        register.0[3] = 0;
+    }
+}
+
+#[inline(always)]
+fn check_alignment<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, linear: u64, bytes: u64) -> Result<(), Fault> {
+    if ALIGNED && linear & (bytes - 1) != 0 {
+        let canonical = !cpu.is_64_bit() || crate::cpu::is_canonical(linear, cpu.linear_bits());
+        return Err(if canonical { cpu.raise_gp(0) } else { cpu.raise_segment_fault(op.segment) });
+    }
+    Ok(())
+}
+
+/// Loads 16 bytes of memory into a register.
+pub fn load16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    flow(load16_or_fault::<VEX, ALIGNED>(cpu, op))
+}
+
+#[inline(always)]
+fn load16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
+    begin::<VEX>(cpu)?;
+    let linear = cpu.linear(op, 16, Access::Read)?;
+    check_alignment::<ALIGNED>(cpu, op, linear, 16)?;
+    let Some(pointer) = cpu.read_pointer(linear, 16, op.segment)? else {
+        let mut bytes = [0; 16];
+        cpu.load_bytes(linear, &mut bytes, op.segment)?;
+        let value = u128::from_le_bytes(bytes);
+        set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], value as u64, (value >> 64) as u64);
+        return Ok(());
+    };
+    let register = &mut cpu.vector.ymm[number(op.first)];
+    if VEX {
+        register.0[2] = 0;
+        register.0[3] = 0;
+    }
+    // SAFETY: the pointer is to 16 bytes of mapped RAM; the register is 32 bytes, aligned to 32.
+    unsafe {
+        let value = _mm_loadu_si128(pointer.cast::<__m128i>());
+        _mm_store_si128(register.0.as_mut_ptr().cast(), value);
+    }
+    Ok(())
+}
+
+/// Stores 16 bytes of a register to memory.
+pub fn store16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    flow(store16_or_fault::<VEX, ALIGNED>(cpu, op))
+}
+
+#[inline(always)]
+fn store16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
+    begin::<VEX>(cpu)?;
+    let linear = cpu.linear(op, 16, Access::Write)?;
+    check_alignment::<ALIGNED>(cpu, op, linear, 16)?;
+    let register = cpu.vector.ymm[number(op.first)];
+    match cpu.write_pointer(linear, 16, op.segment)? {
+        Some(pointer) => {
+            // SAFETY: the pointer is to 16 bytes of mapped RAM; the register is 32 bytes, aligned to 32.
+            unsafe {
+                let value = _mm_load_si128(register.0.as_ptr().cast());
+                _mm_storeu_si128(pointer.cast::<__m128i>(), value);
+            }
+            cpu.written(linear, 16);
+            Ok(())
+        }
+        None => {
+            let value = u128::from(register.0[0]) | u128::from(register.0[1]) << 64;
+            cpu.store_bytes(linear, &value.to_le_bytes(), op.segment)
+        }
+    }
+}
+
+/// Copies the low 16 bytes of a register.
+pub fn copy16<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<VEX>(cpu) {
+        return flow(Err(fault));
+    }
+    let source = cpu.vector.ymm[number(op.second)];
+    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], source.0[0], source.0[1]);
+    Flow::Next
+}
+
+/// Loads 4 or 8 bytes of memory into the low end of a register; clears the rest of XMM.
+pub fn load_scalar<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let value = match begin::<VEX>(cpu).and_then(|()| cpu.load_operand::<T>(op)) {
+        Ok(value) => value.to_u64(),
+        Err(fault) => return flow(Err(fault)),
+    };
+    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], value, 0);
+    Flow::Next
+}
+
+/// Stores the low 4 or 8 bytes of a register; with `HIGH` the upper 8 bytes of XMM.
+pub fn store_scalar<T: GuestInt, const VEX: bool, const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<VEX>(cpu) {
+        return flow(Err(fault));
+    }
+    let value = cpu.vector.ymm[number(op.first)].0[usize::from(HIGH)];
+    flow(cpu.store_operand(op, T::from_u64(value)))
+}
+
+/// MOVQ between registers: the upper 8 bytes of XMM become zero.
+pub fn copy8<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<VEX>(cpu) {
+        return flow(Err(fault));
+    }
+    let low = cpu.vector.ymm[number(op.second)].0[0];
+    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], low, 0);
+    Flow::Next
+}
+
+/// MOVD and MOVQ from a general register.
+pub fn from_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<VEX>(cpu) {
+        return flow(Err(fault));
+    }
+    let value = T::from_u64(cpu.gpr[usize::from(op.second) & 31]).to_u64();
+    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], value, 0);
+    Flow::Next
+}
+
+/// MOVD and MOVQ to a general register.
+pub fn to_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<VEX>(cpu) {
+        return flow(Err(fault));
+    }
+    let value = cpu.vector.ymm[number(op.second)].0[0];
+    cpu.gpr[usize::from(op.first) & 31] = T::from_u64(value).to_u64();
+    Flow::Next
+}
+
+/// MOVLPS, MOVLPD, MOVHPS and MOVHPD from memory, legacy encodings: the other half stays.
+pub fn load_half<const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    match begin::<false>(cpu).and_then(|()| cpu.load_operand::<u64>(op)) {
+        Ok(value) => {
+            cpu.vector.ymm[number(op.first)].0[usize::from(HIGH)] = value;
+            Flow::Next
+        }
+        Err(_) => Flow::Fault,
+    }
+}
+
+/// XORPS, PXOR and their kin of a register with itself.
+pub fn clear<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<VEX>(cpu) {
+        return flow(Err(fault));
+    }
+    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], 0, 0);
+    Flow::Next
+}
+
+/// VZEROUPPER, and with `ALL` VZEROALL
+pub fn zero<const ALL: bool>(cpu: &mut Cpu, _op: &Op) -> Flow {
+    if let Err(fault) = begin::<true>(cpu) {
+        return flow(Err(fault));
+    }
+    let count = cpu.xmm_count();
+    for register in &mut cpu.vector.ymm[..count] {
+        if ALL {
+            *register = Ymm::default();
+        } else {
+            register.0[2] = 0;
+            register.0[3] = 0;
+        }
+    }
+    Flow::Next
+}

@@ -1,0 +1,421 @@
+//! Stubs: one guest instruction each, wrapped so that Rust can call it.
+//!
+//! Before an instruction becomes a stub it is *normalised*: its memory operand becomes `[rsi]`, its general registers become R10 and R11,
+//! its XMM or YMM registers become number 1 to 4, each standing for a *slot* of the op. So all uses of an instruction share
+//! one stub, and the number of stubs is bounded by the instruction set (see the test below). x87 and MMX registers keep their numbers: they are
+//! live in the host.
+//!
+//! A stub is called with RDI = the `Cpu`, RSI = the host address of the memory operand, RDX = the op, and returns
+//! in EAX one of [`DONE`], [`SIMD_EXCEPTION`], [`X87_EXCEPTION`], [`UNDEFINED`]. It changes no register that the System V ABI preserves, and uses no stack, so that a
+//! landing can stand in for its end.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem::offset_of;
+use std::sync::{Mutex, OnceLock};
+
+use iced_x86::{
+    CodeSize, Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register, RflagsBits,
+};
+
+use super::code_area::CodeArea;
+use super::{VectorState, signal};
+use crate::cpu::Cpu;
+use crate::op::Op;
+
+pub const DONE: u32 = 0;
+pub const SIMD_EXCEPTION: u32 = 1;
+pub const X87_EXCEPTION: u32 = 2;
+pub const UNDEFINED: u32 = 3;
+
+/// A stub's address and signature.
+pub type StubFunction = unsafe extern "sysv64" fn(cpu: *mut Cpu, memory: *mut u8, op: *const Op) -> u32;
+
+const YMM: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, ymm)) as u32;
+const MXCSR: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, mxcsr)) as u32;
+const HOST_MXCSR: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, host_mxcsr)) as u32;
+const ARITHMETIC: u32 = offset_of!(Cpu, arithmetic) as u32;
+const _: () = assert!(offset_of!(Cpu, gpr) == 0);
+
+/// Where slots are in an op: register numbers, times 16 for XMM and YMM.
+const SLOTS: [u8; 4] = [
+    offset_of!(Op, first) as u8,
+    offset_of!(Op, second) as u8,
+    offset_of!(Op, extra) as u8,
+    offset_of!(Op, extra2) as u8,
+];
+
+/// Slots that an instruction with a memory operand may use; the fourth holds the operand's size.
+pub const SLOTS_WITH_MEMORY: usize = 3;
+
+/// What a stub needs and what its op must hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Form {
+    /// The register numbers for the slots.
+    pub slots: [u8; 4],
+    /// Where the stub is.
+    pub address: u64,
+}
+
+struct Stubs {
+    area: CodeArea,
+    known: HashMap<[u8; 16], u64>,
+}
+
+static STUBS: OnceLock<Option<Mutex<Stubs>>> = OnceLock::new();
+
+/// Makes the code area and takes SIGFPE over, once a process. An engine calls it before it confines itself, to hear of a host that refuses;
+/// else the first vector instruction does.
+pub fn prepare() -> io::Result<()> {
+    let mut error = None;
+    let stubs = STUBS.get_or_init(|| match make_stubs() {
+        Ok(stubs) => Some(Mutex::new(stubs)),
+        Err(cause) => {
+            error = Some(cause);
+            None
+        }
+    });
+    match (stubs, error) {
+        (Some(_), _) => Ok(()),
+        (None, Some(cause)) => Err(cause),
+        (None, None) => Err(io::Error::other("executable memory was refused before")),
+    }
+}
+
+fn make_stubs() -> io::Result<Stubs> {
+    let mut area = CodeArea::new()?;
+    let full = || io::Error::from(io::ErrorKind::StorageFull);
+    let simd = area.add(&landing(true, SIMD_EXCEPTION)).ok_or_else(full)?;
+    let x87 = area.add(&landing(false, X87_EXCEPTION)).ok_or_else(full)?;
+    let undefined = area.add(&landing(false, UNDEFINED)).ok_or_else(full)?;
+    signal::install(area.executable_range(), signal::Landings { x87, simd, undefined })?;
+    Ok(Stubs { area, known: HashMap::new() })
+}
+
+/// The end of a stub whose instruction faulted.
+fn landing(keep_mxcsr: bool, code: u32) -> Vec<u8> {
+    let mut emitter = Emitter::default();
+    if keep_mxcsr {
+        emitter.with_displacement(&[0x0f, 0xae, 0x9f], MXCSR);
+    }
+    emitter.with_displacement(&[0x0f, 0xae, 0x97], HOST_MXCSR);
+    if std::arch::is_x86_feature_detected!("avx") {
+        emitter.bytes(&[0xc5, 0xf8, 0x77]);
+    }
+    emitter.bytes(&[0xb8]);
+    emitter.bytes(&code.to_le_bytes());
+    emitter.bytes(&[0xc3]);
+    emitter.code
+}
+
+/// Finds or makes the stub for an instruction. `None`: the instruction has a form that stubs do not know.
+pub fn find(instruction: &Instruction) -> Option<Form> {
+    let normalised = Normalised::new(instruction)?;
+    prepare().ok()?;
+    let stubs = STUBS.get()?.as_ref()?;
+    let mut stubs = stubs.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let address = match stubs.known.get(&normalised.key) {
+        Some(&address) => address,
+        None => {
+            let code = normalised.assemble()?;
+            let address = stubs.area.add(&code)?;
+            stubs.known.insert(normalised.key, address);
+            address
+        }
+    };
+    Some(Form { slots: normalised.slots, address })
+}
+
+/// Bytes of the stub for an instruction.
+#[cfg(test)]
+pub fn size_of_stub(instruction: &Instruction) -> Option<usize> {
+    Normalised::new(instruction)?.assemble().map(|code| code.len())
+}
+
+/// An instruction with its operands moved to where stubs have them.
+struct Normalised {
+    instruction: Instruction,
+    slots: [u8; 4],
+    /// The register in the instruction that stands for each slot.
+    slot_registers: [Register; 4],
+    slot_count: usize,
+    /// The instruction's bytes, its length last.
+    key: [u8; 16],
+}
+
+impl Normalised {
+    fn new(original: &Instruction) -> Option<Self> {
+        let mut instruction = *original;
+        instruction.set_code_size(CodeSize::Code64);
+        instruction.set_segment_prefix(Register::None);
+        instruction.set_has_rep_prefix(false);
+        instruction.set_has_repne_prefix(false);
+        let mut slots = [0; 4];
+        let mut slot_registers = [Register::None; 4];
+        let mut slot_count = 0;
+        let mut general = 0;
+        let mut vectors = 0;
+        let mut has_memory = false;
+        for operand in 0..instruction.op_count() {
+            match instruction.op_kind(operand) {
+                OpKind::Register => {
+                    let register = instruction.op_register(operand);
+                    // The implicit XMM0 of BLENDV and SHA256RNDS2 is listed as an operand but is no part of the encoding.
+                    let implicit = register == Register::XMM0
+                        && operand == 2
+                        && instruction.op_count() == 3
+                        && instruction.code().encoding() == EncodingKind::Legacy;
+                    let replacement = if implicit || register.is_mm() || register.is_st() {
+                        continue;
+                    } else if register.is_xmm() || register.is_ymm() {
+                        vectors += 1;
+                        let first = if register.is_xmm() { Register::XMM0 } else { Register::YMM0 };
+                        *slots.get_mut(slot_count)? = (register.number() * 16) as u8;
+                        first + vectors
+                    } else if register.is_gpr32() || register.is_gpr64() {
+                        general += 1;
+                        let first = if register.is_gpr32() { Register::R9D } else { Register::R9 };
+                        *slots.get_mut(slot_count)? = register.number() as u8;
+                        first + general
+                    } else {
+                        return None;
+                    };
+                    slot_registers[slot_count] = replacement;
+                    slot_count += 1;
+                    instruction.set_op_register(operand, replacement);
+                }
+                OpKind::Memory => {
+                    has_memory = true;
+                    instruction.set_memory_base(Register::RSI);
+                    instruction.set_memory_index(Register::None);
+                    instruction.set_memory_index_scale(1);
+                    instruction.set_memory_displacement64(0);
+                    instruction.set_memory_displ_size(0);
+                }
+                OpKind::Immediate8 => {}
+                _ => return None,
+            }
+        }
+        if vectors > 4 || general > 2 || has_memory && slot_count > SLOTS_WITH_MEMORY {
+            return None;
+        }
+        let mut encoder = Encoder::new(64);
+        let len = encoder.encode(&instruction, 0).ok()?;
+        let bytes = encoder.take_buffer();
+        let mut key = [0; 16];
+        key.get_mut(..len)?.copy_from_slice(&bytes);
+        key[15] = len as u8;
+        Some(Normalised { instruction, slots, slot_registers, slot_count, key })
+    }
+
+    fn slot_of(&self, register: Register) -> Option<usize> {
+        self.slot_registers[..self.slot_count].iter().position(|slot| slot.full_register() == register.full_register())
+    }
+
+    fn assemble(&self) -> Option<Vec<u8>> {
+        let vex = self.instruction.code().encoding() == EncodingKind::VEX;
+        let mut info = InstructionInfoFactory::new();
+        let used = info.info(&self.instruction).used_registers().to_vec();
+        let mut emitter = Emitter::default();
+        let mut implicit_loads = Vec::new();
+        let mut stores = Vec::new();
+        let mut implicit_stores = Vec::new();
+        let wide = (0..self.instruction.op_count()).any(|operand| self.instruction.op_register(operand).is_ymm());
+        for register in &used {
+            let name = register.register();
+            let full = name.full_register();
+            let (reads, writes) = match register.access() {
+                OpAccess::Read | OpAccess::CondRead => (true, false),
+                OpAccess::Write => (false, true),
+                OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => (true, true),
+                _ => (false, false),
+            };
+            if name.is_mm() || name.is_st() || full == Register::RSI {
+                continue;
+            }
+            // Legacy encodings keep the parts of a destination that they do not name.
+            let reads = reads || writes && !vex;
+            match self.slot_of(name) {
+                Some(slot) => {
+                    if reads {
+                        emitter.load_slot(slot, name, vex);
+                    }
+                    if writes {
+                        stores.push((slot, name));
+                    }
+                }
+                None if name.is_vector_register() && name.number() == 0 => {
+                    if reads {
+                        emitter.load_xmm0(vex);
+                    }
+                    if writes {
+                        implicit_stores.push(full);
+                    }
+                }
+                None if matches!(full, Register::RAX | Register::RCX | Register::RDX) => {
+                    if reads {
+                        implicit_loads.push(full);
+                    }
+                    if writes {
+                        implicit_stores.push(full);
+                    }
+                }
+                None => return None,
+            }
+        }
+        // RDX then no longer points to the op.
+        if implicit_loads.contains(&Register::RDX) && !stores.is_empty() {
+            return None;
+        }
+        let mxcsr = uses_mxcsr(&self.instruction);
+        if mxcsr {
+            emitter.with_displacement(&[0x0f, 0xae, 0x97], MXCSR);
+        }
+        let reads_flags = self.instruction.rflags_read() != RflagsBits::NONE;
+        let writes_flags = self.instruction.rflags_modified() & ARITHMETIC_RFLAGS != RflagsBits::NONE;
+        if reads_flags {
+            // movzx eax, word [flags]; add al, 127 (OF from bit 0); sahf
+            emitter.with_displacement(&[0x0f, 0xb7, 0x87], ARITHMETIC);
+            emitter.bytes(&[0x04, 0x7f, 0x9e]);
+        }
+        for register in implicit_loads {
+            emitter.load_implicit(register);
+        }
+        emitter.bytes(&self.key[..usize::from(self.key[15])]);
+        for (slot, name) in stores {
+            if name.is_gpr() {
+                // The address needs RAX; no instruction has results in RAX and in a slot.
+                if implicit_stores.contains(&Register::RAX) {
+                    return None;
+                }
+            }
+            emitter.store_slot(slot, name, vex);
+        }
+        for register in implicit_stores {
+            emitter.store_implicit(register, vex);
+        }
+        if writes_flags {
+            // lahf; seto al; mov [flags], ax
+            emitter.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
+            emitter.with_displacement(&[0x66, 0x89, 0x87], ARITHMETIC);
+        }
+        if mxcsr {
+            emitter.with_displacement(&[0x0f, 0xae, 0x9f], MXCSR);
+            emitter.with_displacement(&[0x0f, 0xae, 0x97], HOST_MXCSR);
+        }
+        if wide {
+            emitter.bytes(&[0xc5, 0xf8, 0x77]);
+        }
+        emitter.bytes(&[0x31, 0xc0, 0xc3]);
+        Some(emitter.code)
+    }
+}
+
+const ARITHMETIC_RFLAGS: u32 =
+    RflagsBits::CF | RflagsBits::PF | RflagsBits::AF | RflagsBits::ZF | RflagsBits::SF | RflagsBits::OF;
+
+/// Whether the instruction computes with floating-point numbers. Those that only move or combine bits are listed; anything else counts.
+fn uses_mxcsr(instruction: &Instruction) -> bool {
+    if instruction.code().cpuid_features().iter().all(|feature| {
+        let name = format!("{feature:?}");
+        name.starts_with("FPU") || name == "MMX"
+    }) {
+        return false;
+    }
+    let name = format!("{:?}", instruction.mnemonic()).to_lowercase();
+    let name = name.strip_prefix('v').unwrap_or(&name);
+    const BITS_ONLY: [&str; 18] = [
+        "p",
+        "mov",
+        "aes",
+        "sha",
+        "and",
+        "or",
+        "xor",
+        "unpck",
+        "blend",
+        "insert",
+        "extract",
+        "broadcast",
+        "zero",
+        "mask",
+        "lddqu",
+        "test",
+        "emms",
+        "gf2p8",
+    ];
+    !BITS_ONLY.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Writes the few instructions around the one that matters. Registers: RDI the CPU, RDX the op, RAX scratch.
+#[derive(Default)]
+struct Emitter {
+    code: Vec<u8>,
+}
+
+impl Emitter {
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.code.extend_from_slice(bytes);
+    }
+
+    fn with_displacement(&mut self, bytes: &[u8], displacement: u32) {
+        self.bytes(bytes);
+        self.bytes(&displacement.to_le_bytes());
+    }
+
+    /// movzx eax, byte [rdx + slot]
+    fn slot_number(&mut self, slot: usize) {
+        self.bytes(&[0x0f, 0xb6, 0x42, SLOTS[slot]]);
+    }
+
+    /// (v)movups of `register` with [rdi + rax * 2 + YMM]
+    fn vector_slot(&mut self, opcode: u8, register: Register, vex: bool, wide: bool) {
+        match (vex, wide) {
+            (false, _) => self.bytes(&[0x0f]),
+            (true, false) => self.bytes(&[0xc5, 0xf8]),
+            (true, true) => self.bytes(&[0xc5, 0xfc]),
+        }
+        self.with_displacement(&[opcode, 0x84 | (register.number() as u8 & 7) << 3, 0x47], YMM);
+    }
+
+    fn load_slot(&mut self, slot: usize, register: Register, vex: bool) {
+        self.slot_number(slot);
+        if register.is_gpr() {
+            // mov r10 or r11, [rdi + rax * 8]
+            self.bytes(&[0x4c, 0x8b, 0x04 | (register.number() as u8 & 7) << 3, 0xc7]);
+        } else {
+            self.vector_slot(0x10, register, vex, register.is_ymm());
+        }
+    }
+
+    fn store_slot(&mut self, slot: usize, register: Register, vex: bool) {
+        self.slot_number(slot);
+        if register.is_gpr() {
+            self.bytes(&[0x4c, 0x89, 0x04 | (register.number() as u8 & 7) << 3, 0xc7]);
+        } else {
+            // A VEX instruction clears what it does not write.
+            self.vector_slot(0x11, register, vex, vex);
+        }
+    }
+
+    fn load_xmm0(&mut self, vex: bool) {
+        self.bytes(if vex { &[0xc5, 0xf8] } else { &[0x0f] });
+        self.with_displacement(&[0x10, 0x87], YMM);
+    }
+
+    /// mov rax, rcx or rdx, [rdi + 8 * number]
+    fn load_implicit(&mut self, register: Register) {
+        let number = register.number() as u8;
+        self.bytes(&[0x48, 0x8b, 0x47 | number << 3, number * 8]);
+    }
+
+    fn store_implicit(&mut self, register: Register, vex: bool) {
+        let number = register.number() as u8;
+        if register.is_gpr() {
+            self.bytes(&[0x48, 0x89, 0x47 | number << 3, number * 8]);
+        } else {
+            self.bytes(if vex { &[0xc5, 0xfc] } else { &[0x0f] });
+            self.with_displacement(&[0x11, 0x87], YMM);
+        }
+    }
+}
