@@ -166,7 +166,6 @@ pub struct Cpu {
     pub tsc_aux: u32,
     /// What the guest's time-stamp counter is ahead of the host's.
     pub tsc_offset: u64,
-<<<<<<< HEAD
     /// The host's TSC at the machine's power-on.
     pub epoch_tsc: u64,
     pub model: Arc<CpuModel>,
@@ -174,10 +173,8 @@ pub struct Cpu {
     pub msr: Msrs,
     pub paravirt: Paravirt,
     pub counters: Counters,
-=======
     /// x87, MMX, SSE and AVX.
     pub vector: VectorState,
->>>>>>> c2beb90 (software: vector and x87 instructions run on the host in generated stubs)
     pub services: EngineServices,
 }
 
@@ -258,7 +255,6 @@ impl Cpu {
             late_fault: false,
             system_call: SystemCallRegisters::default(),
             tsc_aux: 0,
-<<<<<<< HEAD
             // The guest's TSC starts from zero, on all vCPUs alike.
             tsc_offset: epoch_tsc.wrapping_neg(),
             epoch_tsc,
@@ -267,10 +263,7 @@ impl Cpu {
             msr: Msrs::default(),
             paravirt: Paravirt::default(),
             counters: Counters::default(),
-=======
-            tsc_offset: 0,
             vector: VectorState::default(),
->>>>>>> c2beb90 (software: vector and x87 instructions run on the host in generated stubs)
             services,
         };
         cpu.gpr[RDX] = 0x600;

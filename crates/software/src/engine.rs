@@ -39,6 +39,8 @@ impl SoftwareEngine {
         if !(1..=VCPUS_MAX).contains(&vcpu_count) {
             return Err(EngineError::VcpuCount { asked: vcpu_count, max: VCPUS_MAX });
         }
+        crate::vector::stub::prepare()
+            .map_err(|source| EngineError::Host { what: "executable memory for instruction stubs", source })?;
         let model = Arc::new(model);
         let inboxes: Vec<Arc<Inbox>> = (0..vcpu_count).map(|_| Arc::default()).collect();
         services.memory.set_code_watcher(Arc::new(StaleCode(inboxes.clone())));

@@ -40,7 +40,7 @@ mod time;
 mod tlb;
 mod trace;
 mod vcpu;
+mod vector;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
 pub use engine::SoftwareEngine;
-mod vector;

@@ -275,6 +275,7 @@ impl Vcpu for SoftwareVcpu {
                 break VcpuExit::TripleFault;
             }
         };
+        self.cpu.vector.retire_x87();
         self.publish();
         exit
     }

@@ -2,6 +2,7 @@
 //! PKRU, hypercalls.
 
 use crate::cpu::{Cpu, RAX, RBX, RCX, RDX, cr4};
+use crate::cpu_model::Feature;
 use crate::fault::Fault;
 use crate::flags;
 use crate::op::{Flow, Op};
@@ -125,11 +126,12 @@ impl Cpu {
         if self.cr4 & cr4::OSXSAVE == 0 {
             return Err(self.raise_ud());
         }
-        // Every component that is enabled counts as in use: the engine tracks none of them apart.
-        if self.gpr[RCX] as u32 > 1 {
-            return Err(self.raise_gp(0));
-        }
-        self.set_pair(self.xcr0);
+        let value = match self.gpr[RCX] as u32 {
+            0 => self.xcr0,
+            1 if self.model.has(Feature::Xgetbv1) => self.xcr0 & self.components_in_use(),
+            _ => return Err(self.raise_gp(0)),
+        };
+        self.set_pair(value);
         Ok(Flow::Next)
     }
 
@@ -145,6 +147,7 @@ impl Cpu {
             return Err(self.raise_gp(0));
         }
         self.xcr0 = value;
+        self.update_mode();
         Ok(self.leave(op))
     }
 
