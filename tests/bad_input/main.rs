@@ -20,7 +20,6 @@ fn text(path: &std::path::Path) -> String {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn a_missing_file_is_named() {
     let kernel = text(&Kernel::Cloud.image());
     refused(&["--kernel", "/nowhere/vmlinuz"], 1, "/nowhere/vmlinuz");
@@ -29,7 +28,6 @@ fn a_missing_file_is_named() {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn a_file_that_is_no_kernel_is_refused() {
     let scratch = Scratch::new();
     let cloud = std::fs::read(Kernel::Cloud.image()).expect("the kernel can be read");
@@ -49,7 +47,6 @@ fn a_file_that_is_no_kernel_is_refused() {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn an_empty_disk_or_a_folder_as_disk_is_refused() {
     let scratch = Scratch::new();
     let kernel = text(&tiny("hello"));
@@ -60,7 +57,6 @@ fn an_empty_disk_or_a_folder_as_disk_is_refused() {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn options_that_make_no_sense_are_wrong_usage() {
     let kernel = text(&tiny("hello"));
     refused(&["--kernel", &kernel, "--cpus", "0"], 2, "cpus");
@@ -76,7 +72,6 @@ fn options_that_make_no_sense_are_wrong_usage() {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn a_kernel_that_does_not_fit_into_memory_is_refused() {
     let scratch = Scratch::new();
     let initrd = text(&scratch.sparse("large.initrd", 100 << 20));
