@@ -53,6 +53,13 @@ pub fn lower(instruction: &Instruction, context: CodeContext) -> (Op, bool) {
     (builder.op, builder.ends_block)
 }
 
+/// Whether an instruction belongs to the general-purpose family.
+#[cfg(test)]
+pub fn general_purpose(instruction: &Instruction, context: CodeContext) -> bool {
+    let mut builder = OpBuilder { op: Op::empty(undefined), context, ends_block: false };
+    integer::select(instruction, &mut builder).is_some()
+}
+
 /// As [`lower`] for a processor of this model: instructions that it lacks are undefined.
 pub fn lower_for(model: &CpuModel, instruction: &Instruction, context: CodeContext) -> (Op, bool) {
     if instruction.cpuid_features().iter().all(|&kind| model.supports(kind)) {

@@ -3,6 +3,8 @@
 //! A handler is a function generic over the operation, the operand's width and the operands' form, so that each instance is a
 //! few host instructions. Arithmetic is executed by the same host instruction in inline assembly; its flags are the host's.
 
+#[cfg(test)]
+mod against_host;
 pub mod alu;
 pub mod atomic;
 pub mod bits;

@@ -1,6 +1,6 @@
 //! Flags, fences, hints and the rest.
 
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::form::{any_register, operand_bytes, width_index, widths_from_16};
 use crate::lower::OpBuilder;
@@ -9,6 +9,8 @@ use crate::ops::misc;
 
 pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     match instruction.mnemonic() {
+        // PREFETCHW's opcode with a register: processors that know PREFETCHW raise #UD.
+        Mnemonic::Reservednop if is_prefetch_of_register(instruction.code()) => None,
         // Hints of processors that this model does not name do nothing, as their encodings say.
         Mnemonic::Nop
         | Mnemonic::Reservednop
@@ -60,4 +62,8 @@ pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Hand
         }
         _ => None,
     }
+}
+
+fn is_prefetch_of_register(code: Code) -> bool {
+    matches!(code, Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D)
 }
