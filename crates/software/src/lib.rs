@@ -40,6 +40,8 @@ mod time;
 mod tlb;
 mod trace;
 mod vcpu;
+#[cfg(test)]
+mod vcpu_tests;
 mod vector;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};

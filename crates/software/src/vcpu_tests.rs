@@ -1,0 +1,335 @@
+//! Whole vCPUs on their threads: interrupts, sleeping, stopping, start-up messages.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use polder_basics::SystemClock;
+use polder_machine::state::{RunState, SegmentState, VcpuState};
+use polder_machine::{Bus, Engine, EngineServices, EoiListener, MsiMessage, Vcpu, VcpuExit, VcpuHandle};
+use polder_memory::{GuestAddress, GuestMemory};
+
+use crate::cpu_model::CpuModel;
+use crate::engine::SoftwareEngine;
+
+struct NoListener;
+
+impl EoiListener for NoListener {
+    fn end_of_interrupt(&self, _vector: u8) {}
+}
+
+/// Real-mode code at 0x8000; interrupt vector n leads to 0x9000 + 16 * n.
+const CODE: u64 = 0x8000;
+/// Longest wait for something that takes microseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Machine {
+    engine: Arc<SoftwareEngine>,
+    memory: GuestMemory,
+}
+
+impl Machine {
+    fn new(vcpu_count: u32) -> Self {
+        let memory = GuestMemory::new(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let services = EngineServices {
+            memory: memory.clone(),
+            ports: Arc::new(Bus::new()),
+            mmio: Arc::new(Bus::new()),
+            eoi: Arc::new(NoListener),
+            clock: Arc::new(SystemClock),
+        };
+        for vector in 0..256 {
+            let handler = 0x9000 + 16 * vector as u32;
+            memory.write(GuestAddress(4 * vector), &handler.to_le_bytes()).unwrap();
+        }
+        let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
+        Machine { engine: SoftwareEngine::new(services, vcpu_count, model).unwrap(), memory }
+    }
+
+    fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory.write(GuestAddress(address), bytes).unwrap();
+    }
+
+    fn byte(&self, address: u64) -> u8 {
+        self.memory.read_value(GuestAddress(address)).unwrap()
+    }
+
+    /// The handler of a vector: increments the byte at 0x700 + vector, ends the interrupt in x2APIC mode, returns.
+    fn count_interrupts(&self, vector: u64) {
+        let low = vector as u8;
+        // inc byte [0x700 + vector]; mov ecx, 0x80b; xor eax, eax; xor edx, edx; wrmsr; iret: too long for 16 bytes, so jump.
+        let body = 0xb000 + 32 * vector;
+        let jump = (body - (0x9000 + 16 * vector + 3)) as u16;
+        self.write(0x9000 + 16 * vector, &[0xe9, jump as u8, (jump >> 8) as u8]);
+        self.write(
+            body,
+            &[
+                0xfe, 0x06, low, 0x07, 0x66, 0xb9, 0x0b, 0x08, 0, 0, 0x66, 0x31, 0xc0, 0x66, 0x31, 0xd2, 0x0f, 0x30, 0xcf,
+            ],
+        );
+    }
+
+    fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let start = Instant::now();
+        while !condition(self) {
+            assert!(start.elapsed() < PATIENCE, "{what} did not happen");
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Real mode at `CODE`, with the local APIC in x2APIC mode and software-enabled by the code that [`prologue`] makes.
+fn start_state() -> VcpuState {
+    let mut state = VcpuState::power_on(true);
+    state.segments[1] = SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x9b };
+    state.rip = CODE;
+    state.gpr[4] = 0x7000;
+    state
+}
+
+/// Enables x2APIC mode and the APIC.
+fn prologue() -> Vec<u8> {
+    let mut code = Vec::new();
+    for (msr, value) in [(0x1bu32, 0xfee0_0d00u32), (0x80f, 0x1ff)] {
+        // mov ecx, msr; mov eax, value; xor edx, edx; wrmsr
+        code.extend([0x66, 0xb9]);
+        code.extend(msr.to_le_bytes());
+        code.extend([0x66, 0xb8]);
+        code.extend(value.to_le_bytes());
+        code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
+    }
+    code
+}
+
+fn spawn(mut vcpu: Box<dyn Vcpu>) -> JoinHandle<(Box<dyn Vcpu>, VcpuExit)> {
+    std::thread::spawn(move || {
+        let exit = vcpu.run();
+        (vcpu, exit)
+    })
+}
+
+#[test]
+fn a_halted_vcpu_is_woken_by_a_message_from_a_device_every_time() {
+    const ROUNDS: u32 = 2000;
+    let machine = Machine::new(1);
+    machine.count_interrupts(0x41);
+    // sti; hlt; jmp back to hlt
+    let mut code = prologue();
+    code.extend([0xfb, 0xf4, 0xeb, 0xfd]);
+    machine.write(CODE, &code);
+    let mut vcpu = machine.engine.take_vcpus().remove(0);
+    vcpu.set_state(&start_state());
+    let thread = spawn(vcpu);
+    let sink = machine.engine.msi_sink();
+    for round in 0..ROUNDS {
+        if round == 0 {
+            // The guest must have enabled its APIC first.
+            machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") > 0);
+        }
+        sink.send(MsiMessage { address: 0xfee0_0000, data: 0x41 });
+        machine.wait_for("the interrupt", |machine| machine.byte(0x741) == (round + 1) as u8);
+    }
+    machine.engine.handles()[0].stop();
+    let (vcpu, exit) = thread.join().unwrap();
+    assert_eq!((exit, vcpu.state().run_state), (VcpuExit::Stopped, RunState::Halted));
+    assert_eq!(counter(&*machine.engine.handles()[0], "interrupts"), u64::from(ROUNDS));
+}
+
+fn counter(handle: &dyn VcpuHandle, name: &str) -> u64 {
+    handle.counters().into_iter().find(|entry| entry.0 == name).unwrap().1
+}
+
+#[test]
+fn a_running_vcpu_stops_when_asked_and_goes_on_afterwards() {
+    let machine = Machine::new(1);
+    // inc byte [0x700]; jmp back
+    machine.write(CODE, &[0xfe, 0x06, 0x00, 0x07, 0xeb, 0xfa]);
+    let mut vcpu = machine.engine.take_vcpus().remove(0);
+    vcpu.set_state(&start_state());
+    for _ in 0..20 {
+        let before = machine.byte(0x700);
+        let thread = spawn(vcpu);
+        machine.wait_for("progress", |machine| machine.byte(0x700) != before);
+        machine.engine.handles()[0].stop();
+        let exit;
+        (vcpu, exit) = thread.join().unwrap();
+        assert_eq!((exit, vcpu.state().run_state), (VcpuExit::Stopped, RunState::Runnable));
+    }
+    // A stop before the run counts for the next run.
+    machine.engine.handles()[0].stop();
+    assert_eq!(vcpu.run(), VcpuExit::Stopped);
+}
+
+#[test]
+fn an_exception_without_a_table_shuts_the_vcpu_down_and_a_reset_revives_it() {
+    let machine = Machine::new(1);
+    machine.write(CODE, &[0x0f, 0x0b]);
+    let mut vcpu = machine.engine.take_vcpus().remove(0);
+    let mut state = start_state();
+    state.idtr.limit = 0;
+    vcpu.set_state(&state);
+    assert_eq!(vcpu.run(), VcpuExit::TripleFault);
+    vcpu.reset();
+    assert_eq!(vcpu.state(), VcpuState::power_on(true));
+}
+
+#[test]
+fn a_state_set_is_the_state_read() {
+    let machine = Machine::new(2);
+    let mut vcpus = machine.engine.take_vcpus();
+    assert_eq!(vcpus[1].state(), VcpuState::power_on(false));
+    let mut state = VcpuState::power_on(true);
+    state.gpr = std::array::from_fn(|index| index as u64 * 0x1111);
+    state.cr0 = 0x8005_0033;
+    state.cr3 = 0x5000;
+    state.cr4 = 0x6f0;
+    state.cr8 = 9;
+    state.efer = 0xd01;
+    state.rflags = 0x246;
+    state.xcr0 = 7;
+    state.run_state = RunState::Halted;
+    vcpus[0].set_state(&state);
+    assert_eq!(vcpus[0].state(), state);
+}
+
+#[test]
+fn start_up_messages_start_the_others_at_their_page() {
+    let machine = Machine::new(4);
+    // The others: lock inc byte [0x700]; hlt
+    machine.write(0x5000, &[0xf0, 0xfe, 0x06, 0x00, 0x07, 0xf4]);
+    let mut code = prologue();
+    // INIT to all others, then SIPI with vector 5, twice.
+    for command in [0xc_4500u32, 0xc_4605, 0xc_4605] {
+        // mov ecx, 0x830; mov eax, command; xor edx, edx; wrmsr
+        code.extend([0x66, 0xb9, 0x30, 0x08, 0, 0, 0x66, 0xb8]);
+        code.extend(command.to_le_bytes());
+        code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
+    }
+    code.push(0xf4);
+    machine.write(CODE, &code);
+    let mut vcpus = machine.engine.take_vcpus();
+    vcpus[0].set_state(&start_state());
+    let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
+    machine.wait_for("the start of three vCPUs", |machine| machine.byte(0x700) == 3);
+    for handle in machine.engine.handles() {
+        handle.stop();
+    }
+    for thread in threads {
+        assert_eq!(thread.join().unwrap().1, VcpuExit::Stopped);
+    }
+    assert_eq!(machine.byte(0x700), 3);
+}
+
+#[test]
+fn interrupts_between_two_vcpus_are_all_delivered() {
+    const ROUNDS: u8 = 200;
+    let machine = Machine::new(2);
+    // Each sends the other the interrupt that it got, until both counted ROUNDS.
+    let ping_pong = |vector: u8, other: u32| {
+        let mut code = prologue();
+        let loop_start = code.len();
+        // cli; cmp [0x700 + own], bl; jne on; sti; hlt; jmp back; on: inc bl; send; jmp back
+        code.extend([0xfa, 0x38, 0x1e, vector, 0x07, 0x75, 0x04, 0xfb, 0xf4, 0xeb, 0xf5, 0xfe, 0xc3]);
+        code.extend([0x66, 0xb9, 0x30, 0x08, 0, 0, 0x66, 0xb8]);
+        code.extend(u32::from(vector ^ 1).to_le_bytes());
+        code.extend([0x66, 0xba]);
+        code.extend(other.to_le_bytes());
+        code.extend([0x0f, 0x30]);
+        let back = loop_start as i32 - (code.len() as i32 + 2);
+        code.extend([0xeb, back as u8]);
+        code
+    };
+    machine.write(CODE, &ping_pong(0x40, 1));
+    machine.write(0x5000, &ping_pong(0x41, 0));
+    machine.count_interrupts(0x40);
+    machine.count_interrupts(0x41);
+    let mut vcpus = machine.engine.take_vcpus();
+    let mut state = start_state();
+    vcpus[0].set_state(&state);
+    state.rip = 0x5000;
+    state.gpr[4] = 0x6000;
+    vcpus[1].set_state(&state);
+    let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
+    machine.wait_for("both HLTs", |machine| {
+        machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0)
+    });
+    machine.engine.msi_sink().send(MsiMessage { address: 0xfee0_0000, data: 0x40 });
+    machine.wait_for("the ping-pong", |machine| counter(&*machine.engine.handles()[1], "interrupts") >= u64::from(ROUNDS));
+    for handle in machine.engine.handles() {
+        handle.stop();
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    let [first, second] = [0x740, 0x741].map(|address| machine.byte(address));
+    assert!(first.wrapping_sub(second) <= 1, "{first} {second}");
+}
+
+#[test]
+fn code_that_another_vcpu_rewrites_is_run_as_rewritten() {
+    let machine = Machine::new(2);
+    // vCPU 0 runs: add al, 1 (immediate rewritten); mov [0x700], al; cmp byte [0x701], 0; je back; hlt
+    machine.write(CODE, &[0xb0, 0x01, 0xa2, 0x00, 0x07, 0x80, 0x3e, 0x01, 0x07, 0x00, 0x74, 0xf4, 0xf4]);
+    let mut vcpus = machine.engine.take_vcpus();
+    vcpus[0].set_state(&start_state());
+    // vCPU 1 runs: inc byte [0x8001] until told to stop.
+    machine.write(0x5000, &[0xfe, 0x06, 0x01, 0x80, 0x80, 0x3e, 0x01, 0x07, 0x00, 0x74, 0xf5, 0xf4]);
+    let mut state = start_state();
+    state.rip = 0x5000;
+    vcpus[1].set_state(&state);
+    let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
+    for _ in 0..50 {
+        let before = machine.byte(0x700);
+        machine.wait_for("a rewritten instruction", |machine| machine.byte(0x700) != before);
+    }
+    machine.write(0x701, &[1]);
+    machine.wait_for("HLT", |machine| {
+        machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0)
+    });
+    for handle in machine.engine.handles() {
+        handle.stop();
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn an_nmi_wakes_a_vcpu_that_takes_no_interrupts() {
+    let machine = Machine::new(1);
+    // cli; hlt; mov byte [0x700], 1; hlt
+    machine.write(CODE, &[0xfa, 0xf4, 0xc6, 0x06, 0x00, 0x07, 0x01, 0xf4]);
+    // The handler: iret
+    machine.write(0x9020, &[0xcf]);
+    let mut vcpu = machine.engine.take_vcpus().remove(0);
+    vcpu.set_state(&start_state());
+    let thread = spawn(vcpu);
+    machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") > 0);
+    machine.engine.send_nmi();
+    machine.wait_for("the code after HLT", |machine| machine.byte(0x700) == 1);
+    machine.engine.handles()[0].stop();
+    thread.join().unwrap();
+}
+
+#[test]
+fn the_timer_interrupts_running_code_soon_after_its_deadline() {
+    let machine = Machine::new(1);
+    machine.count_interrupts(0xec);
+    let mut code = prologue();
+    // LVT timer: one-shot, vector 0xec; divide by 1; initial count 25,000 (1 ms); sti; jmp self
+    for (msr, value) in [(0x832u32, 0xecu32), (0x83e, 0xb), (0x838, 25_000)] {
+        code.extend([0x66, 0xb9]);
+        code.extend(msr.to_le_bytes());
+        code.extend([0x66, 0xb8]);
+        code.extend(value.to_le_bytes());
+        code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
+    }
+    code.extend([0xfb, 0xeb, 0xfe]);
+    machine.write(CODE, &code);
+    let mut vcpu = machine.engine.take_vcpus().remove(0);
+    vcpu.set_state(&start_state());
+    let thread = spawn(vcpu);
+    machine.wait_for("the timer", |machine| machine.byte(0x7ec) == 1);
+    machine.engine.handles()[0].stop();
+    thread.join().unwrap();
+}
