@@ -64,7 +64,8 @@ impl Machine {
         self.write(
             body,
             &[
-                0xfe, 0x06, low, 0x07, 0x66, 0xb9, 0x0b, 0x08, 0, 0, 0x66, 0x31, 0xc0, 0x66, 0x31, 0xd2, 0x0f, 0x30, 0xcf,
+                0xfe, 0x06, low, 0x07, 0x66, 0xb9, 0x0b, 0x08, 0, 0, 0x66, 0x31, 0xc0, 0x66, 0x31, 0xd2, 0x0f, 0x30,
+                0xcf,
             ],
         );
     }
@@ -254,7 +255,8 @@ fn interrupts_between_two_vcpus_are_all_delivered() {
         machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0)
     });
     machine.engine.msi_sink().send(MsiMessage { address: 0xfee0_0000, data: 0x40 });
-    machine.wait_for("the ping-pong", |machine| counter(&*machine.engine.handles()[1], "interrupts") >= u64::from(ROUNDS));
+    machine
+        .wait_for("the ping-pong", |machine| counter(&*machine.engine.handles()[1], "interrupts") >= u64::from(ROUNDS));
     for handle in machine.engine.handles() {
         handle.stop();
     }
@@ -283,9 +285,7 @@ fn code_that_another_vcpu_rewrites_is_run_as_rewritten() {
         machine.wait_for("a rewritten instruction", |machine| machine.byte(0x700) != before);
     }
     machine.write(0x701, &[1]);
-    machine.wait_for("HLT", |machine| {
-        machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0)
-    });
+    machine.wait_for("HLT", |machine| machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0));
     for handle in machine.engine.handles() {
         handle.stop();
     }
