@@ -7,6 +7,7 @@ mod boot;
 mod doctor;
 mod hint;
 mod image;
+mod instance;
 mod state_folder;
 
 use anyhow::Result;
@@ -28,6 +29,17 @@ enum Command {
     Doctor(doctor::DoctorArguments),
     /// Make, list and remove images
     Image(image::ImageArguments),
+    Run(instance::RunArguments),
+    /// List the instances
+    Ps,
+    Exec(instance::ExecArguments),
+    /// Attach to the serial console of an active instance; on a terminal, Ctrl-A x leaves it
+    Console(instance::ConsoleArguments),
+    Stop(instance::StopArguments),
+    Rm(instance::RmArguments),
+    /// The process of an instance; started by `polder run`
+    #[command(hide = true)]
+    MachineProcess(instance::MachineArguments),
 }
 
 fn main() -> ExitCode {
@@ -57,5 +69,12 @@ fn run(command: Command, process_start_ns: u64) -> Result<ExitCode> {
         Command::Boot(arguments) => boot::boot(arguments, process_start_ns),
         Command::Doctor(arguments) => doctor::doctor(&arguments),
         Command::Image(arguments) => image::image(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Run(arguments) => instance::run(&arguments),
+        Command::Ps => instance::ps(),
+        Command::Exec(arguments) => instance::exec(&arguments),
+        Command::Console(arguments) => instance::console(&arguments),
+        Command::Stop(arguments) => instance::stop(&arguments),
+        Command::Rm(arguments) => instance::rm(&arguments),
+        Command::MachineProcess(arguments) => instance::machine(&arguments, process_start_ns),
     }
 }

@@ -94,6 +94,11 @@ impl Control {
         keyboard.push_input(bytes)
     }
 
+    /// Whether there is a machine: put together, and not yet at its end.
+    pub fn is_running(&self) -> bool {
+        lock(&self.shared.running).gate.strong_count() > 0
+    }
+
     /// Stops all vCPUs until [`Control::resume`] and returns when they have stopped; whether there is a machine.
     pub fn pause(&self) -> bool {
         let gate = lock(&self.shared.running).gate.upgrade();

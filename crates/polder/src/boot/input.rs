@@ -31,21 +31,27 @@ impl Left {
 }
 
 /// Finds Ctrl-A and what follows it, over the borders of reads.
-struct Escapes {
+pub struct Escapes {
     keys: Keys,
     pending: bool,
 }
 
 /// What a read means.
 #[derive(Debug, PartialEq, Eq)]
-enum Typed {
+pub enum Typed {
     Bytes(Vec<u8>),
     /// These bytes, and then the end.
     Leave(Vec<u8>),
 }
 
 impl Escapes {
-    fn filter(&mut self, bytes: &[u8]) -> Typed {
+    /// Nothing typed so far.
+    pub fn new(keys: Keys) -> Self {
+        Escapes { keys, pending: false }
+    }
+
+    /// Takes what was read; gives what is to be typed.
+    pub fn filter(&mut self, bytes: &[u8]) -> Typed {
         if self.keys == Keys::Plain {
             return Typed::Bytes(bytes.to_vec());
         }
@@ -67,7 +73,7 @@ pub fn start(control: Control, keys: Keys) -> Result<Left> {
     let left = Arc::new(AtomicBool::new(false));
     let for_thread = left.clone();
     let body = move || {
-        let mut escapes = Escapes { keys, pending: false };
+        let mut escapes = Escapes::new(keys);
         let mut buffer = [0; 4096];
         loop {
             let read = match std::io::stdin().lock().read(&mut buffer) {

@@ -24,10 +24,13 @@ use polder_vmm::{
     ResetPolicy, TestDevices,
 };
 
-use options::{parse_disk, parse_memory, parse_net};
-use signals::StopSignals;
+use options::{parse_disk, parse_net};
 use stats_file::StatsFile;
-use terminal::RawTerminal;
+
+pub use input::{Escapes, Keys, Typed};
+pub use options::parse_memory;
+pub use signals::StopSignals;
+pub use terminal::RawTerminal;
 
 const EXIT_STATUS: &str = "\
 Exit status:
@@ -95,7 +98,7 @@ pub struct BootArguments {
 
 /// Names of engines.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum EngineName {
+pub enum EngineName {
     Auto,
     Software,
     Kvm,
@@ -108,6 +111,31 @@ enum ConsoleName {
     Virtio,
 }
 
+impl EngineName {
+    /// The name as it is written on the command line and in the table of instances.
+    pub fn word(self) -> &'static str {
+        match self {
+            EngineName::Auto => "auto",
+            EngineName::Software => "software",
+            EngineName::Kvm => "kvm",
+        }
+    }
+
+    /// The engine of that name.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [EngineName::Auto, EngineName::Software, EngineName::Kvm].into_iter().find(|name| name.word() == word)
+    }
+
+    /// The engine itself.
+    pub fn choice(self) -> EngineChoice {
+        match self {
+            EngineName::Auto => EngineChoice::Auto,
+            EngineName::Software => EngineChoice::Software,
+            EngineName::Kvm => EngineChoice::Kvm,
+        }
+    }
+}
+
 impl BootArguments {
     fn config(&self) -> Result<MachineConfig> {
         Ok(MachineConfig {
@@ -117,11 +145,7 @@ impl BootArguments {
             disks: self.disks.clone(),
             cpus: self.cpus,
             ram_bytes: self.memory.0,
-            engine: match self.engine {
-                EngineName::Auto => EngineChoice::Auto,
-                EngineName::Software => EngineChoice::Software,
-                EngineName::Kvm => EngineChoice::Kvm,
-            },
+            engine: self.engine.choice(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),
             console: match self.console {

@@ -9,7 +9,7 @@ mod customize;
 mod record;
 mod tools;
 
-pub use record::ImageRecord;
+pub use record::{ImageRecord, utc};
 
 use crate::state_folder::StateFolder;
 use anyhow::{Context, Result, bail};
