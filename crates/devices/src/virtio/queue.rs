@@ -293,18 +293,28 @@ impl Queue {
         }
     }
 
-    /// Asks the driver to notify the device of the next chain. Returns whether one came in between: then go on, no
-    /// notification may follow.
+    /// Asks the driver to notify the device of chains from here on. Returns whether one waits: then go on, no notification may
+    /// follow.
     pub fn enable_notifications(&mut self) -> Result<bool, QueueError> {
+        self.enable_notifications_of_more()?;
+        self.has_waiting()
+    }
+
+    /// For a device that wants more chains than wait now: asks the driver to notify it of the next one beyond those it has
+    /// seen. Returns whether more came since it last found none to pop.
+    pub fn enable_notifications_of_more(&mut self) -> Result<bool, QueueError> {
+        let seen = self.seen_available;
         if self.event_index {
+            // Not `next_available`: the driver compares with its own index, which is past all that wait already.
             let offset = 4 + 8 * u64::from(self.place.size);
-            self.store_u16(self.place.used, offset, self.next_available);
+            self.store_u16(self.place.used, offset, seen);
         } else {
             self.store_u16(self.place.used, 0, 0);
         }
         // The wish must be visible before the index is read again.
         fence(Ordering::SeqCst);
-        self.seen_available = self.next_available;
-        self.has_waiting()
+        self.seen_available = self.load_u16(self.place.available, 2);
+        self.waiting()?;
+        Ok(self.seen_available != seen)
     }
 }

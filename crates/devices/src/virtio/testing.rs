@@ -85,6 +85,7 @@ pub(crate) struct Driver {
     pub(crate) line: Arc<RecordingLine>,
     pub(crate) bar: u64,
     pub(crate) queues: Vec<DriverQueue>,
+    features: u64,
 }
 
 impl Driver {
@@ -99,7 +100,7 @@ impl Driver {
         let function = VirtioPciFunction::new(device, memory.clone(), msi.clone(), pci.interrupt_line(SLOT));
         pci.add(SLOT, function).unwrap();
         bus.insert(ECAM_START, ECAM_LEN, Arc::new(Ecam(pci.clone()))).unwrap();
-        let mut driver = Driver { bus, pci, memory, msi, line, bar: 0, queues: Vec::new() };
+        let mut driver = Driver { bus, pci, memory, msi, line, bar: 0, queues: Vec::new(), features: 0 };
         driver.set_config(0x04, AccessSize::Word, 0x6);
         driver.bar = driver.config(0x10, AccessSize::Dword) & !0xf | driver.config(0x14, AccessSize::Dword) << 32;
         driver
@@ -219,6 +220,7 @@ impl Driver {
 
     pub(crate) fn initialise(&mut self, features: u64) {
         self.enable_msix();
+        self.features = features;
         self.negotiate(features);
         assert_eq!(self.status() & 8, 8, "the device took the features");
         self.write(COMMON + 0x10, AccessSize::Word, 0);
@@ -269,10 +271,20 @@ impl Driver {
         first
     }
 
-    /// Sends a chain and rings.
+    /// Sends a chain, and rings only if the device wants to hear of it, as Linux does.
     pub(crate) fn send(&mut self, queue: u16, parts: &[(u64, u32, bool)]) -> u16 {
         let head = self.add_chain(queue, parts);
-        self.ring(queue);
+        let place = &self.queues[queue as usize];
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        let wanted = if self.features & super::FEATURE_EVENT_INDEX != 0 {
+            let event = self.memory.load_u16(GuestAddress(place.used + 4 + 8 * u64::from(place.size))).unwrap();
+            event == place.next_available.wrapping_sub(1)
+        } else {
+            self.memory.load_u16(GuestAddress(place.used)).unwrap() & 1 == 0
+        };
+        if wanted {
+            self.ring(queue);
+        }
         head
     }
 

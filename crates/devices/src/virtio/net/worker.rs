@@ -151,12 +151,9 @@ impl FrameMover {
                 return Ok(Waits::Backend);
             }
             if !self.deliver_frame()? {
-                let more = self.receive.enable_notifications()?;
+                let more = self.receive.enable_notifications_of_more()?;
                 // More buffers than at the last look: try again. The same ones: wait for the guest.
-                if more && self.deliver_frame()? {
-                    continue;
-                }
-                return Ok(Waits::Guest);
+                return Ok(if more { Waits::Turn } else { Waits::Guest });
             }
         }
         Ok(Waits::Turn)
