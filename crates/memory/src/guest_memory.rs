@@ -242,7 +242,7 @@ impl GuestMemory {
     /// Gives the pages of a range back to the host; they read as zeros afterwards. The range is whole pages.
     pub fn punch_hole(&self, address: GuestAddress, len: u64) -> Result<(), MemoryError> {
         let (region, offset) = self.range(address, len)?;
-        if address.0 % PAGE_SIZE != 0 || len % PAGE_SIZE != 0 {
+        if !address.0.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
             return Err(MemoryError::NotRam { address, len });
         }
         if len == 0 {

@@ -110,7 +110,7 @@ impl PciBus {
 
     /// Reads configuration space at an ECAM address (slot << 15 | function << 12 | register); absent functions give ones.
     pub fn config_read(&self, address: u64, size: AccessSize) -> u64 {
-        if size == AccessSize::Qword || address % size.bytes() != 0 {
+        if size == AccessSize::Qword || !address.is_multiple_of(size.bytes()) {
             return (0..size.bytes()).fold(0, |value, index| {
                 value | self.config_read(address.wrapping_add(index), AccessSize::Byte) << (8 * index)
             });
@@ -123,7 +123,7 @@ impl PciBus {
 
     /// Writes configuration space; absent functions drop it.
     pub fn config_write(&self, address: u64, size: AccessSize, value: u64) {
-        if size == AccessSize::Qword || address % size.bytes() != 0 {
+        if size == AccessSize::Qword || !address.is_multiple_of(size.bytes()) {
             for index in 0..size.bytes() {
                 let byte = value >> (8 * index) & 0xff;
                 self.config_write(address.wrapping_add(index), AccessSize::Byte, byte);

@@ -11,6 +11,8 @@
 //! 0xcfc), `msix` (vectors, masks, pending bits), `intx` (shared interrupt lines), `host_bridge` (slot 0).
 
 mod bus;
+#[cfg(test)]
+mod bus_tests;
 mod config_space;
 mod function;
 mod host_bridge;

@@ -132,7 +132,7 @@ impl Msix {
 
     /// Writes the table.
     pub fn table_write(&self, offset: u64, size: AccessSize, value: u64) {
-        if size.bytes() < 4 || offset % size.bytes() != 0 {
+        if size.bytes() < 4 || !offset.is_multiple_of(size.bytes()) {
             return;
         }
         let mut state = lock(&self.state);

@@ -31,7 +31,7 @@ impl ConfigPorts {
         let enabled = address & 1 << 31 != 0;
         let on_root_bus = address & 0x7fff_0000 == 0;
         // Device and function lie in bits 15 to 8, the register in bits 7 to 2; ECAM has a register of 12 bits.
-        (enabled && on_root_bus).then(|| (address & 0xff00) << 4 | address & 0xfc | offset - DATA_OFFSET)
+        (enabled && on_root_bus).then(|| (address & 0xff00) << 4 | address & 0xfc | (offset - DATA_OFFSET))
     }
 }
 

@@ -126,7 +126,7 @@ impl CommonConfig {
                     queue.enabled = true;
                 }
             }
-            (0x20..0x38, Dword | Qword) if offset % size.bytes() == 0 => {
+            (0x20..0x38, Dword | Qword) if offset.is_multiple_of(size.bytes()) => {
                 let Some(queue) = self.writable_queue() else { return };
                 let address = match offset & !7 {
                     0x20 => &mut queue.place.descriptors,

@@ -21,10 +21,14 @@ mod device;
 mod interrupts;
 pub mod net;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 mod transport;
+#[cfg(test)]
+mod transport_tests;
 pub mod vsock;
 mod worker;
 

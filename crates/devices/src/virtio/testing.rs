@@ -79,7 +79,8 @@ pub(crate) struct DriverQueue {
 
 pub(crate) struct Driver {
     pub(crate) bus: Arc<Bus>,
-    pub(crate) pci: Arc<PciBus>,
+    /// Kept for its slots: the memory bus holds only what is decoded.
+    _pci: Arc<PciBus>,
     pub(crate) memory: GuestMemory,
     pub(crate) msi: Arc<MsiRecorder>,
     pub(crate) line: Arc<RecordingLine>,
@@ -100,7 +101,7 @@ impl Driver {
         let function = VirtioPciFunction::new(device, memory.clone(), msi.clone(), pci.interrupt_line(SLOT));
         pci.add(SLOT, function).unwrap();
         bus.insert(ECAM_START, ECAM_LEN, Arc::new(Ecam(pci.clone()))).unwrap();
-        let mut driver = Driver { bus, pci, memory, msi, line, bar: 0, queues: Vec::new(), features: 0 };
+        let mut driver = Driver { bus, _pci: pci, memory, msi, line, bar: 0, queues: Vec::new(), features: 0 };
         driver.set_config(0x04, AccessSize::Word, 0x6);
         driver.bar = driver.config(0x10, AccessSize::Dword) & !0xf | driver.config(0x14, AccessSize::Dword) << 32;
         driver

@@ -70,7 +70,7 @@ pub(super) enum Call {
 
 /// One of the two engines.
 pub(super) enum Engine {
-    Ring(Ring),
+    Ring(Box<Ring>),
     Threads(Threads),
 }
 
@@ -79,7 +79,7 @@ impl Engine {
     pub fn new(choice: EngineChoice, file: &File, signal: &Arc<Signal>, depth: u16) -> io::Result<Engine> {
         if choice == EngineChoice::Auto {
             match Ring::new(file, signal, depth) {
-                Ok(ring) => return Ok(Engine::Ring(ring)),
+                Ok(ring) => return Ok(Engine::Ring(Box::new(ring))),
                 Err(error) => tracing::info!(%error, "io_uring is not to be had; disks use threads"),
             }
         }

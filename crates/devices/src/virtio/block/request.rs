@@ -138,7 +138,7 @@ fn operation(chain: &Chain, disk: &Disk, writable_len: u64) -> Result<Operation,
 fn extent(disk: &Disk, sector: u64, len: u64) -> Result<u64, Status> {
     let sectors = len / SECTOR_LEN;
     let end = sector.checked_add(sectors).ok_or(Status::IoError)?;
-    if len == 0 || len % SECTOR_LEN != 0 || end > disk.sectors {
+    if len == 0 || !len.is_multiple_of(SECTOR_LEN) || end > disk.sectors {
         return Err(Status::IoError);
     }
     Ok(sector * SECTOR_LEN)
