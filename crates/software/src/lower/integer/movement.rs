@@ -48,7 +48,7 @@ pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Hand
         Mnemonic::Cdq => Some(movement::extend_to_data::<u32>),
         Mnemonic::Cqo => Some(movement::extend_to_data::<u64>),
         _ if instruction.code().is_jcc_short_or_near() => None,
-        _ if instruction.op1_kind() == OpKind::Register || instruction.op_count() == 2 => move_if(instruction, builder),
+        _ if instruction.op_count() == 2 => move_if(instruction, builder),
         _ => set_if(instruction, builder),
     }
 }
