@@ -10,7 +10,7 @@ use std::time::Duration;
 /// An interpreted Debian takes about a minute to its agent.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
-/// One Debian at a time: two would slow each other down beyond their limits on a small host.
+/// One Debian at a time: two would slow each other down beyond their limits on a small host. (nextest: .config/nextest.toml)
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn run(arguments: &[&str], limit: Duration) -> Outcome {

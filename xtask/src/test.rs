@@ -24,6 +24,7 @@ pub fn test(arguments: &TestArguments) -> Result<()> {
     crate::setup::install()?;
     crate::guests::all()?;
     crate::build::build()?;
+    crate::guests::image::build(arguments.nightly)?;
     step("tests of the crates");
     run_tests(&["--workspace", "--exclude", PRODUCT], arguments)?;
     step("whole-product tests");

@@ -4,11 +4,14 @@
 //! - `tiny/NAME.elf`: the assembly guests;
 //! - `cloud/` and `generic/`: Debian's stock kernels (`vmlinuz`, the package's `modules` and `version`), and an `initramfs.cpio`
 //!   with busybox, the modules a machine's devices need and our `/init`;
+//! - `home/`: a state folder with the Debian images of the whole-product tests;
+//! - `bench/`: the root file system and disk of the engine bench;
 //! - `busybox`: the static busybox of the initramfs.
 //!
 //! The folder is a cache: what is there is not made again; deleting any part of it is always safe.
 
 mod cpio;
+pub mod image;
 mod initramfs;
 mod kernel;
 mod package;
