@@ -204,6 +204,11 @@ impl Outcome {
         finish(command, "", limit)
     }
 
+    /// The same, with text on its standard input, which stays open.
+    pub fn of_typing(command: &mut Command, input: &str, limit: Duration) -> Self {
+        finish(command, input, limit)
+    }
+
     /// Fails with everything there is to know unless the machine ended with `status`.
     #[track_caller]
     pub fn expect_status(&self, status: i32) -> &Self {

@@ -54,7 +54,7 @@ pub fn stop_instance(state: &StateFolder, name: &str, timeout: Duration) -> Resu
     if !timeout.is_zero() {
         let folder = InstanceFolder::open(state, name)?;
         let start = Instant::now();
-        if !ask_agent(&folder) {
+        if !ask_agent(&folder, timeout.min(AGENT_PATIENCE)) {
             // Without an agent the guest's kernel may still listen to the button.
             let _ = control_socket::send(&folder.control_socket(), Order::PowerButton);
         }
@@ -78,8 +78,8 @@ pub fn end(state: &StateFolder, table: &InstanceTable, record: &InstanceRecord) 
     table.set_inactive(&record.name, "killed")
 }
 
-fn ask_agent(folder: &InstanceFolder) -> bool {
-    let Ok((mut sender, mut receiver)) = agent_client::connect(&folder.vsock_socket(), AGENT_PATIENCE) else {
+fn ask_agent(folder: &InstanceFolder, patience: Duration) -> bool {
+    let Ok((mut sender, mut receiver)) = agent_client::connect(&folder.vsock_socket(), patience) else {
         return false;
     };
     sender.send(&Message::PowerOff).is_ok() && matches!(receiver.receive(), Ok(Message::PoweringOff))
