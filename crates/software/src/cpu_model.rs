@@ -19,6 +19,7 @@ enum Word {
     Leaf7Ebx,
     Leaf7Ecx,
     Leaf7Edx,
+    Leaf7Sub2Edx,
     LeafDEax,
     Extended1Ecx,
     Extended1Edx,
@@ -114,6 +115,7 @@ features! {
     Stibp "stibp" Leaf7Edx 27 Base
     ArchCapabilities "arch-capabilities" Leaf7Edx 29 Base
     Ssbd "ssbd" Leaf7Edx 31 Base
+    BhiCtrl "bhi-ctrl" Leaf7Sub2Edx 4 Base
     Xsaveopt "xsaveopt" LeafDEax 0 V3
     Xsavec "xsavec" LeafDEax 1 V3
     Xgetbv1 "xgetbv1" LeafDEax 2 V3
@@ -474,8 +476,9 @@ impl CpuModel {
                 if context.cr4_pke && self.has(Feature::Pku) {
                     ecx |= 1 << 4;
                 }
-                [0, self.word(Word::Leaf7Ebx), ecx, self.word(Word::Leaf7Edx)]
+                [2, self.word(Word::Leaf7Ebx), ecx, self.word(Word::Leaf7Edx)]
             }
+            7 if subleaf == 2 => [0, 0, 0, self.word(Word::Leaf7Sub2Edx)],
             0xb => match subleaf {
                 0 => [0, 1, 1 << 8, context.apic_id],
                 1 => [core_bits, count, 2 << 8 | 1, context.apic_id],
@@ -571,8 +574,9 @@ mod tests {
             (4, 3, [0x0c00_c163, 0x03c0_003f, 16383, 0]),
             (4, 4, [0; 4]),
             (6, 0, [4, 0, 0, 0]),
-            (7, 0, [0, 0x209c_07ab, 0x0040_0004, 0xac00_0010]),
+            (7, 0, [2, 0x209c_07ab, 0x0040_0004, 0xac00_0010]),
             (7, 1, [0; 4]),
+            (7, 2, [0, 0, 0, 0x10]),
             (0xb, 0, [0, 1, 0x100, 2]),
             (0xb, 1, [2, 4, 0x201, 2]),
             (0xb, 2, [0, 0, 2, 2]),
@@ -597,7 +601,7 @@ mod tests {
         let v2 = model("polder-v2", &[]);
         let old = [
             (1, 0, [0x106b1, 0x0204_0800, 0x81ba_2201, 0x1f8b_fbff]),
-            (7, 0, [0, 0x0010_0683, 0x0040_0004, 0xac00_0010]),
+            (7, 0, [2, 0x0010_0683, 0x0040_0004, 0xac00_0010]),
             (0xd, 0, [0; 4]),
             (0x8000_0001, 0, [0, 0, 0x101, 0x2c10_0800]),
         ];

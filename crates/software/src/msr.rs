@@ -293,7 +293,10 @@ impl Cpu {
             number::MICROCODE_REVISION if value == 0 => {}
             number::MICROCODE_UPDATE | number::PERF_CTL => {}
             number::DEBUG_CTL if value & !0b11 == 0 => self.msr.debug_ctl = value,
-            number::SPEC_CTRL if self.model.has(Feature::SpecCtrl) && value & !0b111 == 0 => self.msr.spec_ctrl = value,
+            // IBRS, STIBP, SSBD and BHI_DIS_S.
+            number::SPEC_CTRL if self.model.has(Feature::SpecCtrl) && value & !0x407 == 0 => {
+                self.msr.spec_ctrl = value;
+            }
             number::PRED_CMD if self.model.has(Feature::SpecCtrl) && value & !1 == 0 => {}
             number::MCG_STATUS if value == 0 => self.msr.mcg_status = 0,
             number::MCG_CTL if value == 0 || value == u64::MAX => self.msr.mcg_ctl = value,
@@ -352,7 +355,7 @@ mod tests {
         (0x201, &[0xff_f000_0800], &[1, 1 << 40]),
         (0x250, &[0x0606_0606_0606_0606], &[2]),
         (0x26f, &[0x0505_0505_0505_0505], &[7]),
-        (number::SPEC_CTRL, &[0, 1, 7], &[8]),
+        (number::SPEC_CTRL, &[0, 1, 0x407], &[8]),
         (number::MCG_STATUS, &[0], &[1]),
         (number::MCG_CTL, &[0, u64::MAX], &[1]),
         (0x400, &[u64::MAX, 0], &[]),

@@ -37,7 +37,8 @@ const FEATURES: [CpuidFeature; 22] = [
 pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     let code = instruction.code();
     if !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-        || !code.cpuid_features().iter().all(|feature| FEATURES.contains(feature))
+        // FWAIT is as old as the 8086.
+        || code != Code::Wait && !code.cpuid_features().iter().all(|feature| FEATURES.contains(feature))
     {
         return None;
     }
