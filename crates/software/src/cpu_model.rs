@@ -52,7 +52,6 @@ macro_rules! features {
 
 features! {
     Fpu "fpu" Leaf1Edx 0 Base
-    Vme "vme" Leaf1Edx 1 Base
     De "de" Leaf1Edx 2 Base
     Pse "pse" Leaf1Edx 3 Base
     Tsc "tsc" Leaf1Edx 4 Base
@@ -568,7 +567,7 @@ mod tests {
     fn the_models_cpuid_is_what_it_was() {
         let table = [
             (0, 0, [0x16, 0x756e_6547, 0x6c65_746e, 0x4965_6e69]),
-            (1, 0, [0x106b1, 0x0204_0800, 0xfffa_3203, 0x1f8b_fbff]),
+            (1, 0, [0x106b1, 0x0204_0800, 0xfffa_3203, 0x1f8b_fbfd]),
             (2, 0, [0x00fe_ff01, 0, 0, 0x00ff_0000]),
             (4, 0, [0x0c00_0121, 0x01c0_003f, 63, 0]),
             (4, 3, [0x0c00_c163, 0x03c0_003f, 16383, 0]),
@@ -600,7 +599,7 @@ mod tests {
         }
         let v2 = model("polder-v2", &[]);
         let old = [
-            (1, 0, [0x106b1, 0x0204_0800, 0x81ba_2201, 0x1f8b_fbff]),
+            (1, 0, [0x106b1, 0x0204_0800, 0x81ba_2201, 0x1f8b_fbfd]),
             (7, 0, [2, 0x0010_0683, 0x0040_0004, 0xac00_0010]),
             (0xd, 0, [0; 4]),
             (0x8000_0001, 0, [0, 0, 0x101, 0x2c10_0800]),

@@ -215,7 +215,7 @@ impl Cpu {
             // Locked, nothing enabled.
             number::FEATURE_CONTROL => 1,
             number::PLATFORM_ID | number::SMI_COUNT | number::EBL_CR_POWERON => 0,
-            number::PLATFORM_INFO => (self.apic.timer.tsc_khz() / 100_000 & 0xff) << 8,
+            number::PLATFORM_INFO => ((self.apic.timer.tsc_khz() / 100_000) & 0xff) << 8,
             number::MICROCODE_REVISION => self.msr.microcode_revision,
             number::PERF_STATUS => 1000 | 4 << 40,
             number::PERF_CTL => 0,
@@ -421,7 +421,7 @@ mod tests {
         let mut bench = TestBench::new();
         assert!(write(&mut bench, number::TSC_ADJUST, 1 << 50));
         let tsc = read(&mut bench, number::TSC).unwrap();
-        assert!(tsc >= 1 << 50 && tsc < 1 << 51);
+        assert!((1 << 50..1 << 51).contains(&tsc));
         assert!(write(&mut bench, number::TSC, 0));
         assert!(read(&mut bench, number::TSC).unwrap() < 1 << 40);
         let adjust = read(&mut bench, number::TSC_ADJUST).unwrap();

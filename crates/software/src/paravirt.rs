@@ -222,7 +222,7 @@ mod tests {
         let (multiplier, shift) = (word(&bench, 24), word(&bench, 28) as i8);
         let delta = u128::from(bench.cpu.tsc().wrapping_sub(stamp));
         let shifted = if shift >= 0 { delta << shift } else { delta >> -shift };
-        let ns = base + (shifted * u128::from(multiplier) >> 32) as u64;
+        let ns = base + ((shifted * u128::from(multiplier)) >> 32) as u64;
         assert!(bench.cpu.system_ns().abs_diff(ns) < 10_000_000);
         // Moving the TSC moves the stamp, not the time.
         bench.cpu.write_msr(number::TSC_ADJUST, 1 << 40).unwrap();
@@ -247,7 +247,7 @@ mod tests {
         let mut bench = TestBench::new();
         bench.cpu.write_msr(number::KVM_SYSTEM_TIME, u64::MAX).unwrap();
         bench.cpu.write_msr(number::KVM_WALL_CLOCK, u64::MAX).unwrap();
-        bench.cpu.write_msr(number::KVM_PV_EOI, u64::MAX & !3 | 1).unwrap();
+        bench.cpu.write_msr(number::KVM_PV_EOI, !2).unwrap();
         bench.cpu.store_local_apic(0xf0, 0x1ff, 4);
         bench.cpu.apic.inbox().post_fixed(0x41, false);
         bench.cpu.apic.accept(0x41);

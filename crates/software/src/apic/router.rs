@@ -7,15 +7,13 @@ use polder_machine::{MsiMessage, MsiSink};
 
 use super::inbox::{EVENT_NMI, Inbox, mode};
 
-/// How a message is delivered: bits 8-10 of an interrupt command or of MSI data.
+/// How a message is delivered: bits 8-10 of an interrupt command or of MSI data. SMI (2) and external interrupts (7) have nobody to take them.
 pub mod delivery {
     pub const FIXED: u8 = 0;
     pub const LOWEST_PRIORITY: u8 = 1;
-    pub const SMI: u8 = 2;
     pub const NMI: u8 = 4;
     pub const INIT: u8 = 5;
     pub const START_UP: u8 = 6;
-    pub const EXTERNAL: u8 = 7;
 }
 
 /// Which vCPUs a message is for.

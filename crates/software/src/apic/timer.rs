@@ -56,7 +56,7 @@ impl Timer {
     /// What the input clock is divided by.
     fn divisor(&self) -> u64 {
         let bits = self.divide & 3 | self.divide >> 1 & 4;
-        1 << (bits + 1 & 7)
+        1 << ((bits + 1) & 7)
     }
 
     fn ticks(&self, count: u32) -> u64 {
