@@ -301,9 +301,10 @@ impl Blocks {
             len += instruction.len();
             self.ops.push(op);
             if ends_block {
-                return len;
+                break;
             }
         }
+        // After a last instruction that always leaves the block too: one whose handler goes on by mistake finds an end there.
         let mut end = Op::empty(end_block);
         end.next_offset = len as u16;
         self.ops.push(end);
@@ -364,13 +365,11 @@ impl Blocks {
         Some(self.keep(first_op, len, fetched.physical, fetched.last_page, cpu.mode.code))
     }
 
-    fn push_single(&mut self, (op, ends_block): (Op, bool)) {
+    fn push_single(&mut self, (op, _): (Op, bool)) {
         let mut end = Op::empty(end_block);
         end.next_offset = op.next_offset;
         self.ops.push(op);
-        if !ends_block {
-            self.ops.push(end);
-        }
+        self.ops.push(end);
     }
 
     /// Makes the block for an instruction that is not kept.

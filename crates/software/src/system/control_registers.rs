@@ -74,10 +74,7 @@ impl Cpu {
         let following = self.following_ip(op);
         match op.first {
             0 => self.write_cr0(value)?,
-            2 => {
-                self.cr2 = value;
-                return Ok(Flow::Next);
-            }
+            2 => self.cr2 = value,
             3 => self.write_cr3(value)?,
             4 => self.write_cr4(value)?,
             _ => self.set_cr8(value)?,

@@ -17,7 +17,7 @@ use crate::flags;
 use crate::page_walk::Access;
 
 /// DR6: the single-step flag.
-const DR6_BS: u64 = 1 << 14;
+pub const DR6_BS: u64 = 1 << 14;
 /// DR6: a task switch into a task with its T bit set.
 pub const DR6_BT: u64 = 1 << 15;
 /// DR6: a debug register was touched while DR7.GD was set.
@@ -47,6 +47,10 @@ impl Cpu {
     pub fn deliver_trap(&mut self) -> Delivery {
         if self.late_fault {
             self.late_fault = false;
+            if self.fault.vector == vector::DEBUG {
+                // INT1 after MOV SS: the traps that the shadow held back come in the same exception.
+                self.fault.detail |= std::mem::take(&mut self.pending_debug);
+            }
             return self.deliver_exception();
         }
         let detail = std::mem::take(&mut self.pending_debug);

@@ -63,6 +63,10 @@ impl Cpu {
         };
         self.set_code_and_stack(code, stack);
         self.set_rflags(self.gpr[R11] & 0x3c_7fd7);
+        // A TF that SYSRET sets traps right after it, unlike one that POPF or IRET set.
+        if self.system_flags & flags::TF != 0 {
+            self.pending_debug |= super::debug::DR6_BS;
+        }
         self.leave_with_resume_flag();
         Ok(Flow::Leave)
     }
