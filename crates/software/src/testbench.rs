@@ -160,6 +160,18 @@ impl TestBench {
         Stop::Limit
     }
 
+    /// Runs at most so many blocks, in pieces that end wherever the engine wants to look around.
+    pub fn run_blocks(&mut self, blocks: u32) {
+        let attention = AtomicBool::new(false);
+        for _ in 0..blocks {
+            self.drop_stale();
+            let outcome = self.blocks.run(&mut self.cpu, &attention, 2);
+            if self.stop(outcome).is_some() {
+                return;
+            }
+        }
+    }
+
     /// Runs exactly so many instructions, one at a time.
     pub fn step(&mut self, instructions: u64) -> Stop {
         for _ in 0..instructions {

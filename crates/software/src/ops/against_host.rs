@@ -11,22 +11,24 @@ use crate::lower::{CodeContext, general_purpose};
 use crate::testbench::{CODE, DATA, Stop, TestBench};
 
 /// xorshift64*: small, and the same everywhere.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    /// The next 64 bits.
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
         (self.next() >> 32) % limit
     }
 
     /// Numbers near the edges as often as any others.
-    fn value(&mut self) -> u64 {
+    pub fn value(&mut self) -> u64 {
         let edges =
             [0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 1 << 63, u64::MAX];
         match self.below(4) {
@@ -37,7 +39,8 @@ impl Random {
         }
     }
 
-    fn bytes(&mut self) -> Vec<u8> {
+    /// Something that often is an instruction.
+    pub fn bytes(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         let vex = self.below(8) == 0;
         if !vex {
@@ -211,7 +214,8 @@ fn place_operands(instruction: &Instruction, random: &mut Random, gpr: &mut [u64
     true
 }
 
-fn variable(name: &str) -> Option<u64> {
+/// A number from the environment.
+pub fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
