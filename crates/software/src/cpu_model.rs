@@ -24,6 +24,8 @@ enum Word {
     Extended1Ecx,
     Extended1Edx,
     Extended7Edx,
+    /// Nowhere.
+    Hidden,
 }
 
 /// In which models a feature is.
@@ -127,6 +129,7 @@ features! {
     Rdtscp "rdtscp" Extended1Edx 27 Base
     Lm "lm" Extended1Edx 29 Base
     InvariantTsc "invtsc" Extended7Edx 8 Base
+    SyscallCompat "syscall-compat" Hidden 0 Extra
 }
 
 const _: () = assert!(FEATURES.len() <= 128);
@@ -248,6 +251,13 @@ impl CpuModel {
     /// The model with this name, cut to what the host has, with extra features (`+pku`, `+la57`, or `-avx2` to take one away).
     pub fn named(name: &str, changes: &[&str]) -> Result<Self, CpuModelError> {
         Self::on_host(name, changes, host_has)
+    }
+
+    /// A model from text as people write it: `polder-v3,+pku,-avx2`.
+    pub fn parse(text: &str) -> Result<Self, CpuModelError> {
+        let mut words = text.split(',').map(str::trim);
+        let name = words.next().unwrap_or_default();
+        Self::named(name, &words.collect::<Vec<_>>())
     }
 
     fn on_host(name: &str, changes: &[&str], host_has: impl Fn(Feature) -> bool) -> Result<Self, CpuModelError> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use polder_machine::{Engine, EngineError, EngineServices, MsiSink, Vcpu, VcpuHandle};
 use polder_memory::CodeWatcher;
 
-use crate::apic::{EVENT_NMI, Inbox, LocalApic, Router};
+use crate::apic::{Inbox, LocalApic, Router};
 use crate::counters::Published;
 use crate::cpu::Cpu;
 use crate::cpu_model::CpuModel;
@@ -80,7 +80,7 @@ impl Engine for SoftwareEngine {
 
     fn send_nmi(&self) {
         for inbox in self.router.inboxes() {
-            inbox.post_event(EVENT_NMI);
+            inbox.post_nmi();
         }
     }
 }

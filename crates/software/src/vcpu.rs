@@ -14,7 +14,9 @@ use std::sync::Arc;
 use polder_machine::state::{RunState, VcpuState};
 use polder_machine::{Vcpu, VcpuExit, VcpuHandle};
 
-use crate::apic::{EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SIPI, EVENT_STOP, Inbox, LocalApic, Router};
+use crate::apic::{
+    EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SECOND_NMI, EVENT_SIPI, EVENT_STOP, Inbox, LocalApic, Router,
+};
 use crate::block_cache::Blocks;
 use crate::counters::Published;
 use crate::cpu::{CS, Cpu};
@@ -35,7 +37,8 @@ pub struct SoftwareVcpu {
     published: Arc<Published>,
     /// INIT has come, SIPI has not.
     waits_for_sipi: bool,
-    nmi_pending: bool,
+    /// NMIs that wait: one, or two while none is being handled.
+    nmis_pending: u32,
     /// A kick came while not halted: the next HLT does not halt.
     kicked: bool,
     /// The host's timer slack was set for this thread.
@@ -54,7 +57,7 @@ impl SoftwareVcpu {
             inbox,
             published,
             waits_for_sipi,
-            nmi_pending: false,
+            nmis_pending: 0,
             kicked: false,
             slack_set: false,
         }
@@ -83,7 +86,9 @@ impl SoftwareVcpu {
             self.start_up(sipi_vector);
         }
         if events & EVENT_NMI != 0 {
-            self.nmi_pending = true;
+            let arrived = 1 + u32::from(events & EVENT_SECOND_NMI != 0);
+            let most = if self.cpu.nmi_blocked { 1 } else { 2 };
+            self.nmis_pending = (self.nmis_pending + arrived).min(most);
         }
         if events & EVENT_KICK != 0 {
             self.kicked = true;
@@ -143,13 +148,13 @@ impl SoftwareVcpu {
         }
         self.blocks.flush();
         self.waits_for_sipi = state.run_state == RunState::WaitForSipi;
-        self.nmi_pending = false;
+        self.nmis_pending = 0;
         self.kicked = false;
     }
 
     /// Whether a halted vCPU has a reason to go on.
     fn wakes(&mut self) -> bool {
-        if std::mem::take(&mut self.kicked) || self.nmi_pending && !self.cpu.nmi_blocked {
+        if std::mem::take(&mut self.kicked) || self.nmis_pending > 0 && !self.cpu.nmi_blocked {
             return true;
         }
         self.cpu.end_quiet_interrupt();
@@ -189,8 +194,8 @@ impl SoftwareVcpu {
         if cpu.interrupt_shadow {
             return Delivery::Done;
         }
-        if self.nmi_pending && !cpu.nmi_blocked {
-            self.nmi_pending = false;
+        if self.nmis_pending > 0 && !cpu.nmi_blocked {
+            self.nmis_pending -= 1;
             cpu.counters.nmis += 1;
             return cpu.deliver_nmi();
         }
@@ -319,7 +324,7 @@ impl Vcpu for SoftwareVcpu {
         let index = old.apic.id() as usize;
         let router: Arc<Router> = old.apic.router().clone();
         // What was sent to the processor before the reset is void; a request to stop is not.
-        self.inbox.take_event(EVENT_INIT | EVENT_SIPI | EVENT_NMI | EVENT_KICK);
+        self.inbox.take_event(EVENT_INIT | EVENT_SIPI | EVENT_NMI | EVENT_SECOND_NMI | EVENT_KICK);
         let apic = LocalApic::new(router, index, old.apic.timer.tsc_khz());
         let mut cpu = Cpu::with_platform(old.services.clone(), old.model.clone(), apic, old.epoch_tsc);
         cpu.counters = old.counters;
@@ -328,7 +333,7 @@ impl Vcpu for SoftwareVcpu {
         // The new look-up tables count their generations anew.
         self.blocks.flush();
         self.waits_for_sipi = index != 0;
-        self.nmi_pending = false;
+        self.nmis_pending = 0;
         self.kicked = false;
     }
 }

@@ -83,6 +83,9 @@ pub struct Identity {
     pub mac: [u8; 6],
 }
 
+/// The CPU model of machines that ask for no other.
+pub const CPU_MODEL_NEWEST: &str = polder_software::CpuModel::NEWEST;
+
 /// A machine.
 #[derive(Debug, Clone)]
 pub struct MachineConfig {
@@ -94,6 +97,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     pub ram_bytes: u64,
     pub engine: EngineChoice,
+    /// Name of a CPU model, with features to add and to take away: `polder-v3,+pku,-avx2`.
+    pub cpu_model: String,
     pub net: NetConfig,
     /// Where the guest's vsock ports appear as Unix sockets; no vsock device without.
     pub vsock: Option<PathBuf>,
@@ -116,6 +121,7 @@ impl MachineConfig {
             cpus: 1,
             ram_bytes: 512 * MIB,
             engine: EngineChoice::default(),
+            cpu_model: CPU_MODEL_NEWEST.to_owned(),
             net: NetConfig::default(),
             vsock: None,
             console: ConsolePort::default(),

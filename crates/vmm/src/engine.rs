@@ -5,17 +5,17 @@ use std::sync::{Arc, Weak};
 use polder_machine::{Engine, EngineServices, MsiMessage, MsiSink};
 use polder_software::{CpuModel, SoftwareEngine};
 
-use crate::{EngineChoice, VmmError};
+use crate::{EngineChoice, MachineConfig, VmmError};
 
 /// Makes an engine; tests bring their own.
 pub(crate) type EngineMaker<'a> = &'a dyn Fn(EngineServices, u32) -> Result<Arc<dyn Engine>, VmmError>;
 
 /// Makes the engine of choice.
-pub(crate) fn make(choice: EngineChoice, services: EngineServices, cpus: u32) -> Result<Arc<dyn Engine>, VmmError> {
-    match choice {
+pub(crate) fn make(config: &MachineConfig, services: EngineServices, cpus: u32) -> Result<Arc<dyn Engine>, VmmError> {
+    match config.engine {
         // Until the KVM engine is there, the software engine is the faster of those that work.
         EngineChoice::Auto | EngineChoice::Software => {
-            let model = CpuModel::named(CpuModel::NEWEST, &[])?;
+            let model = CpuModel::parse(&config.cpu_model)?;
             Ok(SoftwareEngine::new(services, cpus, model)?)
         }
         EngineChoice::Kvm => Err(VmmError::NoKvmEngine),

@@ -30,8 +30,8 @@ mod virtio;
 mod vsock_socket;
 
 pub use config::{
-    CPUS_MAX, ConsolePort, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, RAM_BYTES_MAX,
-    RAM_BYTES_MIN, ResetPolicy, TestDevices,
+    CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig,
+    RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices,
 };
 pub use control::Control;
 pub use error::VmmError;

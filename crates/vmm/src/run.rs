@@ -70,7 +70,7 @@ pub fn run(
     clock: Arc<dyn Clock>,
     process_start_ns: u64,
 ) -> Result<Report, VmmError> {
-    let make = |services, cpus| engine::make(config.engine, services, cpus);
+    let make = |services, cpus| engine::make(config, services, cpus);
     run_with(config, console, control, clock, process_start_ns, &make)
 }
 

@@ -20,8 +20,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
-    CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig, Outcome,
-    ResetPolicy, TestDevices,
+    CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, Identity, MachineConfig,
+    NetConfig, Outcome, ResetPolicy, TestDevices,
 };
 
 use options::{parse_disk, parse_net};
@@ -73,6 +73,9 @@ pub struct BootArguments {
     /// What runs the guest: auto takes the faster engine that works here
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     engine: EngineName,
+    /// What processor the guest sees: polder-v2 or polder-v3, then features to add or to take away, as in polder-v3,+pku,-avx2
+    #[arg(long, value_name = "MODEL[,+FEATURE|,-FEATURE]...", default_value = CPU_MODEL_NEWEST)]
+    cpu: String,
     /// Network: none, or tap=NAME for a TAP interface of the host
     #[arg(long, value_name = "none|tap=NAME", default_value = "none", value_parser = parse_net)]
     net: NetConfig,
@@ -146,6 +149,7 @@ impl BootArguments {
             cpus: self.cpus,
             ram_bytes: self.memory.0,
             engine: self.engine.choice(),
+            cpu_model: self.cpu.clone(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),
             console: match self.console {

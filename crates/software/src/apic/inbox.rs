@@ -24,6 +24,8 @@ pub const EVENT_SIPI: u32 = 1 << 2;
 pub const EVENT_NMI: u32 = 1 << 3;
 /// The hypercall that wakes a halted vCPU.
 pub const EVENT_KICK: u32 = 1 << 4;
+/// Another non-maskable interrupt came before the first was taken out of the inbox.
+pub const EVENT_SECOND_NMI: u32 = 1 << 5;
 const SIPI_VECTOR_SHIFT: u32 = 8;
 
 /// Stale-code notices that wait at most; beyond that all decoded code goes.
@@ -114,6 +116,14 @@ impl Inbox {
     /// Records events and signals.
     pub fn post_event(&self, events: u32) {
         self.events.fetch_or(events, Ordering::SeqCst);
+        self.signal();
+    }
+
+    /// Records a non-maskable interrupt; a processor holds two of them, one in its local APIC and one in its core.
+    pub fn post_nmi(&self) {
+        let _ = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |events| {
+            Some(events | if events & EVENT_NMI != 0 { EVENT_SECOND_NMI } else { EVENT_NMI })
+        });
         self.signal();
     }
 

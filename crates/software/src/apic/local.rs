@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::inbox::{EVENT_NMI, Inbox, mode};
+use super::inbox::{Inbox, mode};
 use super::router::{Destination, Message, Router, delivery};
 use super::timer::Timer;
 
@@ -307,7 +307,7 @@ impl LocalApic {
                 let is_level = (index == LVT_LINT0 || index == LVT_LINT1) && entry & 1 << 15 != 0;
                 self.inbox.post_fixed(entry as u8, is_level);
             }
-            delivery::NMI => self.inbox.post_event(EVENT_NMI),
+            delivery::NMI => self.inbox.post_nmi(),
             delivery::INIT => self.inbox.post_init(),
             _ => {}
         }

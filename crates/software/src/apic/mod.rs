@@ -10,7 +10,7 @@ mod router;
 mod tests;
 mod timer;
 
-pub use inbox::{EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SIPI, EVENT_STOP, Inbox};
+pub use inbox::{EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SECOND_NMI, EVENT_SIPI, EVENT_STOP, Inbox};
 pub use local::LocalApic;
 pub use router::{Destination, Message, Router, delivery};
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polder_machine::{MsiMessage, MsiSink};
 
-use super::inbox::{EVENT_NMI, Inbox, mode};
+use super::inbox::{Inbox, mode};
 
 /// How a message is delivered: bits 8-10 of an interrupt command or of MSI data. SMI (2) and external interrupts (7) have nobody to take them.
 pub mod delivery {
@@ -109,7 +109,7 @@ impl Router {
                 delivery::FIXED if inbox.address.is_enabled.load(Ordering::Relaxed) => {
                     inbox.post_fixed(message.vector, message.is_level);
                 }
-                delivery::NMI => inbox.post_event(EVENT_NMI),
+                delivery::NMI => inbox.post_nmi(),
                 delivery::INIT => inbox.post_init(),
                 delivery::START_UP => inbox.post_sipi(message.vector),
                 // SMI: there is no system management mode. External interrupts: there is no 8259.

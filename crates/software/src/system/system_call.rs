@@ -3,6 +3,7 @@
 use polder_machine::state::SegmentState;
 
 use crate::cpu::{CS, Cpu, FS, GS, RCX, RDX, RSP, SS, cr4, efer, is_canonical};
+use crate::cpu_model::Feature;
 use crate::fault::Fault;
 use crate::flags;
 use crate::op::{Flow, Op};
@@ -25,14 +26,16 @@ impl Cpu {
         self.segments[usize::from(SS)] = stack;
     }
 
-    /// SYSCALL; only in 64-bit code, as Intel's processors have it.
+    /// SYSCALL; only in 64-bit code, as Intel's processors have it, unless the CPU model has AMD's compatibility mode form.
     pub(crate) fn op_system_call(&mut self, op: &Op) -> Result<Flow, Fault> {
-        if self.efer & efer::SCE == 0 || !self.is_64_bit() {
+        let from_compatibility = self.mode.long && self.model.has(Feature::SyscallCompat);
+        if self.efer & efer::SCE == 0 || !self.is_64_bit() && !from_compatibility {
             return Err(self.raise_ud());
         }
+        let target = if self.is_64_bit() { self.system_call.lstar } else { self.system_call.cstar };
         self.gpr[RCX] = self.following_ip(op);
         self.gpr[R11] = self.rflags() & !flags::RF;
-        self.rip = self.system_call.lstar;
+        self.rip = target;
         let selector = (self.system_call.star >> 32) as u16 & 0xfffc;
         self.set_code_and_stack(flat(selector, CODE | LONG), flat(selector.wrapping_add(8), DATA));
         if self.system_call.mask & flags::TF != 0 {
