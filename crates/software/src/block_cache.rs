@@ -286,16 +286,20 @@ impl Blocks {
                 break;
             }
             decoder.decode_out(&mut instruction);
-            if instruction.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
-                if bytes.len() - len < INSTRUCTION_BYTES_MAX {
+            if instruction.is_invalid() {
+                let rest = &bytes[len..];
+                if rest.len() >= INSTRUCTION_BYTES_MAX {
+                    if is_too_long(cpu, rest) {
+                        let mut op = Op::empty(too_long);
+                        op.len = INSTRUCTION_BYTES_MAX as u8;
+                        len += INSTRUCTION_BYTES_MAX;
+                        op.next_offset = len as u16;
+                        self.ops.push(op);
+                        return len;
+                    }
+                } else if decoder.last_error() == DecoderError::NoMoreBytes {
                     break;
                 }
-                let mut op = Op::empty(too_long);
-                op.len = INSTRUCTION_BYTES_MAX as u8;
-                len += INSTRUCTION_BYTES_MAX;
-                op.next_offset = len as u16;
-                self.ops.push(op);
-                return len;
             }
             let (op, ends_block) = lower::lower_for(&cpu.model, &instruction, context);
             len += instruction.len();
@@ -501,9 +505,21 @@ fn fetch(cpu: &mut Cpu, linear: u64) -> Result<Fetched, Fault> {
         fetched.len += 1;
         let bytes = &fetched.bytes[..fetched.len];
         let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, cpu.model.decoder_options());
-        let instruction = decoder.decode();
-        if !instruction.is_invalid() || decoder.last_error() != DecoderError::NoMoreBytes {
+        let wants_more = decoder.decode().is_invalid()
+            && (decoder.last_error() == DecoderError::NoMoreBytes || is_too_long(cpu, bytes));
+        if !wants_more {
             return Ok(fetched);
         }
     }
+}
+
+/// Whether an invalid instruction is so because it goes on after 15 bytes. The decoder calls those invalid for any other reason alike, so this asks
+/// whether one byte less leaves it undecided.
+fn is_too_long(cpu: &Cpu, bytes: &[u8]) -> bool {
+    if bytes.len() < INSTRUCTION_BYTES_MAX {
+        return false;
+    }
+    let bytes = &bytes[..INSTRUCTION_BYTES_MAX - 1];
+    let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, cpu.model.decoder_options());
+    decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
 }

@@ -19,3 +19,5 @@ pub mod operand;
 pub mod shift;
 pub mod stack;
 pub mod string;
+#[cfg(test)]
+mod tests;
