@@ -184,6 +184,26 @@ impl TestBench {
         Stop::Limit
     }
 
+    /// Takes bytes from memory.
+    #[expect(clippy::missing_panics_doc, reason = "test support")]
+    pub fn read_into(&self, address: u64, bytes: &mut [u8]) {
+        self.cpu.services.memory.read(GuestAddress(address), bytes).expect("inside memory");
+    }
+
+    /// 64-bit user mode with the vector units on, as a Linux program has it; only these pages stay mapped.
+    pub fn enter_user_mode(&mut self, pages: &[u64], gs_base: u64) {
+        self.set_mode(CodeSize::Bits64, 3);
+        for page in 0..MEMORY_BYTES >> 12 {
+            if !pages.contains(&page) {
+                self.write(TABLES + 0x3000 + 8 * page, &0u64.to_le_bytes());
+            }
+        }
+        self.cpu.xcr0 = 7;
+        self.cpu.segments[crate::cpu::GS as usize].base = gs_base;
+        self.cpu.tlb.flush_all();
+        self.cpu.update_mode();
+    }
+
     /// The x87 registers as FXSAVE writes them; the thread's own registers are free again.
     pub fn x87(&mut self) -> [u8; 160] {
         self.cpu.vector.retire_x87();

@@ -79,8 +79,13 @@ impl OpBuilder {
     /// Resolves the instruction's memory operand (at most one has the form of a ModRM operand).
     fn set_memory(&mut self, instruction: &Instruction) {
         let wide = self.context.code == CodeSize::Bits64;
-        self.op.segment = segment_number(instruction.memory_segment());
         let base = instruction.memory_base();
+        self.op.segment = match segment_number(instruction.memory_segment()) {
+            segment if !wide || segment >= crate::cpu::FS => segment,
+            // 64-bit mode ignores the other override prefixes (SDM vol. 1, 3.3.7.1): the base alone decides between #SS and #GP.
+            _ if matches!(base, Register::RSP | Register::RBP | Register::ESP | Register::EBP) => crate::cpu::SS,
+            _ => crate::cpu::DS,
+        };
         let address_bits = address_bits(instruction, self.context.code);
         self.op.address_kind = match (wide, address_bits) {
             (true, 64) if self.op.segment >= crate::cpu::FS => address::BASED,

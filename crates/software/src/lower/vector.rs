@@ -36,6 +36,10 @@ const FEATURES: [CpuidFeature; 22] = [
 /// The handler for a vector or x87 instruction; `None` for all others.
 pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     let code = instruction.code();
+    if code == Code::Wait {
+        // The decoder counts it among the 8086's own.
+        return Some(x87::wait);
+    }
     if !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
         // FWAIT is as old as the 8086.
         || code != Code::Wait && !code.cpuid_features().iter().all(|feature| FEATURES.contains(feature))
@@ -56,7 +60,6 @@ fn control(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler
         Some(handler)
     };
     match instruction.code() {
-        Code::Wait => Some(x87::wait),
         Code::Fninit => Some(x87::initialise),
         Code::Fnstsw_AX => Some(x87::store_status_ax),
         Code::Fnstenv_m14byte => wide_area(builder, false, x87::store_environment),
@@ -83,6 +86,11 @@ fn control(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler
         Code::Stmxcsr_m32 => Some(fxsave::store_mxcsr::<{ class::SSE }>),
         Code::VEX_Vldmxcsr_m32 => Some(fxsave::load_mxcsr::<{ class::AVX }>),
         Code::VEX_Vstmxcsr_m32 => Some(fxsave::store_mxcsr::<{ class::AVX }>),
+        Code::Movnti_m32_r32 | Code::Movnti_m64_r64 => {
+            builder.op.first = register_number(instruction.op1_register())?;
+            let wide = instruction.code() == Code::Movnti_m64_r64;
+            Some(if wide { moves::store_general::<u64> } else { moves::store_general::<u32> })
+        }
         Code::VEX_Vzeroupper => Some(moves::zero::<false>),
         Code::VEX_Vzeroall => Some(moves::zero::<true>),
         _ => None,
@@ -353,7 +361,19 @@ fn must_be_aligned(instruction: &Instruction) -> bool {
         return matches!(mnemonic, Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa);
     }
     instruction.memory_size().size() == 16
-        && !matches!(mnemonic, Movups | Movupd | Movdqu | Lddqu | Pcmpestri | Pcmpestrm | Pcmpistri | Pcmpistrm)
+        && !matches!(
+            mnemonic,
+            Movups
+                | Movupd
+                | Movdqu
+                | Lddqu
+                | Pcmpestri
+                | Pcmpestri64
+                | Pcmpestrm
+                | Pcmpestrm64
+                | Pcmpistri
+                | Pcmpistrm
+        )
 }
 
 /// Whether an x87 instruction leaves its address in the environment: all but control instructions do (SDM vol. 1, 8.1.8).

@@ -172,10 +172,6 @@ fn gather_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     let (target, mask) = (number(op.first), number(op.second));
     let bytes = bits as u64 / 8;
     for index in 0..count {
-        let all = if selected(&cpu.vector.ymm[mask], index, bits) { u64::MAX } else { 0 };
-        set_element(&mut cpu.vector.ymm[mask], index, bits, all);
-    }
-    for index in 0..count {
         if selected(&cpu.vector.ymm[mask], index, bits) {
             let raw = element(&indices, index, index_bits);
             let distance = if index_bits == 32 { raw as u32 as i32 as i64 as u64 } else { raw } << (op.scale & 3);

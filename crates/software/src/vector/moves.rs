@@ -40,10 +40,9 @@ fn set_xmm<const VEX: bool>(register: &mut Ymm, low: u64, high: u64) {
 }
 
 #[inline(always)]
-fn check_alignment<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, linear: u64, bytes: u64) -> Result<(), Fault> {
+fn check_alignment<const ALIGNED: bool>(cpu: &mut Cpu, linear: u64, bytes: u64) -> Result<(), Fault> {
     if ALIGNED && linear & (bytes - 1) != 0 {
-        let canonical = !cpu.is_64_bit() || crate::cpu::is_canonical(linear, cpu.linear_bits());
-        return Err(if canonical { cpu.raise_gp(0) } else { cpu.raise_segment_fault(op.segment) });
+        return Err(cpu.raise_gp(0));
     }
     Ok(())
 }
@@ -57,7 +56,7 @@ pub fn load16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> F
 fn load16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin::<VEX>(cpu)?;
     let linear = cpu.linear(op, 16, Access::Read)?;
-    check_alignment::<ALIGNED>(cpu, op, linear, 16)?;
+    check_alignment::<ALIGNED>(cpu, linear, 16)?;
     let Some(pointer) = cpu.read_pointer(linear, 16, op.segment)? else {
         let mut bytes = [0; 16];
         cpu.load_bytes(linear, &mut bytes, op.segment)?;
@@ -87,7 +86,7 @@ pub fn store16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> 
 fn store16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin::<VEX>(cpu)?;
     let linear = cpu.linear(op, 16, Access::Write)?;
-    check_alignment::<ALIGNED>(cpu, op, linear, 16)?;
+    check_alignment::<ALIGNED>(cpu, linear, 16)?;
     let register = cpu.vector.ymm[number(op.first)];
     match cpu.write_pointer(linear, 16, op.segment)? {
         Some(pointer) => {
@@ -163,6 +162,12 @@ pub fn to_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow 
     let value = cpu.vector.ymm[number(op.second)].0[0];
     cpu.gpr[usize::from(op.first) & 31] = T::from_u64(value).to_u64();
     Flow::Next
+}
+
+/// MOVNTI: a store like any other, as all of memory is coherent; the only one of its family that no control bit switches off.
+pub fn store_general<T: GuestInt>(cpu: &mut Cpu, op: &Op) -> Flow {
+    let value = cpu.gpr[usize::from(op.first) & 31];
+    flow(cpu.store_operand(op, T::from_u64(value)))
 }
 
 /// MOVLPS, MOVLPD, MOVHPS and MOVHPD from memory, legacy encodings: the other half stays.

@@ -130,7 +130,7 @@ fn read_operand<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let bytes = u64::from(op.extra2);
     let Ok(linear) = cpu.linear(op, bytes, Access::Read) else { return Flow::Fault };
     if ALIGNED && linear & (bytes - 1) != 0 {
-        return misaligned(cpu, op, linear);
+        return misaligned(cpu);
     }
     match cpu.read_pointer(linear, bytes, op.segment) {
         Ok(Some(pointer)) => execute(cpu, pointer.cast_mut(), op),
@@ -139,11 +139,10 @@ fn read_operand<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     }
 }
 
-/// #GP for a misaligned operand; a non-canonical address comes first.
+/// #GP for a misaligned operand; it comes before what its address is.
 #[cold]
-fn misaligned(cpu: &mut Cpu, op: &Op, linear: u64) -> Flow {
-    let canonical = !cpu.is_64_bit() || crate::cpu::is_canonical(linear, cpu.linear_bits());
-    let _ = if canonical { cpu.raise_gp(0) } else { cpu.raise_segment_fault(op.segment) };
+fn misaligned(cpu: &mut Cpu) -> Flow {
+    let _ = cpu.raise_gp(0);
     Flow::Fault
 }
 
@@ -173,7 +172,8 @@ pub fn write<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Fl
         return Flow::Fault;
     }
     let flow = write_operand::<CLASS, ALIGNED>(cpu, op);
-    if CLASS & (class::X87 | class::MMX) != 0 && flow == Flow::Fault {
+    // Of the x87 class only FNSTCW and FNSTSW come here, which do not wait.
+    if CLASS & class::MMX != 0 && flow == Flow::Fault {
         pending_first(cpu);
     }
     flow
@@ -184,7 +184,7 @@ fn write_operand<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -
     let bytes = u64::from(op.extra2);
     let Ok(linear) = cpu.linear(op, bytes, Access::Write) else { return Flow::Fault };
     if ALIGNED && linear & (bytes - 1) != 0 {
-        return misaligned(cpu, op, linear);
+        return misaligned(cpu);
     }
     match cpu.write_pointer(linear, bytes, op.segment) {
         Ok(Some(pointer)) => {
@@ -221,6 +221,8 @@ pub fn x87_write(cpu: &mut Cpu, op: &Op) -> Flow {
     if flow == Flow::Next {
         let data = cpu.offset(op);
         remember(cpu, op, data);
+    } else if cpu.vector.enabled & class::X87 != 0 {
+        pending_first(cpu);
     }
     flow
 }

@@ -382,7 +382,8 @@ impl Emitter {
         self.slot_number(slot);
         if register.is_gpr() {
             // mov r10 or r11, [rdi + rax * 8]
-            self.bytes(&[0x4c, 0x8b, 0x04 | (register.number() as u8 & 7) << 3, 0xc7]);
+            let number = register.full_register().number() as u8;
+            self.bytes(&[0x4c, 0x8b, 0x04 | (number & 7) << 3, 0xc7]);
         } else {
             self.vector_slot(0x10, register, vex, register.is_ymm());
         }
@@ -391,7 +392,8 @@ impl Emitter {
     fn store_slot(&mut self, slot: usize, register: Register, vex: bool) {
         self.slot_number(slot);
         if register.is_gpr() {
-            self.bytes(&[0x4c, 0x89, 0x04 | (register.number() as u8 & 7) << 3, 0xc7]);
+            let number = register.full_register().number() as u8;
+            self.bytes(&[0x4c, 0x89, 0x04 | (number & 7) << 3, 0xc7]);
         } else {
             // A VEX instruction clears what it does not write.
             self.vector_slot(0x11, register, vex, vex);

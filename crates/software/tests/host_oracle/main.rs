@@ -1,0 +1,329 @@
+//! The host CPU as the oracle: random user-level instructions with random registers, flags, vectors, x87 state and memory run natively and
+//! in the engine; everything is compared, faults included.
+//!
+//! `POLDER_SEED` takes a run back, `POLDER_CASES` sets the number of cases (a fast slice by default, millions at night), `POLDER_CASE`
+//! runs a single case of the seed, `POLDER_ONLY` keeps the codes whose name contains it.
+
+mod generate;
+mod native;
+mod random;
+
+use std::collections::BTreeMap;
+
+use generate::{BRANCH_TARGET, Generated, Generator, START};
+use iced_x86::{FlowControl, Mnemonic, RflagsBits};
+use native::{DATA_PAGES, GS_BASE, NO_FAULT, Native, PAGE, State};
+use polder_software::CpuModel;
+use polder_software::testbench::{CODE, DATA, STACK, Stop, TestBench};
+use random::Random;
+
+/// Cases of the fast slice.
+const CASES: u64 = 500_000;
+/// Differences to show before the run ends.
+const DIFFERENCES_MAX: usize = 60;
+/// Flags that instructions of user mode set: the arithmetic ones and DF.
+const FLAGS: u64 = 0xcd5;
+
+fn number_from(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| {
+        let text = text.trim();
+        text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
+    })
+}
+
+/// Random registers.
+fn random_state(random: &mut Random, generated: &Generated) -> State {
+    // SAFETY: a state is plain integers.
+    let mut state: State = unsafe { std::mem::zeroed() };
+    for register in &mut state.gpr {
+        *register = random.value();
+    }
+    // Wherever the stack pointer is not part of the test, signals need none: they have a stack of their own.
+    state.gpr[4] = STACK - 0x100;
+    for &(register, value) in &generated.registers {
+        state.gpr[register] = value;
+    }
+    state.flags = random.next() & FLAGS & !0x400 | 0x202 | if random.chance(10) { 0x400 } else { 0 };
+    let same = random.chance(5);
+    for register in &mut state.ymm {
+        *register = [random.value(), random.value(), random.value(), random.value()];
+    }
+    if same {
+        state.ymm[1] = state.ymm[0];
+    }
+    if let Some(register) = generated.index_register {
+        for word in &mut state.ymm[register] {
+            *word = random.below(0x40) | random.below(0x40) << 32;
+            if random.chance(30) {
+                *word &= 0x3f;
+            }
+        }
+    }
+    let fx = &mut state.fx;
+    let control: u16 = if random.chance(85) { 0x7f } else { 0x40 | random.next() as u16 & 0x3f };
+    let control = control | random.next() as u16 & 0xf00;
+    let exceptions = if random.chance(92) { 0 } else { random.next() as u16 & 0x3f };
+    let mut status = random.next() as u16 & 0x7f00 | exceptions;
+    if random.chance(60) {
+        status &= !0x3800;
+    }
+    if exceptions & !control & 0x3f != 0 {
+        status |= 0x8080;
+    }
+    fx[0..2].copy_from_slice(&control.to_le_bytes());
+    fx[2..4].copy_from_slice(&status.to_le_bytes());
+    fx[4] = match random.below(4) {
+        0 => 0xff,
+        1 => random.next() as u8,
+        2 => 0,
+        _ => 0xf0,
+    };
+    for register in 0..8 {
+        fx[32 + 16 * register..42 + 16 * register].copy_from_slice(&random.x87_value());
+    }
+    let masks = if random.chance(85) { 0x1f80 } else { random.next() as u32 & 0x1f80 };
+    let mxcsr = masks | random.next() as u32 & 0xe07f;
+    let mxcsr = if random.chance(50) { masks } else { mxcsr };
+    fx[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+    state
+}
+
+fn mxcsr_of(state: &State) -> u32 {
+    u32::from_le_bytes([state.fx[24], state.fx[25], state.fx[26], state.fx[27]])
+}
+
+/// Puts a state into the engine.
+fn set_engine(bench: &mut TestBench, state: &State) {
+    let cpu = &mut bench.cpu;
+    cpu.gpr[..16].copy_from_slice(&state.gpr);
+    cpu.rip = START;
+    cpu.set_rflags(state.flags);
+    for (register, words) in cpu.vector.ymm.iter_mut().zip(&state.ymm) {
+        register.0 = *words;
+    }
+    cpu.vector.mxcsr = mxcsr_of(state);
+    cpu.vector.x87_image_mut().0[..160].copy_from_slice(&state.fx[..160]);
+}
+
+/// Flags that the manual leaves undefined after the instruction: the engine may differ there (a multiplication's SF, ZF, AF and PF differ
+/// between vendors too).
+fn undefined_flags(generated: &Generated) -> u64 {
+    let undefined = generated.instruction.rflags_undefined();
+    [
+        (RflagsBits::CF, 0),
+        (RflagsBits::PF, 2),
+        (RflagsBits::AF, 4),
+        (RflagsBits::ZF, 6),
+        (RflagsBits::SF, 7),
+        (RflagsBits::OF, 11),
+    ]
+    .into_iter()
+    .filter(|(bit, _)| undefined & bit != 0)
+    .fold(0, |mask, (_, position)| mask | 1 << position)
+}
+
+/// What differs, as lines of text.
+fn differences(
+    bench: &mut TestBench,
+    native: &mut Native,
+    stop: Stop,
+    state: &State,
+    generated: &Generated,
+) -> Vec<String> {
+    let mut lines = Vec::new();
+    let x87 = bench.x87();
+    let mut compare = |name: String, engine: u64, host: u64| {
+        if engine != host {
+            lines.push(format!("  {name}: engine {engine:#x}, host {host:#x}"));
+        }
+    };
+    let fault = match stop {
+        Stop::Fault(exception) => Some(exception),
+        _ => None,
+    };
+    let mut host_rip = state.rip;
+    let mut host_vector = state.fault.vector;
+    // A branch was taken: the page is full of breakpoints, and nothing is executable outside.
+    let branched = generated.instruction.flow_control() != FlowControl::Next;
+    if branched && host_vector == 3 {
+        host_rip = host_rip.wrapping_sub(1);
+        host_vector = NO_FAULT;
+    } else if branched && host_vector == 14 && state.fault.address == state.rip && state.rip != START {
+        host_vector = NO_FAULT;
+    }
+    compare("vector".into(), fault.map_or(NO_FAULT, |exception| u64::from(exception.vector)), host_vector);
+    compare("rip".into(), bench.cpu.rip, host_rip);
+    if let (Some(exception), 14) = (fault, host_vector) {
+        // Which part of a long operand the host touches first is its own affair.
+        let long = matches!(
+            generated.instruction.mnemonic(),
+            Mnemonic::Frstor
+                | Mnemonic::Fldenv
+                | Mnemonic::Fnsave
+                | Mnemonic::Fnstenv
+                | Mnemonic::Maskmovq
+                | Mnemonic::Maskmovdqu
+                | Mnemonic::Vmaskmovdqu
+        );
+        let mask = if long { !0xfff } else { !0 };
+        compare("fault address".into(), exception.detail & mask, state.fault.address & mask);
+        // The kernel shows addresses of its own half as present.
+        let mask = if state.fault.address >> 63 != 0 { !1 } else { !0 };
+        compare(
+            "error code".into(),
+            u64::from(exception.error_code.unwrap_or(0)) & mask,
+            state.fault.error_code & mask,
+        );
+    }
+    for (number, (engine, host)) in bench.cpu.gpr.iter().zip(state.gpr).enumerate() {
+        compare(format!("gpr {number}"), *engine, host);
+    }
+    let flags = FLAGS & !undefined_flags(generated);
+    compare("flags".into(), bench.cpu.rflags() & flags, state.flags & flags);
+    // What of a gather's mask is left after a fault has meaning in its sign bits only.
+    let gather_mask =
+        (generated.index_register.is_some() && fault.is_some()).then(|| generated.instruction.op2_register().number());
+    for (number, (engine, host)) in bench.cpu.vector.ymm.iter().zip(state.ymm).enumerate() {
+        for (word, (engine, host)) in engine.0.iter().zip(host).enumerate() {
+            let mask = if gather_mask == Some(number) { 0x8000_0000_0000_0000 } else { !0 };
+            compare(format!("ymm {number} word {word}"), engine & mask, host & mask);
+        }
+    }
+    compare("mxcsr".into(), u64::from(bench.cpu.vector.mxcsr), u64::from(mxcsr_of(state)));
+    // Neither the pointers nor MXCSR, which are bytes 6 to 31.
+    let bytes = |source: &[u8], at: usize, len: usize| {
+        (0..len).fold(0u64, |value, index| value | u64::from(source[at + index]) << (8 * index))
+    };
+    if fault.is_some() && generated.instruction.mnemonic() == Mnemonic::Maskmovq {
+        // The host has marked the registers as in use before it stores.
+        return lines;
+    }
+    compare("x87 control, status, tags".into(), bytes(&x87, 0, 5), bytes(&state.fx, 0, 5));
+    for register in 0..8 {
+        let at = 32 + 16 * register;
+        compare(format!("st({register}) mantissa"), bytes(&x87, at, 8), bytes(&state.fx, at, 8));
+        compare(format!("st({register}) exponent"), bytes(&x87, at + 8, 2), bytes(&state.fx, at + 8, 2));
+    }
+    let mut engine_memory = [0; (DATA_PAGES * PAGE) as usize];
+    let mut check_memory = |address: u64, len: usize| {
+        let engine = &mut engine_memory[..len];
+        bench.read_into(address, engine);
+        let host = native.memory(address, len);
+        if engine != host {
+            // Environments hold addresses, which are the engine's own affair.
+            let pointers = match generated.instruction.mnemonic() {
+                Mnemonic::Fnstenv | Mnemonic::Fnsave => {
+                    let wide = !format!("{:?}", generated.instruction.code()).contains("14")
+                        && !format!("{:?}", generated.instruction.code()).contains("94");
+                    generated.target.map_or(0..0, |at| if wide { at + 12..at + 28 } else { at + 6..at + 14 })
+                }
+                _ => 0..0,
+            };
+            for (offset, (engine, host)) in (0..).zip(engine.iter().zip(host.iter())) {
+                if engine != host && !pointers.contains(&(address + offset)) {
+                    lines.push(format!("  memory {:#x}: engine {engine:#x}, host {host:#x}", address + offset));
+                }
+            }
+            host.copy_from_slice(engine);
+        }
+    };
+    check_memory(DATA, (DATA_PAGES * PAGE) as usize);
+    check_memory(STACK - 0x400, 0x800);
+    lines
+}
+
+#[test]
+fn the_engine_does_what_the_host_does() {
+    if !std::arch::is_x86_feature_detected!("avx") {
+        println!("the host has no AVX: not applicable");
+        return;
+    }
+    let model = CpuModel::named(CpuModel::NEWEST, &[]).expect("the newest model");
+    let only = std::env::var("POLDER_ONLY").unwrap_or_default().to_lowercase();
+    let generator = Generator::new(&model, &only);
+    let seed = number_from("POLDER_SEED").unwrap_or_else(|| {
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |now| now.as_secs())
+    });
+    let single = number_from("POLDER_CASE");
+    let cases = number_from("POLDER_CASES").unwrap_or(CASES);
+    println!("POLDER_SEED={seed:#x}, {cases} cases, {} codes", generator.codes());
+    let mut bench = TestBench::new();
+    bench.enter_user_mode(&native::pages(), GS_BASE);
+    bench.write(CODE, &[0xcc; PAGE as usize]);
+    // addps xmm0, xmm0: from here on the engine's own signal handlers are in place.
+    bench.write(START, &[0x0f, 0x58, 0xc0]);
+    bench.cpu.rip = START;
+    bench.step(1);
+    let mut native = Native::new();
+    let mut found: BTreeMap<String, (usize, u64)> = BTreeMap::new();
+    let mut shown = 0;
+    // For a case that ends the process.
+    let trace = std::env::var_os("POLDER_TRACE").is_some();
+    for case in single.map_or(0..cases, |case| case..case + 1) {
+        let mut random = Random::new(seed.wrapping_add(case.wrapping_mul(0xd134_2543_de82_ef95)));
+        let generated = generator.generate(&mut random);
+        let mut state = random_state(&mut random, &generated);
+        // Fresh bytes around the operand, on both sides.
+        let around = generated.target.unwrap_or(DATA).clamp(DATA, DATA + DATA_PAGES * PAGE - 64);
+        let mut fresh = [0u8; 64];
+        for word in fresh.chunks_exact_mut(8) {
+            word.copy_from_slice(&random.value().to_le_bytes());
+        }
+        let mut put = |address: u64, bytes: &[u8]| {
+            bench.write(address, bytes);
+            native.memory(address, bytes.len()).copy_from_slice(bytes);
+        };
+        put(around, &fresh);
+        if generated.instruction.flow_control() != FlowControl::Next {
+            // Earlier stores may have gone where the branch goes.
+            put(CODE, &[0xcc; PAGE as usize]);
+        }
+        match generated.instruction.flow_control() {
+            FlowControl::Return => {
+                if let Some(&(_, stack)) = generated.registers.iter().find(|entry| entry.0 == 4) {
+                    put(stack, &BRANCH_TARGET.to_le_bytes());
+                }
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall => put(around, &BRANCH_TARGET.to_le_bytes()),
+            _ => {}
+        }
+        if trace {
+            println!("{case}: {:x?} {:?}", generated.bytes, generated.instruction.code());
+        }
+        if single.is_some() {
+            println!("{:x?} {:?}\nregisters {:x?}", generated.bytes, generated.instruction.code(), state.gpr);
+            println!("fx {:x?}", &state.fx[..160]);
+            println!("ymm {:x?}", state.ymm);
+        }
+        set_engine(&mut bench, &state);
+        // The code page reads the same on both sides.
+        let mut code = [0xcc; 32];
+        let len = generated.bytes.len();
+        code[..len].copy_from_slice(&generated.bytes);
+        code[len..len + 7].copy_from_slice(&Native::exit_jump());
+        bench.write(START, &code);
+        let stop = bench.step(1);
+        bench.cpu.vector.retire_x87();
+        native.run(&mut state, START, &code, len);
+        let lines = differences(&mut bench, &mut native, stop, &state, &generated);
+        if !lines.is_empty() {
+            let name = format!("{:?}", generated.instruction.code());
+            let entry = found.entry(name.clone()).or_insert((0, case));
+            entry.0 += 1;
+            if entry.0 <= 2 && shown < DIFFERENCES_MAX {
+                shown += 1;
+                println!("POLDER_SEED={seed:#x} POLDER_CASE={case}: {name} {:x?}", generated.bytes);
+                for line in lines.iter().take(8) {
+                    println!("{line}");
+                }
+            }
+            if found.len() > 200 {
+                break;
+            }
+        }
+    }
+    for (name, (count, case)) in &found {
+        println!("{name}: {count} differences, first in case {case}");
+    }
+    assert!(found.is_empty(), "the engine differs from the host: POLDER_SEED={seed:#x}");
+}
