@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use polder_machine::{AccessSize, BusDevice, GuestRequest, InterruptLine, RequestSink};
+use polder_machine::{AccessSize, BusDevice, GuestRequest, InterruptLine, MsiMessage, MsiSink, RequestSink};
 
 /// Ports of [`DebugExit`].
 pub const DEBUG_EXIT_PORTS: u64 = 4;
@@ -65,15 +65,20 @@ impl BusDevice for TestPorts {
 /// First port of [`TestInterrupts`]; port 0x2000 + n is interrupt pin n.
 pub const TEST_INTERRUPTS_START: u64 = 0x2000;
 
-/// A write of anything but zero raises the pin of that number; zero lowers it.
+/// Pins that a PC's two 8259 have too.
+const LEGACY_PINS: u64 = 16;
+
+/// A write of anything but zero raises the pin of that number; zero lowers it. The first pins also send what a PC's 8259
+/// would, as firmware leaves it: vectors 8 to 15 and 0x70 to 0x77, taken by a processor whose local APIC is not enabled.
 pub struct TestInterrupts {
     lines: Vec<Arc<dyn InterruptLine>>,
+    messages: Arc<dyn MsiSink>,
 }
 
 impl TestInterrupts {
     /// A port for each line, in order.
-    pub fn new(lines: Vec<Arc<dyn InterruptLine>>) -> Self {
-        TestInterrupts { lines }
+    pub fn new(lines: Vec<Arc<dyn InterruptLine>>, messages: Arc<dyn MsiSink>) -> Self {
+        TestInterrupts { lines, messages }
     }
 }
 
@@ -85,6 +90,11 @@ impl BusDevice for TestInterrupts {
     fn write(&self, offset: u64, _size: AccessSize, value: u64) {
         if let Some(line) = usize::try_from(offset).ok().and_then(|index| self.lines.get(index)) {
             line.set(value != 0);
+        }
+        if offset < LEGACY_PINS && value != 0 {
+            let vector = if offset < 8 { 8 + offset } else { 0x70 + offset - 8 };
+            // Delivery mode 7: external interrupt, to the bootstrap processor.
+            self.messages.send(MsiMessage { address: 0xfee0_0000, data: 0x700 | vector as u32 });
         }
     }
 }
@@ -146,16 +156,30 @@ mod tests {
         assert_eq!(device.read(11, AccessSize::Word), 0xff00);
     }
 
+    #[derive(Default)]
+    struct Messages(Mutex<Vec<u32>>);
+
+    impl MsiSink for Messages {
+        fn send(&self, message: MsiMessage) {
+            self.0.lock().unwrap().push(message.data);
+        }
+    }
+
     #[test]
     fn interrupt_ports_move_their_pin_and_no_other() {
         let lines: Vec<Arc<RecordingLine>> = (0..2).map(|_| Arc::default()).collect();
-        let device = TestInterrupts::new(lines.iter().map(|line| line.clone() as Arc<dyn InterruptLine>).collect());
+        let messages = Arc::new(Messages::default());
+        let all = lines.iter().map(|line| line.clone() as Arc<dyn InterruptLine>).collect();
+        let device = TestInterrupts::new(all, messages.clone());
         device.write(1, AccessSize::Byte, 1);
         assert!(lines[1].level() && !lines[0].level());
         device.write(1, AccessSize::Byte, 0);
         assert!(!lines[1].level());
         device.write(2, AccessSize::Byte, 1);
         device.write(u64::MAX, AccessSize::Byte, 1);
+        device.write(11, AccessSize::Dword, 1);
+        device.write(11, AccessSize::Dword, 0);
+        assert_eq!(*messages.0.lock().unwrap(), [0x709, 0x70a, 0x773]);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use polder_memory::{GuestAddress, PAGE_SIZE};
 
 use crate::cpu::{Cpu, cr0, cr4, efer};
+use crate::cpu_model::Feature;
 use crate::fault::Fault;
 use crate::flags;
 
@@ -87,6 +88,11 @@ impl Cpu {
     /// Width of linear addresses.
     pub fn linear_bits(&self) -> u32 {
         if self.cr4 & cr4::LA57 != 0 && self.mode.long { 57 } else { 48 }
+    }
+
+    /// Width of linear addresses that the processor knows, whatever CR4 says: what base addresses are checked against.
+    pub fn base_bits(&self) -> u32 {
+        if self.model.has(Feature::La57) { 57 } else { 48 }
     }
 
     /// Translates a linear address for an access, sets accessed and dirty flags, or raises #PF. Canonical form is the caller's concern.

@@ -158,7 +158,8 @@ impl SoftwareVcpu {
             return true;
         }
         self.cpu.end_quiet_interrupt();
-        self.cpu.system_flags & flags::IF != 0 && self.cpu.apic.deliverable().is_some()
+        let is_wanted = self.inbox.external().is_some() || self.cpu.apic.deliverable().is_some();
+        self.cpu.system_flags & flags::IF != 0 && is_wanted
     }
 
     /// Sleeps until the inbox is signalled or the timer is due.
@@ -199,7 +200,16 @@ impl SoftwareVcpu {
             cpu.counters.nmis += 1;
             return cpu.deliver_nmi();
         }
-        if cpu.system_flags & flags::IF == 0 || self.inbox.highest_request().is_none() {
+        if cpu.system_flags & flags::IF == 0 {
+            return Delivery::Done;
+        }
+        if self.inbox.external().is_some()
+            && let Some(vector) = self.inbox.take_external()
+        {
+            cpu.counters.interrupts += 1;
+            return cpu.deliver_interrupt(vector);
+        }
+        if self.inbox.highest_request().is_none() {
             return Delivery::Done;
         }
         cpu.end_quiet_interrupt();
@@ -324,6 +334,7 @@ impl Vcpu for SoftwareVcpu {
         let index = old.apic.id() as usize;
         let router: Arc<Router> = old.apic.router().clone();
         // What was sent to the processor before the reset is void; a request to stop is not.
+        self.inbox.take_external();
         self.inbox.take_event(EVENT_INIT | EVENT_SIPI | EVENT_NMI | EVENT_SECOND_NMI | EVENT_KICK);
         let apic = LocalApic::new(router, index, old.apic.timer.tsc_khz());
         let mut cpu = Cpu::with_platform(old.services.clone(), old.model.clone(), apic, old.epoch_tsc);

@@ -105,7 +105,7 @@ impl Machine {
         let virtio = virtio::devices(around, virtio_console.clone())?;
         add_pci(&memory, &ports, &mmio, &io_apic, &messages, &requests, &virtio)?;
         if config.test_devices == TestDevices::Present {
-            add_test_devices(config, &ports, &mmio, &io_apic, &requests)?;
+            add_test_devices(config, &ports, &mmio, &io_apic, &messages, &requests)?;
         }
 
         let rsdp = acpi::write_tables(&memory, &AcpiConfig { cpus: config.cpus, ram_bytes: config.ram_bytes })?;
@@ -330,13 +330,14 @@ fn add_test_devices(
     ports: &Bus,
     mmio: &Bus,
     io_apic: &Arc<IoApic>,
+    messages: &Arc<dyn MsiSink>,
     requests: &Arc<dyn RequestSink>,
 ) -> Result<(), VmmError> {
     let lines: Vec<_> = (0..layout::IO_APIC_PINS).map(|pin| wire(io_apic, pin)).collect();
     let line_count = lines.len() as u64;
     ports.insert(layout::DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, Arc::new(DebugExit::new(requests.clone())))?;
     ports.insert(TEST_PORTS_START, TEST_PORTS_LEN, Arc::new(TestPorts::default()))?;
-    ports.insert(TEST_INTERRUPTS_START, line_count, Arc::new(TestInterrupts::new(lines)))?;
+    ports.insert(TEST_INTERRUPTS_START, line_count, Arc::new(TestInterrupts::new(lines, messages.clone())))?;
     let fw_cfg = FwCfg::new(config.cpus as u16, config.ram_bytes);
     ports.insert(layout::FW_CFG_PORT, FW_CFG_PORTS, Arc::new(fw_cfg))?;
     mmio.insert(TEST_MEMORY_START, TEST_MEMORY_LEN, Arc::new(TestMemory::default()))?;

@@ -75,6 +75,8 @@ pub struct Inbox {
     requests: [AtomicU64; 4],
     /// Trigger mode register: set for level-triggered.
     levels: [AtomicU64; 4],
+    /// An external interrupt's vector with bit 8 set; else 0.
+    external: AtomicU32,
     stale: Mutex<Stale>,
     pub address: Address,
 }
@@ -155,6 +157,24 @@ impl Inbox {
     /// Takes one kind of event, and leaves the others.
     pub fn take_event(&self, event: u32) -> bool {
         self.events.load(Ordering::Relaxed) & event != 0 && self.events.fetch_and(!event, Ordering::SeqCst) & event != 0
+    }
+
+    /// Records an external interrupt; the last of several counts.
+    pub fn post_external(&self, vector: u8) {
+        self.external.store(0x100 | u32::from(vector), Ordering::SeqCst);
+        self.signal();
+    }
+
+    /// The external interrupt that waits, if there is one.
+    pub fn external(&self) -> Option<u8> {
+        let external = self.external.load(Ordering::Relaxed);
+        (external != 0).then_some(external as u8)
+    }
+
+    /// Takes the external interrupt that waits.
+    pub fn take_external(&self) -> Option<u8> {
+        let external = self.external.swap(0, Ordering::SeqCst);
+        (external != 0).then_some(external as u8)
     }
 
     /// Records a fixed interrupt and signals.

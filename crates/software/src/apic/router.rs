@@ -7,13 +7,14 @@ use polder_machine::{MsiMessage, MsiSink};
 
 use super::inbox::{Inbox, mode};
 
-/// How a message is delivered: bits 8-10 of an interrupt command or of MSI data. SMI (2) and external interrupts (7) have nobody to take them.
+/// How a message is delivered: bits 8-10 of an interrupt command or of MSI data. SMI (2) has nobody to take it.
 pub mod delivery {
     pub const FIXED: u8 = 0;
     pub const LOWEST_PRIORITY: u8 = 1;
     pub const NMI: u8 = 4;
     pub const INIT: u8 = 5;
     pub const START_UP: u8 = 6;
+    pub const EXTERNAL: u8 = 7;
 }
 
 /// Which vCPUs a message is for.
@@ -112,7 +113,12 @@ impl Router {
                 delivery::NMI => inbox.post_nmi(),
                 delivery::INIT => inbox.post_init(),
                 delivery::START_UP => inbox.post_sipi(message.vector),
-                // SMI: there is no system management mode. External interrupts: there is no 8259.
+                // What a board sends in place of its 8259: the vector comes with the message. An APIC that is enabled has its LINT0
+                // masked, as no firmware opened it.
+                delivery::EXTERNAL if !inbox.address.is_enabled.load(Ordering::Relaxed) => {
+                    inbox.post_external(message.vector);
+                }
+                // SMI: there is no system management mode.
                 _ => continue,
             }
             taken = true;

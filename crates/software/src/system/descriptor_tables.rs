@@ -36,7 +36,7 @@ impl Cpu {
             let base = u64::from(self.load::<u32>(at, op.segment)?);
             if op.extra2 == 2 { base & 0xff_ffff } else { base }
         };
-        if wide && !is_canonical(base, self.linear_bits()) {
+        if wide && !is_canonical(base, self.base_bits()) {
             return Err(self.raise_gp(0));
         }
         let table = TableState { base, limit };
@@ -108,7 +108,7 @@ impl Cpu {
             return Err(self.raise_selector(vector::SEGMENT_NOT_PRESENT, selector, 0));
         }
         let descriptor = self.widen_descriptor(descriptor, vector::GENERAL_PROTECTION)?;
-        if self.mode.long && !is_canonical(descriptor.wide_base(), self.linear_bits()) {
+        if self.mode.long && !is_canonical(descriptor.wide_base(), self.base_bits()) {
             return Err(self.raise_selector(vector::GENERAL_PROTECTION, selector, 0));
         }
         Ok(descriptor)

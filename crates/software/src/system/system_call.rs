@@ -157,7 +157,7 @@ impl Cpu {
         if op.extra2 == 4 {
             base &= 0xffff_ffff;
         }
-        if !is_canonical(base, self.linear_bits()) {
+        if !is_canonical(base, self.base_bits()) {
             return Err(self.raise_gp(0));
         }
         let segment = if op.immediate == u64::from(FS) { FS } else { GS };

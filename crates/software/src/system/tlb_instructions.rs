@@ -36,7 +36,7 @@ impl Cpu {
         }
         let has_pcids = self.cr4 & cr4::PCIDE != 0;
         let bad_context = kind < 2 && pcid != 0 && !has_pcids;
-        let bad_address = kind == 0 && !is_canonical(address, self.linear_bits());
+        let bad_address = kind == 0 && !is_canonical(address, self.base_bits());
         if kind > 3 || pcid >> 12 != 0 || bad_context || bad_address {
             return Err(self.raise_gp(0));
         }
