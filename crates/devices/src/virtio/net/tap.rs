@@ -111,4 +111,28 @@ mod tests {
             assert!(matches!(Tap::open(name), Err(TapError::Name { .. })), "{name}");
         }
     }
+
+    /// Needs the right to make interfaces (root in most places); without it there is nothing to show.
+    #[test]
+    fn a_new_interface_takes_offloads_and_is_in_use_once() {
+        let name = format!("plt{}", std::process::id());
+        let tap = match Tap::open(&name) {
+            Ok(tap) => tap,
+            Err(TapError::Device(error)) => return println!("skipped: /dev/net/tun: {error}"),
+            Err(TapError::Attach { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {
+                return println!("skipped: {source}");
+            }
+            Err(error) => panic!("{error}"),
+        };
+        for offloads in [Offloads::default(), tap.offloads(), Offloads { checksum: true, ..Offloads::default() }] {
+            tap.set_offloads(offloads).unwrap();
+        }
+        assert!(matches!(Tap::open(&name), Err(TapError::Attach { .. })));
+        // The interface is down: nothing to read, and a frame is refused rather than waited for.
+        let mut frame = [0; 64];
+        assert_eq!(rustix::io::read(tap.file(), &mut frame), Err(rustix::io::Errno::AGAIN));
+        assert_eq!(rustix::io::write(tap.file(), &frame), Err(rustix::io::Errno::IO));
+        drop(tap);
+        drop(Tap::open(&name).unwrap());
+    }
 }
