@@ -460,7 +460,11 @@ fn code_page(cpu: &mut Cpu, linear: u64) -> Result<u64, Fault> {
         return Ok(page_number);
     }
     let page_number = cpu.translate(linear, Access::Fetch, Privilege::Current)?.physical / PAGE_SIZE;
-    cpu.tlb.fill_code(cpu.mode.cpl == 3, linear, page_number);
+    let user = cpu.mode.cpl == 3;
+    if user && cpu.counters.first_user_instruction_ns == 0 {
+        cpu.counters.first_user_instruction_ns = cpu.services.clock.monotonic_ns();
+    }
+    cpu.tlb.fill_code(user, linear, page_number);
     Ok(page_number)
 }
 

@@ -56,4 +56,6 @@ counters! {
     exceptions
     /// Returns from the inner loop.
     leaves
+    /// Not a count: when this vCPU first fetched code at privilege level 3, on the machine's monotonic clock; zero if it never did.
+    first_user_instruction_ns
 }

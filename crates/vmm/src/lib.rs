@@ -10,12 +10,13 @@
 //! Invariant: what a machine needs from the host is opened before the first guest instruction, and everything is closed and every
 //! vCPU thread has ended when [`run`] returns.
 //!
-//! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `gate` (vCPU
+//! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `calibration` (how fast one is), `gate` (vCPU
 //! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured),
 //! `virtio` (its virtio devices), `vsock_socket` (the host's way to the guest's ports), `agent_client` (the host's end of a session with the agent in the guest).
 
 pub mod agent_client;
 mod build;
+mod calibration;
 mod config;
 mod control;
 mod engine;
@@ -29,6 +30,7 @@ mod tests;
 mod virtio;
 mod vsock_socket;
 
+pub use calibration::{CalibrationGuest, SoftwareCalibration};
 pub use config::{
     CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig,
     RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices,

@@ -6,27 +6,24 @@ use kvm_bindings::{kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-use super::calibration::{self, CODE, CODE_START, DATA_START, MEMORY_LEN};
+use polder_vmm::CalibrationGuest;
+
+use super::{Probe, calibration};
+
+const MEMORY_LEN: u64 = CalibrationGuest::MEMORY_LEN;
 
 const DEVICE: &str = "/dev/kvm";
 /// The only version of the interface that there ever was.
 const API_VERSION: i32 = 12;
 
-/// What became of the probe.
-pub enum KvmProbe {
-    Absent,
-    Unusable { why: String },
-    Works { instructions_per_second: f64 },
-}
-
 /// Probes and measures.
-pub fn probe() -> KvmProbe {
+pub fn probe() -> Probe {
     if !Path::new(DEVICE).exists() {
-        return KvmProbe::Absent;
+        return Probe::Absent;
     }
     match measure() {
-        Ok(instructions_per_second) => KvmProbe::Works { instructions_per_second },
-        Err(why) => KvmProbe::Unusable { why },
+        Ok(instructions_per_second) => Probe::Works { instructions_per_second },
+        Err(why) => Probe::Unusable { why },
     }
 }
 
@@ -61,8 +58,8 @@ fn measure() -> Result<f64, String> {
     let memory = Memory { start };
     // SAFETY: the code's place lies inside the mapping, which nobody else uses yet.
     unsafe {
-        let target = memory.start.cast::<u8>().add(CODE_START as usize);
-        std::ptr::copy_nonoverlapping(CODE.as_ptr(), target, CODE.len());
+        let target = memory.start.cast::<u8>().add(CalibrationGuest::CODE_START as usize);
+        std::ptr::copy_nonoverlapping(CalibrationGuest::CODE.as_ptr(), target, CalibrationGuest::CODE.len());
     }
     let vm = kvm.create_vm().map_err(failed("it makes no machine"))?;
     let region = kvm_userspace_memory_region {
@@ -78,13 +75,13 @@ fn measure() -> Result<f64, String> {
     set_protected_mode(&mut vcpu).map_err(failed("it takes no registers"))?;
     let result = calibration::measure(|turns| {
         let mut registers = vcpu.get_regs().map_err(failed("it gives no registers"))?;
-        registers.rip = CODE_START;
+        registers.rip = CalibrationGuest::CODE_START;
         registers.rflags = 2;
-        registers.rbx = DATA_START;
+        registers.rbx = CalibrationGuest::DATA_START;
         registers.rcx = turns.into();
         vcpu.set_regs(&registers).map_err(failed("it takes no registers"))?;
         match vcpu.run().map_err(failed("the guest does not run"))? {
-            VcpuExit::IoOut(calibration::DONE_PORT, _) => Ok(()),
+            VcpuExit::IoOut(CalibrationGuest::DONE_PORT, _) => Ok(()),
             exit => Err(format!("the calibration guest ended with {exit:?}")),
         }
     });
