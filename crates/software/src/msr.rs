@@ -283,10 +283,7 @@ impl Cpu {
                 self.msr.mtrr_variable[(msr - number::MTRR_VARIABLE) as usize] = value;
             }
             number::MISC_ENABLE => {
-                // XD disable would take NX away, limiting CPUID most leaves: neither is offered.
-                if value & (1 << 34 | 1 << 22) != 0 {
-                    return None;
-                }
+                // XD disable and the limit of CPUID are kept without effect, as KVM keeps them.
                 let fixed = 1 << 11 | 1 << 12;
                 self.msr.misc_enable = value & !fixed | fixed;
             }
@@ -301,13 +298,16 @@ impl Cpu {
             number::MCG_STATUS if value == 0 => self.msr.mcg_status = 0,
             number::MCG_CTL if value == 0 || value == u64::MAX => self.msr.mcg_ctl = value,
             number::MC_BANKS..=0x427 => {
-                // Control takes all or nothing; status and what goes with it are only cleared.
-                let is_control = msr & 3 == 0;
-                if is_control || value == 0 {
-                    self.msr.mc_banks[(msr - number::MC_BANKS) as usize] = value;
-                } else {
+                // Control takes all or nothing; status is only cleared.
+                let allowed = match msr & 3 {
+                    0 => value == 0 || value == u64::MAX,
+                    1 => value == 0,
+                    _ => true,
+                };
+                if !allowed {
                     return None;
                 }
+                self.msr.mc_banks[(msr - number::MC_BANKS) as usize] = value;
             }
             x2apic::FIRST..=x2apic::LAST => self.write_x2apic(msr - x2apic::FIRST, value)?,
             _ => match fixed_index(msr) {
@@ -361,7 +361,7 @@ mod tests {
         (0x400, &[u64::MAX, 0], &[]),
         (0x401, &[0], &[1]),
         (number::DEBUG_CTL, &[0, 3], &[1 << 6]),
-        (number::MISC_ENABLE, &[0x1801, 0x1800], &[1 << 34, 1 << 22]),
+        (number::MISC_ENABLE, &[0x1801, 0x1800, 1 << 34 | 0x1800], &[]),
         (number::EFER, &[0x501, 0xd01], &[1 << 1, 0]),
     ];
 
