@@ -27,6 +27,25 @@ pub struct Block {
     pub valid: Cell<bool>,
     /// Next block in the same bucket of the look-up by physical address.
     pub next: Cell<u32>,
+    /// Whether the first op stands for two instructions.
+    pub starts_fused: bool,
+    /// Whether the same way out leads to few places: not after a return or an indirect branch.
+    pub chains: bool,
+    /// Where the last two different ways out led.
+    pub successors: [Cell<Successor>; 2],
+}
+
+/// A remembered way from a linear address to a block. It counts only while the fetch tag is what it was and the block is valid.
+#[derive(Clone, Copy)]
+pub struct Successor {
+    pub linear: u64,
+    pub fetch_tag: u64,
+    pub block: *const Block,
+}
+
+impl Successor {
+    /// Leads nowhere: no fetch tag is zero.
+    pub const NONE: Successor = Successor { linear: 0, fetch_tag: 0, block: ptr::null() };
 }
 
 impl Block {

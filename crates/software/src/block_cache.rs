@@ -10,11 +10,11 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use iced_x86::{Decoder, DecoderError, Instruction};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction};
 use polder_machine::AccessSize;
 use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
-use crate::block::Block;
+use crate::block::{Block, Successor};
 use crate::cpu::{CS, CodeSize, Cpu, is_canonical};
 use crate::fault::Fault;
 use crate::lower::{self, CodeContext};
@@ -37,22 +37,12 @@ const NO_BLOCK: u32 = u32::MAX;
 /// Attempts to decode bytes that another processor keeps changing, before they are run without keeping them.
 const DECODES_MAX: u32 = 4;
 
-/// A remembered way from a linear address to a block.
-#[derive(Clone, Copy)]
-struct Jump {
-    linear: u64,
-    fetch_tag: u64,
-    block: *const Block,
-}
-
-const NO_JUMP: Jump = Jump { linear: 0, fetch_tag: 0, block: std::ptr::null() };
-
 /// Decoded blocks, owned beside a [`Cpu`].
 pub struct Blocks {
     ops: Vec<Op>,
     blocks: Vec<Block>,
     buckets: Box<[u32]>,
-    jumps: Box<[Jump]>,
+    jumps: Box<[Successor]>,
     /// Blocks with bytes on a guest-physical page.
     pages: HashMap<u64, Vec<u32>>,
     /// An instruction that is not kept: its op, a terminator, and its block.
@@ -83,7 +73,7 @@ impl Blocks {
             ops: Vec::with_capacity(OPS_MAX),
             blocks: Vec::with_capacity(BLOCKS_MAX),
             buckets: vec![NO_BLOCK; BUCKETS].into_boxed_slice(),
-            jumps: vec![NO_JUMP; JUMPS].into_boxed_slice(),
+            jumps: vec![Successor::NONE; JUMPS].into_boxed_slice(),
             pages: HashMap::new(),
             single_ops: Box::new([empty.clone(), empty]),
             single_block: Box::new(Block {
@@ -95,6 +85,9 @@ impl Blocks {
                 code: CodeSize::Bits16,
                 valid: Cell::new(false),
                 next: Cell::new(NO_BLOCK),
+                starts_fused: false,
+                chains: false,
+                successors: [const { Cell::new(Successor::NONE) }; 2],
             }),
             alone: vcpu_count == 1,
         }
@@ -106,7 +99,7 @@ impl Blocks {
         self.blocks.clear();
         self.pages.clear();
         self.buckets.fill(NO_BLOCK);
-        self.jumps.fill(NO_JUMP);
+        self.jumps.fill(Successor::NONE);
     }
 
     /// Drops the blocks with bytes in the 64-byte granules (a bit mask) of a guest-physical page.
@@ -146,6 +139,39 @@ impl Blocks {
         }
     }
 
+    /// A block that leads nowhere: what a run of blocks begins behind.
+    pub(crate) fn nowhere(&self) -> *const Block {
+        &raw const *self.single_block
+    }
+
+    /// As [`Blocks::find`], on the way out of the block `last`.
+    #[inline(always)]
+    pub(crate) fn find_after(&mut self, last: *const Block, cpu: &mut Cpu) -> Result<*const Block, Fault> {
+        // SAFETY: `last` points into the arena of blocks or to the single block, whose memory stays in place. Even if it has been given to another
+        // block since, successors there are as true as here.
+        let last = unsafe { &*last };
+        if !last.chains {
+            return self.find(cpu);
+        }
+        let linear = linear_rip(cpu);
+        for successor in &last.successors {
+            let Successor { linear: to, fetch_tag, block } = successor.get();
+            if to == linear && fetch_tag == cpu.tlb.fetch_tag {
+                // SAFETY: successors point into the arena of blocks and are cleared with it.
+                let next = unsafe { &*block };
+                if next.valid.get() && (cpu.is_64_bit() || inside_limit(cpu, next.bytes)) {
+                    return Ok(block);
+                }
+            }
+        }
+        let block = self.find(cpu)?;
+        if !std::ptr::eq(block, &raw const *self.single_block) {
+            last.successors[1].set(last.successors[0].get());
+            last.successors[0].set(Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block });
+        }
+        Ok(block)
+    }
+
     /// The block at `cpu.rip`, decoded if need be; or the fault of the instruction fetch.
     #[inline(always)]
     pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<*const Block, Fault> {
@@ -165,8 +191,7 @@ impl Blocks {
     pub(crate) fn find_single(&mut self, cpu: &mut Cpu) -> Result<*const Block, Fault> {
         let block = self.find(cpu)?;
         // SAFETY: `find` gives a valid block.
-        let is_fused = unsafe { (*(*block).ops).is_fused() };
-        if is_fused {
+        if unsafe { (*block).starts_fused } {
             let linear = linear_rip(cpu);
             let fetched = fetch(cpu, linear)?;
             return self.decode_single(cpu, &fetched);
@@ -205,7 +230,7 @@ impl Blocks {
                 let crosses = linear % PAGE_SIZE + u64::from(block.bytes) > PAGE_SIZE;
                 if !crosses || code_page(cpu, (linear | PAGE_SIZE - 1).wrapping_add(1))? == block.last_page {
                     let block: *const Block = block;
-                    self.jumps[jump_index(linear)] = Jump { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+                    self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
                     return Ok(block);
                 }
             }
@@ -218,7 +243,7 @@ impl Blocks {
         for _ in 0..DECODES_MAX {
             match self.decode_block(cpu, linear, physical) {
                 Decoded::Kept(block) => {
-                    self.jumps[jump_index(linear)] = Jump { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+                    self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
                     return Ok(block);
                 }
                 Decoded::Changed => {}
@@ -229,7 +254,7 @@ impl Blocks {
         if fetched.ram && fetched.last_page != page_number {
             let end = fetched.len;
             if let Some(block) = self.keep_crossing(cpu, &fetched, end) {
-                self.jumps[jump_index(linear)] = Jump { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+                self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
                 return Ok(block);
             }
         }
@@ -254,7 +279,8 @@ impl Blocks {
         // SAFETY: as above; the buffer is long enough.
         unsafe { raw::copy(source, bytes.as_mut_ptr(), readable) };
         let first_op = self.ops.len();
-        let len = self.lower_bytes(cpu, &bytes[..readable]);
+        let lowered = self.lower_bytes(cpu, &bytes[..readable]);
+        let len = lowered.len;
         if len == 0 {
             self.ops.truncate(first_op);
             return Decoded::Single;
@@ -271,16 +297,18 @@ impl Blocks {
             return Decoded::Changed;
         }
         let page_number = physical / PAGE_SIZE;
-        Decoded::Kept(self.keep(first_op, len, physical, page_number, cpu.mode.code))
+        Decoded::Kept(self.keep(first_op, lowered, physical, page_number, cpu.mode.code))
     }
 
-    /// Lowers instructions from `bytes` into the arena of ops, up to the block's end or the last whole instruction; returns
-    /// their bytes, 0 if there is not even one.
-    fn lower_bytes(&mut self, cpu: &Cpu, bytes: &[u8]) -> usize {
+    /// Lowers instructions from `bytes` into the arena of ops, up to the block's end or the last whole instruction.
+    fn lower_bytes(&mut self, cpu: &Cpu, bytes: &[u8]) -> Lowered {
         let context = CodeContext { code: cpu.mode.code, block_rip: cpu.rip };
         let mut decoder = Decoder::with_ip(bitness(cpu.mode.code), bytes, cpu.rip, cpu.model.decoder_options());
         let mut instruction = Instruction::default();
+        let mut before = Instruction::default();
+        let first_op = self.ops.len();
         let mut len = 0;
+        let mut starts_fused = false;
         for _ in 0..BLOCK_OPS_MAX {
             if !decoder.can_decode() {
                 break;
@@ -295,7 +323,7 @@ impl Blocks {
                         len += INSTRUCTION_BYTES_MAX;
                         op.next_offset = len as u16;
                         self.ops.push(op);
-                        return len;
+                        return Lowered { len, starts_fused, chains: false };
                     }
                 } else if decoder.last_error() == DecoderError::NoMoreBytes {
                     break;
@@ -303,32 +331,55 @@ impl Blocks {
             }
             let (op, ends_block) = lower::lower_for(&cpu.model, &instruction, context);
             len += instruction.len();
-            self.ops.push(op);
+            let fused = self.ops[first_op..].last().and_then(|last| lower::fuse(&before, last, &instruction, &op));
+            match fused {
+                Some(fused) => {
+                    self.ops.pop();
+                    starts_fused = self.ops.len() == first_op;
+                    self.ops.push(fused);
+                }
+                None => self.ops.push(op),
+            }
             if ends_block {
                 break;
             }
+            before = instruction;
         }
         // After a last instruction that always leaves the block too: one whose handler goes on by mistake finds an end there.
         let mut end = Op::empty(end_block);
         end.next_offset = len as u16;
         self.ops.push(end);
-        len
+        let indirect = matches!(
+            instruction.flow_control(),
+            FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return
+        );
+        Lowered { len, starts_fused, chains: !indirect }
     }
 
     /// Makes a block of the ops from `first_op` on.
-    fn keep(&mut self, first_op: usize, len: usize, physical: u64, last_page: u64, code: CodeSize) -> *const Block {
+    fn keep(
+        &mut self,
+        first_op: usize,
+        lowered: Lowered,
+        physical: u64,
+        last_page: u64,
+        code: CodeSize,
+    ) -> *const Block {
         let bucket = bucket(physical, code);
         let id = self.blocks.len() as u32;
         self.blocks.push(Block {
             // SAFETY: callers push at least one op from there on; the arena never moves, as it never outgrows its capacity.
             ops: unsafe { self.ops.as_ptr().add(first_op) },
             op_count: (self.ops.len() - first_op) as u32,
-            bytes: len as u32,
+            bytes: lowered.len as u32,
             physical,
             last_page,
             code,
             valid: Cell::new(true),
             next: Cell::new(self.buckets[bucket]),
+            starts_fused: lowered.starts_fused,
+            chains: lowered.chains,
+            successors: [const { Cell::new(Successor::NONE) }; 2],
         });
         self.buckets[bucket] = id;
         let first_page = physical / PAGE_SIZE;
@@ -366,7 +417,8 @@ impl Blocks {
         let first_op = self.ops.len();
         let op = decode_one(cpu, &fetched.bytes[..len]);
         self.push_single(op);
-        Some(self.keep(first_op, len, fetched.physical, fetched.last_page, cpu.mode.code))
+        let lowered = Lowered { len, starts_fused: false, chains: false };
+        Some(self.keep(first_op, lowered, fetched.physical, fetched.last_page, cpu.mode.code))
     }
 
     fn push_single(&mut self, (op, _): (Op, bool)) {
@@ -391,9 +443,20 @@ impl Blocks {
             code: cpu.mode.code,
             valid: Cell::new(true),
             next: Cell::new(NO_BLOCK),
+            starts_fused: false,
+            chains: false,
+            successors: [const { Cell::new(Successor::NONE) }; 2],
         };
         Ok(&raw const *self.single_block)
     }
+}
+
+/// What instructions became when they were lowered for a block.
+struct Lowered {
+    /// Their bytes; 0 if there is not even one.
+    len: usize,
+    starts_fused: bool,
+    chains: bool,
 }
 
 /// What became of an attempt to decode a block.

@@ -98,11 +98,6 @@ impl Op {
         }
     }
 
-    /// Whether this op stands for two instructions.
-    pub fn is_fused(&self) -> bool {
-        false
-    }
-
     /// The address of this instruction.
     #[inline]
     pub fn rip(&self, cpu: &Cpu) -> u64 {

@@ -25,6 +25,7 @@ impl Blocks {
     /// and code breakpoints are the caller's concern: it uses [`Blocks::run_one`] while there are any.
     pub fn run(&mut self, cpu: &mut Cpu, attention: &AtomicBool, budget: u32) -> Outcome {
         let mut left = budget;
+        let mut last: *const Block = self.nowhere();
         let outcome = loop {
             if attention.load(Ordering::Relaxed) {
                 break Outcome::Attention;
@@ -33,7 +34,8 @@ impl Blocks {
                 break Outcome::Budget;
             }
             left -= 1;
-            let Ok(block) = self.find(cpu) else { break Outcome::Fault };
+            let Ok(block) = self.find_after(last, cpu) else { break Outcome::Fault };
+            last = block;
             match execute(cpu, block) {
                 Flow::Next | Flow::Jump => {}
                 Flow::Leave => break Outcome::Leave,

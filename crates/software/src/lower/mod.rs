@@ -10,6 +10,8 @@ mod integer;
 mod system;
 mod vector;
 
+pub use integer::fuse;
+
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu, ZERO};

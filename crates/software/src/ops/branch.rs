@@ -6,7 +6,8 @@
 use crate::cpu::{BLOCK_RIP, CS, Cpu, RCX, RSP, SS, is_canonical};
 use crate::fault::Fault;
 use crate::op::{Flow, Op, address};
-use crate::ops::operand::{Source, Width};
+use crate::ops::alu::Binary;
+use crate::ops::operand::{Place, Source, Width};
 
 impl Cpu {
     /// Faults where a near branch's target cannot be.
@@ -181,4 +182,43 @@ pub fn return_near<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
         cpu.rip = target;
     }
     jumped(result)
+}
+
+/// Where the op of a fused pair keeps its jump's target.
+pub trait Target {
+    fn offset(op: &Op) -> u64;
+}
+
+/// In the displacement.
+pub struct InDisplacement;
+/// In the immediate.
+pub struct InImmediate;
+
+impl Target for InDisplacement {
+    #[inline(always)]
+    fn offset(op: &Op) -> u64 {
+        op.displacement as i64 as u64
+    }
+}
+
+impl Target for InImmediate {
+    #[inline(always)]
+    fn offset(op: &Op) -> u64 {
+        op.immediate
+    }
+}
+
+/// CMP or TEST and the Jcc behind it, in 64-bit code: two instructions.
+pub fn compare_and_jump<const CONDITION: u8, O: Binary, T: Width, D: Place, S: Source, L: Target>(
+    cpu: &mut Cpu,
+    op: &Op,
+) -> Flow {
+    let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
+    let Ok(value) = D::read::<T>(cpu, op) else { return Flow::Fault };
+    let flags = O::run(value, operand, cpu.arithmetic).1;
+    cpu.arithmetic = flags;
+    cpu.instructions = cpu.instructions.wrapping_add(1);
+    let offset = if flags.condition(CONDITION) { L::offset(op) } else { u64::from(op.next_offset) };
+    cpu.rip = cpu.gpr[BLOCK_RIP].wrapping_add(offset);
+    Flow::Jump
 }

@@ -5,12 +5,15 @@ mod atomic;
 mod bits;
 mod control;
 mod form;
+mod fusion;
 mod misc;
 mod movement;
 mod stack;
 mod string;
 
 use iced_x86::{Code, Instruction};
+
+pub use fusion::fuse;
 
 use super::OpBuilder;
 use crate::op::Handler;
