@@ -9,7 +9,6 @@ const BOOTS_NIGHTLY: u32 = 100;
 const OUTSIDE_BYTES_MAX: u64 = 512 << 20;
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn boots_in_a_row_all_reach_their_prompt_within_the_memory_bound() {
     let scratch = Scratch::new();
     let stats = scratch.path().join("stats.json");
@@ -35,7 +34,6 @@ fn boots_in_a_row_all_reach_their_prompt_within_the_memory_bound() {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn a_run_counts_what_it_did() {
     let scratch = Scratch::new();
     let stats = scratch.path().join("stats.json");

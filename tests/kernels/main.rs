@@ -12,31 +12,26 @@ fn boots(kernel: Kernel, cpus: u32) {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn the_cloud_kernel_boots_with_one_vcpu() {
     boots(Kernel::Cloud, 1);
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn the_cloud_kernel_boots_with_four_vcpus() {
     boots(Kernel::Cloud, 4);
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn the_generic_kernel_boots_with_one_vcpu() {
     boots(Kernel::Generic, 1);
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn the_generic_kernel_boots_with_four_vcpus() {
     boots(Kernel::Generic, 4);
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn a_disk_keeps_what_a_guest_wrote_and_a_read_only_disk_is_left_alone() {
     let scratch = Scratch::new();
     let disk = scratch.sparse("disk.raw", 16 << 20);
@@ -49,7 +44,6 @@ fn a_disk_keeps_what_a_guest_wrote_and_a_read_only_disk_is_left_alone() {
 }
 
 #[test]
-#[ignore = "polder boot is not there yet"]
 fn a_guest_that_reboots_or_panics_says_so_in_its_status() {
     Boot::linux(Kernel::Cloud, "true").append("polder_end=reboot").timeout_s(300).run().expect_status(10);
     Boot::linux(Kernel::Cloud, "true").append("polder_end=panic").timeout_s(300).run().expect_status(11);
