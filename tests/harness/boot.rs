@@ -3,7 +3,7 @@
 use crate::files::polder;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -35,7 +35,8 @@ pub struct Boot {
     timeout: Duration,
     debug_exit: bool,
     no_reboot: bool,
-    input: String,
+    /// Typed, in order, each when its prompt has been shown.
+    typed: Vec<(String, String)>,
     stats: Option<PathBuf>,
 }
 
@@ -65,7 +66,7 @@ impl Boot {
             timeout: Duration::from_secs(120),
             debug_exit: false,
             no_reboot: true,
-            input: String::new(),
+            typed: Vec::new(),
             stats: None,
         }
     }
@@ -126,9 +127,9 @@ impl Boot {
         self
     }
 
-    /// Text that is typed at the console from the start.
-    pub fn input(mut self, text: &str) -> Self {
-        self.input = text.to_string();
+    /// Types `text` when the console has shown `prompt` (again, if it was waited for before).
+    pub fn answer(mut self, prompt: &str, text: &str) -> Self {
+        self.typed.push((prompt.to_string(), text.to_string()));
         self
     }
 
@@ -143,7 +144,7 @@ impl Boot {
             Monitor::Polder => self.polder(),
             Monitor::Qemu => self.qemu(),
         };
-        finish(&mut command, &self.input, self.timeout + GRACE)
+        finish(&mut command, &self.typed, self.timeout + GRACE)
     }
 
     fn polder(&self) -> Command {
@@ -201,12 +202,12 @@ impl Boot {
 impl Outcome {
     /// Runs a command of the binary that is no boot, with the same care for its end.
     pub fn of(command: &mut Command, limit: Duration) -> Self {
-        finish(command, "", limit)
+        finish(command, &[], limit)
     }
 
     /// The same, with text on its standard input, which stays open.
     pub fn of_typing(command: &mut Command, input: &str, limit: Duration) -> Self {
-        finish(command, input, limit)
+        finish(command, &[(String::new(), input.to_string())], limit)
     }
 
     /// Fails with everything there is to know unless the machine ended with `status`.
@@ -248,7 +249,7 @@ impl std::fmt::Display for Outcome {
     }
 }
 
-fn finish(command: &mut Command, input: &str, limit: Duration) -> Outcome {
+fn finish(command: &mut Command, typed: &[(String, String)], limit: Duration) -> Outcome {
     let start = Instant::now();
     let mut child = command
         .stdin(Stdio::piped())
@@ -256,15 +257,9 @@ fn finish(command: &mut Command, input: &str, limit: Duration) -> Outcome {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    let console = drain(child.stdout.take());
-    let errors = drain(child.stderr.take());
-    let mut stdin = child.stdin.take();
-    if let Some(stdin) = &mut stdin {
-        // A monitor that ends at once (bad input) closes the pipe: nothing was to be typed then.
-        let _ = stdin.write_all(input.as_bytes());
-    }
+    let console = drain(child.stdout.take(), child.stdin.take(), typed.to_vec());
+    let errors = drain(child.stderr.take(), None, Vec::new());
     let status = wait(&mut child, limit);
-    drop(stdin);
     let collect = |from: mpsc::Receiver<Vec<u8>>| {
         let bytes = from.recv_timeout(Duration::from_secs(10)).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -275,13 +270,34 @@ fn finish(command: &mut Command, input: &str, limit: Duration) -> Outcome {
     outcome
 }
 
-/// Reads a pipe to its end on a thread of its own, so that neither pipe can fill up.
-fn drain(from: Option<impl Read + Send + 'static>) -> mpsc::Receiver<Vec<u8>> {
+/// Reads a pipe to its end on a thread of its own, so that neither pipe can fill up, and answers prompts. Input stays open
+/// until then: its end would be the end of the console.
+fn drain(
+    from: Option<impl Read + Send + 'static>,
+    mut answers: Option<ChildStdin>,
+    typed: Vec<(String, String)>,
+) -> mpsc::Receiver<Vec<u8>> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut from) = from {
-            let _ = from.read_to_end(&mut bytes);
+        let (mut bytes, mut seen, mut part) = (Vec::new(), 0, [0; 4096]);
+        let mut typed = typed.into_iter().peekable();
+        let Some(mut from) = from else { return };
+        let mut answer = |text: &str| {
+            // A monitor that ended meanwhile closed the pipe; its status says so.
+            let _ = answers.as_mut().map(|answers| answers.write_all(text.as_bytes()));
+        };
+        while let Some((_, text)) = typed.next_if(|(prompt, _)| prompt.is_empty()) {
+            answer(&text);
+        }
+        while let Ok(length @ 1..) = from.read(&mut part) {
+            bytes.extend_from_slice(&part[..length]);
+            while let Some((prompt, text)) = typed.peek()
+                && let Some(at) = bytes[seen..].windows(prompt.len()).position(|window| window == prompt.as_bytes())
+            {
+                seen += at + prompt.len();
+                answer(text);
+                typed.next();
+            }
         }
         let _ = sender.send(bytes);
     });

@@ -51,6 +51,8 @@ pub const EBDA_START: u64 = 0x9_fc00;
 pub const RSDP_START: u64 = 0xe_0000;
 pub const ACPI_TABLES_START: u64 = 0xe_0100;
 pub const SMBIOS_START: u64 = 0xf_0000;
+/// Where real-mode code enters the BIOS to reset, 0xf000:0xfff0.
+pub const BIOS_ENTRY: u64 = 0xf_fff0;
 /// The page of the VM generation id: RAM that the memory map reserves, in the BIOS area.
 pub const GENERATION_ID_START: u64 = 0xe_f000;
 pub const GENERATION_ID_LEN: u64 = 0x1000;

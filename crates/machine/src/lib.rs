@@ -7,7 +7,7 @@
 //! Modules: `access` (sizes), `bus` (ranges to devices), `interrupt` (MSI messages, interrupt lines, the end of an
 //! interrupt), `request` (what a guest asks of its machine: power off, reset), `vcpu` (the engine's face), `state`
 //! (architectural registers), `layout` (where everything lies in guest-physical memory), `memory_map` (what the firmware says of
-//! it), `io_apic` (pins to messages), `acpi` and `smbios` (the tables), `acpi_registers` (what the tables' methods touch), `boot`
+//! it), `io_apic` (pins to messages), `acpi` and `smbios` (the tables), `reset_code` (what lies at the BIOS entry), `acpi_registers` (what the tables' methods touch), `boot`
 //! (kernels into memory).
 
 mod access;
@@ -20,6 +20,7 @@ mod io_apic;
 pub mod layout;
 pub mod memory_map;
 mod request;
+pub mod reset_code;
 pub mod smbios;
 pub mod state;
 mod vcpu;

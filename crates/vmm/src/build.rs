@@ -23,7 +23,7 @@ use polder_machine::boot::{Boot, Initrd};
 use polder_machine::smbios::SmbiosConfig;
 use polder_machine::{
     Bus, Engine, EngineServices, InterruptLine, IoApic, MsiSink, RequestSink, Vcpu, VcpuExit, VcpuHandle, acpi, boot,
-    layout, smbios,
+    layout, reset_code, smbios,
 };
 use polder_memory::{GuestAddress, GuestMemory};
 
@@ -110,6 +110,7 @@ impl Machine {
 
         let rsdp = acpi::write_tables(&memory, &AcpiConfig { cpus: config.cpus, ram_bytes: config.ram_bytes })?;
         let uuid = config.identity.uuid;
+        reset_code::write(&memory)?;
         smbios::write_tables(&memory, &SmbiosConfig { cpus: config.cpus, ram_bytes: config.ram_bytes, uuid })?;
         let generation_id = GenerationId::new(
             memory.clone(),

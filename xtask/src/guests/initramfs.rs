@@ -19,6 +19,7 @@ const MODULES: &[&str] = &[
     "ext4",
     "crc32c_generic",
     "rtc-cmos",
+    "pvpanic-mmio",
 ];
 
 const INIT: &str = include_str!("init.sh");
@@ -27,7 +28,8 @@ const INIT: &str = include_str!("init.sh");
 pub fn build(kernel: &Kernel) -> Result<()> {
     let stamp = kernel.folder.join("initramfs.init");
     let target = kernel.folder.join("initramfs.cpio");
-    if target.exists() && std::fs::read_to_string(&stamp).is_ok_and(|built_from| built_from == INIT) {
+    let built_from = format!("{}\n{INIT}", MODULES.join(" "));
+    if target.exists() && std::fs::read_to_string(&stamp).is_ok_and(|before| before == built_from) {
         return Ok(());
     }
     let busybox_tree = crate::project::guests().join("busybox");
@@ -52,7 +54,7 @@ pub fn build(kernel: &Kernel) -> Result<()> {
     }
     archive.program("modules/order", order.as_bytes());
     std::fs::write(&target, archive.finish()).with_context(|| format!("cannot write {}", target.display()))?;
-    std::fs::write(stamp, INIT)?;
+    std::fs::write(stamp, built_from)?;
     Ok(())
 }
 

@@ -24,7 +24,7 @@ pub const PACKAGES: &[&str] = &[
 pub const BEFORE_PACKAGES: &str = r#"set -eu
 mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
 printf 'MODULES=list\nCOMPRESS=gzip\n' > "$1/etc/initramfs-tools/conf.d/polder"
-printf '%s\n' virtio_pci virtio_blk virtio_net virtio_console virtio-rng ext4 crc32c-intel crc32c_generic \
+printf '%s\n' virtio_pci virtio_blk virtio_net virtio_console virtio-rng ext4 pvpanic-mmio crc32c-intel crc32c_generic \
     > "$1/usr/share/initramfs-tools/modules.d/polder""#;
 
 /// After the packages: names, login, network, the agent's service.
