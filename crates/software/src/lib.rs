@@ -17,6 +17,8 @@
 
 mod access;
 mod apic;
+#[doc(hidden)]
+pub mod arbitrary;
 mod block;
 mod block_cache;
 mod counters;

@@ -21,7 +21,8 @@ pub const CODE: u64 = 0x10_0000;
 pub const DATA: u64 = 0x20_0000;
 /// First stack pointer.
 pub const STACK: u64 = 0x18_0000;
-const TABLES: u64 = 0x1000;
+/// Page tables of four levels, up to 0x8000.
+pub(crate) const TABLES: u64 = 0x1000;
 
 struct NoListener;
 
@@ -66,15 +67,6 @@ impl TestBench {
     #[expect(clippy::missing_panics_doc, reason = "test support")]
     pub fn new() -> Self {
         let memory = GuestMemory::new(&[(GuestAddress(0), MEMORY_BYTES)]).expect("memory for a test");
-        let entry = |at: u64, value: u64| memory.write(GuestAddress(at), &value.to_le_bytes()).expect("inside memory");
-        entry(TABLES, TABLES + 0x1000 | 7);
-        entry(TABLES + 0x1000, TABLES + 0x2000 | 7);
-        for table in 0..MEMORY_BYTES >> 21 {
-            entry(TABLES + 0x2000 + 8 * table, TABLES + 0x3000 + 0x1000 * table | 7);
-            for page in 0..512 {
-                entry(TABLES + 0x3000 + 0x1000 * table + 8 * page, table << 21 | page << 12 | 7);
-            }
-        }
         let stale = Arc::new(Stale::default());
         memory.set_code_watcher(stale.clone());
         let services = EngineServices {
@@ -85,8 +77,30 @@ impl TestBench {
             clock: Arc::new(SystemClock),
         };
         let mut bench = TestBench { cpu: Cpu::new(services), blocks: Blocks::new(1), stale };
+        bench.write_page_tables();
         bench.set_mode(CodeSize::Bits64, 0);
         bench
+    }
+
+    /// Identity tables of four levels.
+    fn write_page_tables(&self) {
+        let entry = |at: u64, value: u64| self.write(at, &value.to_le_bytes());
+        entry(TABLES, TABLES + 0x1000 | 7);
+        entry(TABLES + 0x1000, TABLES + 0x2000 | 7);
+        let pages = MEMORY_BYTES >> 12;
+        for table in 0..pages / 512 {
+            entry(TABLES + 0x2000 + 8 * table, TABLES + 0x3000 + 0x1000 * table | 7);
+        }
+        let entries: Vec<u8> = (0..pages).flat_map(|page| (page << 12 | 7).to_le_bytes()).collect();
+        self.write(TABLES + 0x3000, &entries);
+    }
+
+    /// A new processor in the same memory, with fresh page tables and no decoded code.
+    pub(crate) fn renew(&mut self) {
+        self.write_page_tables();
+        self.drop_stale();
+        self.blocks.flush();
+        self.cpu = Cpu::new(self.cpu.services.clone());
     }
 
     /// Flat segments for code of a size at a privilege level, with paging as it is: long mode with identity tables. The other
@@ -220,7 +234,7 @@ impl TestBench {
         }
     }
 
-    fn drop_stale(&mut self) {
+    pub(crate) fn drop_stale(&mut self) {
         let stale = std::mem::take(&mut *self.stale.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         for (page_number, granules) in stale {
             self.blocks.invalidate(page_number, granules);

@@ -63,12 +63,16 @@ fn class(vector_number: u8) -> Class {
     }
 }
 
+/// Exceptions on the way to a handler of exceptions before the vCPU looks around.
+const ROUNDS_MAX: u32 = 16;
+
 impl Cpu {
     /// Delivers `fault`; `rip` is the address to push.
     pub fn deliver_exception(&mut self) -> Delivery {
         let mut current = self.fault;
-        // Each round ends in a worse class, so there are at most four.
-        loop {
+        // Benign exceptions can follow each other for ever: #AC on the way to the handler of #AC. A processor hangs there (CVE-2015-5307);
+        // here the vCPU comes back to its loop, which sees requests to stop, and tries the instruction again.
+        for _ in 0..ROUNDS_MAX {
             self.note_exception(current);
             let is_fault = !matches!(
                 current.vector,
@@ -103,6 +107,7 @@ impl Cpu {
                 current = second;
             }
         }
+        Delivery::Done
     }
 
     /// Delivers an external interrupt; `rip` is the next instruction's address.

@@ -54,8 +54,17 @@ fn exception(cpu: &mut Cpu, memory: *mut u8, op: &Op, code: u32) -> Flow {
     let pending = cpu.vector.set_pending_aside();
     let again = call(cpu, memory, op);
     cpu.vector.put_pending_back(pending);
-    debug_assert_eq!(again, DONE);
-    Flow::Next
+    match again {
+        DONE => Flow::Next,
+        SIMD_EXCEPTION => {
+            let _ = cpu.raise_simd();
+            Flow::Fault
+        }
+        _ => {
+            let _ = cpu.raise_ud();
+            Flow::Fault
+        }
+    }
 }
 
 /// What comes before an instruction of these classes; `false`: it may not run.
