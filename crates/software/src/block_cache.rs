@@ -228,7 +228,7 @@ impl Blocks {
         while let Some(block) = self.blocks.get(at as usize) {
             if block.physical == physical && block.code == code && (cpu.is_64_bit() || inside_limit(cpu, block.bytes)) {
                 let crosses = linear % PAGE_SIZE + u64::from(block.bytes) > PAGE_SIZE;
-                if !crosses || code_page(cpu, (linear | PAGE_SIZE - 1).wrapping_add(1))? == block.last_page {
+                if !crosses || code_page(cpu, (linear | (PAGE_SIZE - 1)).wrapping_add(1))? == block.last_page {
                     let block: *const Block = block;
                     self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
                     return Ok(block);

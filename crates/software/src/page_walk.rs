@@ -22,7 +22,7 @@ const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
-const ADDRESS: u64 = (1 << PHYSICAL_BITS) - 1 & !(PAGE_SIZE - 1);
+const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !(PAGE_SIZE - 1);
 /// Address bits above the physical width: reserved in every entry.
 const TOO_HIGH: u64 = (1 << 52) - (1 << PHYSICAL_BITS);
 

@@ -16,7 +16,7 @@ use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu, ZERO};
 use crate::cpu_model::CpuModel;
-use crate::op::{Flow, Handler, Op, address};
+use crate::op::{Flow, Op, address};
 
 /// What the meaning of bytes depends on beside the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -138,7 +138,7 @@ impl Host {
         }
     }
 
-    fn data(&self) -> &mut [u8] {
+    fn data(&mut self) -> &mut [u8] {
         // SAFETY: mapped by `new`; the test is the only user.
         unsafe { std::slice::from_raw_parts_mut(DATA as *mut u8, 0x10000) }
     }
@@ -224,7 +224,7 @@ fn general_purpose_instructions_do_what_the_host_does() {
     let seed = variable("POLDER_SEED").unwrap_or(0x00c0_ffee);
     let cases = variable("POLDER_CASES").unwrap_or(200_000);
     let mut random = Random(seed | 1);
-    let host = Host::new();
+    let mut host = Host::new();
     let mut bench = TestBench::new();
     let mut tested = 0u64;
     let mut kinds = std::collections::BTreeMap::new();
