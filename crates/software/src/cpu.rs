@@ -54,6 +54,8 @@ pub mod cr0 {
 }
 
 pub mod cr4 {
+    pub const VME: u64 = 1 << 0;
+    pub const PVI: u64 = 1 << 1;
     pub const TSD: u64 = 1 << 2;
     pub const DE: u64 = 1 << 3;
     pub const PSE: u64 = 1 << 4;
