@@ -6,8 +6,6 @@
 #[cfg(test)]
 mod against_host;
 pub mod alu;
-#[cfg(test)]
-mod arbitrary;
 pub mod atomic;
 pub mod bits;
 pub mod branch;
