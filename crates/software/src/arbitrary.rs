@@ -137,9 +137,9 @@ impl TestBench {
             self.write(4 * vector, &((LOW_CODE as u32) << 12 | vector as u32).to_le_bytes());
         }
         for entry in 0..1024u32 {
-            self.write(DIRECTORY + 4 * u64::from(entry), &(entry % 2 << 22 | 0x87).to_le_bytes());
+            self.write(DIRECTORY + 4 * u64::from(entry), &(((entry % 2) << 22) | 0x87).to_le_bytes());
         }
-        self.write(POINTERS, &(TABLES + 0x2000 | 1).to_le_bytes());
+        self.write(POINTERS, &((TABLES + 0x2000) | 1).to_le_bytes());
         for word in 0..26 {
             self.write(TSS + 4 * word, &(STACK as u32 - 0x100 * word as u32).to_le_bytes());
         }

@@ -64,7 +64,6 @@ impl Default for TestBench {
 
 impl TestBench {
     /// A processor at `CODE` in 64-bit mode at privilege level 0, with all of memory mapped at its own address, writable, for user and supervisor.
-    #[expect(clippy::missing_panics_doc, reason = "test support")]
     pub fn new() -> Self {
         let memory = GuestMemory::new(&[(GuestAddress(0), MEMORY_BYTES)]).expect("memory for a test");
         let stale = Arc::new(Stale::default());
@@ -85,11 +84,11 @@ impl TestBench {
     /// Identity tables of four levels.
     fn write_page_tables(&self) {
         let entry = |at: u64, value: u64| self.write(at, &value.to_le_bytes());
-        entry(TABLES, TABLES + 0x1000 | 7);
-        entry(TABLES + 0x1000, TABLES + 0x2000 | 7);
+        entry(TABLES, (TABLES + 0x1000) | 7);
+        entry(TABLES + 0x1000, (TABLES + 0x2000) | 7);
         let pages = MEMORY_BYTES >> 12;
         for table in 0..pages / 512 {
-            entry(TABLES + 0x2000 + 8 * table, TABLES + 0x3000 + 0x1000 * table | 7);
+            entry(TABLES + 0x2000 + 8 * table, (TABLES + 0x3000 + 0x1000 * table) | 7);
         }
         let entries: Vec<u8> = (0..pages).flat_map(|page| (page << 12 | 7).to_le_bytes()).collect();
         self.write(TABLES + 0x3000, &entries);
@@ -120,7 +119,7 @@ impl TestBench {
         for (number, segment) in (0..).zip(&mut cpu.segments) {
             let kind = if number == CS { 0x1b | size } else { 0x13 | (size & 1 << 14) };
             *segment = SegmentState {
-                selector: 8 + 8 * u16::from(number) | cpl,
+                selector: (8 + 8 * u16::from(number)) | cpl,
                 base: 0,
                 limit,
                 attributes: 0x80 | kind | cpl << 5,
@@ -135,13 +134,11 @@ impl TestBench {
     }
 
     /// Puts bytes into memory.
-    #[expect(clippy::missing_panics_doc, reason = "test support")]
     pub fn write(&self, address: u64, bytes: &[u8]) {
         self.cpu.services.memory.write(GuestAddress(address), bytes).expect("inside memory");
     }
 
     /// Takes bytes from memory.
-    #[expect(clippy::missing_panics_doc, reason = "test support")]
     pub fn read<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
         self.cpu.services.memory.read(GuestAddress(address), &mut bytes).expect("inside memory");
@@ -199,7 +196,6 @@ impl TestBench {
     }
 
     /// Takes bytes from memory.
-    #[expect(clippy::missing_panics_doc, reason = "test support")]
     pub fn read_into(&self, address: u64, bytes: &mut [u8]) {
         self.cpu.services.memory.read(GuestAddress(address), bytes).expect("inside memory");
     }
