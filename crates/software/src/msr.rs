@@ -255,7 +255,8 @@ impl Cpu {
                 self.apic.timer.set_tsc_deadline(value, self.tsc_offset, now);
                 self.apic.poll_timer(now);
             }
-            number::APIC_BASE => {
+            // Without x2APIC its bit is reserved.
+            number::APIC_BASE if value & 1 << 10 == 0 || self.model.has(Feature::X2apic) => {
                 self.apic.set_base(value).ok()?;
                 self.set_apic_page();
             }
