@@ -47,14 +47,20 @@ pub struct StartError {
 }
 
 impl StartError {
-    fn new(what: &str, error: &io::Error) -> Self {
-        let kind = match error.kind() {
-            io::ErrorKind::NotFound => AgentErrorKind::NotFound,
-            io::ErrorKind::PermissionDenied => AgentErrorKind::NotExecutable,
-            _ if error.raw_os_error() == Some(libc::ENOEXEC) => AgentErrorKind::NotExecutable,
-            _ => AgentErrorKind::Other,
+    fn new(program: &str, error: &io::Error) -> Self {
+        let (kind, text) = match error.kind() {
+            io::ErrorKind::NotFound => {
+                (AgentErrorKind::NotFound, format!("there is no program {program} in the guest"))
+            }
+            io::ErrorKind::PermissionDenied => {
+                (AgentErrorKind::NotExecutable, format!("{program} in the guest may not be run: it is no program"))
+            }
+            _ if error.raw_os_error() == Some(libc::ENOEXEC) => {
+                (AgentErrorKind::NotExecutable, format!("{program} in the guest is in no format that can be run"))
+            }
+            _ => (AgentErrorKind::Other, format!("{program} cannot be started: {error}")),
         };
-        StartError { kind, text: format!("{what}: {error}") }
+        StartError { kind, text }
     }
 }
 

@@ -40,9 +40,12 @@ impl Host {
                 return Some(message);
             }
             let mut bytes = [0; 4096];
-            match self.stream.read(&mut bytes).unwrap() {
-                0 => return None,
-                len => self.decoder.push(&bytes[..len]),
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return None,
+                Ok(len) => self.decoder.push(&bytes[..len]),
+                // The end of a child can interrupt a wait on some hosts.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("the session broke: {error}"),
             }
         }
     }

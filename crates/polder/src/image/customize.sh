@@ -24,6 +24,8 @@ After=local-fs.target systemd-modules-load.service
 Before=basic.target
 Conflicts=shutdown.target
 Before=shutdown.target
+# It is the only way in: it is started again however often it ends.
+StartLimitIntervalSec=0
 
 [Service]
 ExecStart=/usr/local/sbin/polder-agent
