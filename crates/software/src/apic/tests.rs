@@ -347,3 +347,58 @@ fn init_clears_everything_but_base_and_id() {
     assert_eq!((apic.read(register::ID, 0).unwrap(), apic.read(register::LDR, 0).unwrap()), (1, 2));
     assert_eq!(apic.inbox().level_bits(2), 0);
 }
+
+/// A generator of numbers that repeats with its seed (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Mostly small or special numbers.
+    fn value(&mut self) -> u64 {
+        match self.next() % 6 {
+            0 => 0,
+            1 => u64::MAX,
+            2 => self.next() & 0xff,
+            3 => self.next() & 0xffff_ffff,
+            4 => 1 << (self.next() % 64),
+            _ => self.next(),
+        }
+    }
+}
+
+#[test]
+fn no_register_access_at_any_time_is_a_panic() {
+    // Set POLDER_SEED to take a run back.
+    let seed = std::env::var("POLDER_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| {
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64 | 1)
+    });
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    let mut apics = machine(3);
+    for _ in 0..200_000 {
+        let apic = &mut apics[(random.next() % 3) as usize];
+        let (number, value, now) = (random.next() as u32 % 0x42, random.value(), random.value());
+        match random.next() % 12 {
+            0..=4 => drop(apic.write(number, value, now)),
+            5..=7 => drop(apic.read(number, now)),
+            8 => apic.poll_timer(now),
+            9 => apic.timer.set_tsc_deadline(value, random.value(), now),
+            10 => {
+                let _ = apic.set_base(BASE | value & 0xfff);
+            }
+            _ => {
+                if let Some(vector) = apic.deliverable() {
+                    assert!(vector >> 4 > apic.ppr() >> 4);
+                    apic.accept(vector);
+                }
+                apic.router().send(MsiMessage { address: value, data: random.value() as u32 });
+            }
+        }
+    }
+}
