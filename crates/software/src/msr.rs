@@ -466,7 +466,9 @@ mod tests {
         let mut bench = TestBench::new();
         let ranges = [0..0x500u32, 0x6e0..0x6e1, 0x800..0x900, 0x4b56_4d00..0x4b56_4d10, 0xc000_0080..0xc000_0110];
         for msr in ranges.into_iter().flatten() {
-            for value in [0, 1, 0xff, 0xfff, 0xffff_ffff, 1 << 47, 1 << 63, u64::MAX, u64::MAX - 1, 0x0606_0606_0606_0606] {
+            for value in
+                [0, 1, 0xff, 0xfff, 0xffff_ffff, 1 << 47, 1 << 63, u64::MAX, u64::MAX - 1, 0x0606_0606_0606_0606]
+            {
                 let _ = bench.cpu.write_msr(msr, value);
                 let _ = bench.cpu.read_msr(msr);
             }
