@@ -5,6 +5,7 @@
 
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -23,7 +24,11 @@ impl InstanceFolder {
     pub fn make(state: &StateFolder, name: &str) -> Result<Self> {
         Self::remove(state, name)?;
         let path = Self::locate(state, name);
-        std::fs::create_dir_all(&path)
+        // A guest's disk and console are nobody else's business.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&path)
             .with_context(|| format!("cannot make the instance's folder {}", path.display()))?;
         Self::open(state, name)
     }
@@ -84,5 +89,28 @@ impl InstanceFolder {
     /// The machine's vsock socket.
     pub fn vsock_socket(&self) -> PathBuf {
         self.socket("vsock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn only_its_owner_enters_a_folder_and_sockets_work_however_deep_it_lies() {
+        let top = std::env::temp_dir().join(format!("polder-folder-{}", std::process::id()));
+        let deep = top.join("d".repeat(100)).join("e".repeat(100));
+        std::fs::create_dir_all(&deep).unwrap();
+        let state = StateFolder::at(deep.clone());
+        let folder = InstanceFolder::make(&state, "web").unwrap();
+        let mode = std::fs::metadata(deep.join("instances/web")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let _listener = UnixListener::bind(folder.console_socket()).unwrap();
+        UnixStream::connect(InstanceFolder::open(&state, "web").unwrap().console_socket()).unwrap();
+        InstanceFolder::remove(&state, "web").unwrap();
+        InstanceFolder::remove(&state, "web").unwrap();
+        std::fs::remove_dir_all(top).unwrap();
     }
 }
