@@ -32,7 +32,7 @@ const BLOCK_BYTES_MAX: usize = 512;
 /// The longest instruction (SDM vol. 2, 2.3.11).
 const INSTRUCTION_BYTES_MAX: usize = 15;
 const BUCKETS: usize = 64 << 10;
-const JUMPS: usize = 4096;
+const JUMPS: usize = 16384;
 const NO_BLOCK: u32 = u32::MAX;
 /// Attempts to decode bytes that another processor keeps changing, before they are run without keeping them.
 const DECODES_MAX: u32 = 4;
@@ -224,6 +224,17 @@ impl Blocks {
         let page_number = code_page(cpu, linear)?;
         let physical = page_number * PAGE_SIZE + linear % PAGE_SIZE;
         let code = cpu.mode.code;
+        // The usual reason to be here is that some translation has changed, but not this one.
+        let jump = self.jumps[jump_index(linear)];
+        if jump.linear == linear && !jump.block.is_null() {
+            // SAFETY: entries point into the arena of blocks and are cleared with it.
+            let block = unsafe { &*jump.block };
+            let same = block.physical == physical && block.code == code && block.last_page == page_number;
+            if same && block.valid.get() && (cpu.is_64_bit() || inside_limit(cpu, block.bytes)) {
+                self.jumps[jump_index(linear)].fetch_tag = cpu.tlb.fetch_tag;
+                return Ok(block);
+            }
+        }
         let mut at = self.buckets[bucket(physical, code)];
         while let Some(block) = self.blocks.get(at as usize) {
             if block.physical == physical && block.code == code && (cpu.is_64_bit() || inside_limit(cpu, block.bytes)) {

@@ -19,7 +19,7 @@ use crate::flags;
 /// Entries in a data table.
 pub const DATA_ENTRIES: usize = 1024;
 /// Entries in a code table.
-pub const CODE_ENTRIES: usize = 256;
+pub const CODE_ENTRIES: usize = 1024;
 const PAGE_MASK: u64 = !(PAGE_SIZE - 1);
 const GENERATION_MAX: u64 = 4095;
 /// Address spaces whose entries survive a switch.
