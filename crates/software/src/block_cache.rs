@@ -217,6 +217,15 @@ impl Blocks {
         cpu.running.clear();
     }
 
+    /// Remembers the way from a linear address to a block.
+    fn remember(&mut self, cpu: &mut Cpu, linear: u64, block: *const Block) {
+        // SAFETY: callers have just found the block.
+        let bytes = unsafe { (*block).bytes };
+        cpu.tlb.note_way(linear);
+        cpu.tlb.note_way(linear.wrapping_add(u64::from(bytes) - 1));
+        self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+    }
+
     #[cold]
     #[inline(never)]
     fn find_slow(&mut self, cpu: &mut Cpu, linear: u64) -> Result<*const Block, Fault> {
@@ -231,7 +240,8 @@ impl Blocks {
             let block = unsafe { &*jump.block };
             let same = block.physical == physical && block.code == code && block.last_page == page_number;
             if same && block.valid.get() && (cpu.is_64_bit() || inside_limit(cpu, block.bytes)) {
-                self.jumps[jump_index(linear)].fetch_tag = cpu.tlb.fetch_tag;
+                let block: *const Block = block;
+                self.remember(cpu, linear, block);
                 return Ok(block);
             }
         }
@@ -241,7 +251,7 @@ impl Blocks {
                 let crosses = linear % PAGE_SIZE + u64::from(block.bytes) > PAGE_SIZE;
                 if !crosses || code_page(cpu, (linear | (PAGE_SIZE - 1)).wrapping_add(1))? == block.last_page {
                     let block: *const Block = block;
-                    self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+                    self.remember(cpu, linear, block);
                     return Ok(block);
                 }
             }
@@ -254,7 +264,7 @@ impl Blocks {
         for _ in 0..DECODES_MAX {
             match self.decode_block(cpu, linear, physical) {
                 Decoded::Kept(block) => {
-                    self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+                    self.remember(cpu, linear, block);
                     return Ok(block);
                 }
                 Decoded::Changed => {}
@@ -265,7 +275,7 @@ impl Blocks {
         if fetched.ram && fetched.last_page != page_number {
             let end = fetched.len;
             if let Some(block) = self.keep_crossing(cpu, &fetched, end) {
-                self.jumps[jump_index(linear)] = Successor { linear, fetch_tag: cpu.tlb.fetch_tag, block };
+                self.remember(cpu, linear, block);
                 return Ok(block);
             }
         }

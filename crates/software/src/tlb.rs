@@ -81,8 +81,10 @@ pub struct Tlb {
     large: Box<[u64; LARGE_WORDS]>,
     contexts: [Context; CONTEXTS],
     clock: u64,
-    /// Changes whenever a translation of an address space may have changed other than by a new generation.
+    /// Changes whenever a translation that instruction fetch has used may have changed other than by a new generation.
     epoch: u64,
+    /// Pages that instruction fetch has used in this epoch: a set of hashes.
+    ways: Box<[u64; WAY_WORDS]>,
     /// [`crate::cpu::CodeSize`] of the running code.
     code_size: u8,
     /// Equal at two moments only if instruction fetch at every linear address that was possible at the first leads to the same
@@ -115,10 +117,20 @@ impl Default for Tlb {
             contexts: [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS],
             clock: 0,
             epoch: 1,
+            ways: Box::new([0; WAY_WORDS]),
             code_size: 0,
             fetch_tag: 0,
         }
     }
+}
+
+/// Words of the set of hashes of pages with code: 16,384 bits.
+const WAY_WORDS: usize = 256;
+
+/// Word and bit of a page in the set of pages with code.
+fn way_bit(linear: u64) -> (usize, u64) {
+    let hash = (linear / PAGE_SIZE).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50;
+    ((hash >> 6) as usize % WAY_WORDS, 1 << (hash & 63))
 }
 
 /// Words of the set of hashes: 65,536 bits.
@@ -185,14 +197,20 @@ impl Tlb {
 
     /// Drops one page from all tables, whatever address space its entries belong to; of a large page, all its parts.
     pub fn invalidate_page(&mut self, linear: u64) {
+        let (word, bit) = way_bit(linear);
+        let mut led_to_code = self.ways[word] & bit != 0;
         for shift in [MIDDLE_SHIFT, HUGE_SHIFT] {
             let (word, bit) = large_bit(linear, shift);
             if self.large[word] & bit != 0 {
                 self.invalidate_region(linear, shift);
+                led_to_code = true;
             }
         }
-        self.epoch += 1;
-        self.retag();
+        // Most invalidated pages hold data: ways to blocks stay.
+        if led_to_code {
+            self.begin_epoch();
+            self.retag();
+        }
         for table in 0..4 {
             let entry = &mut self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)];
             entry.read_tag = NO_TAG;
@@ -266,6 +284,17 @@ impl Tlb {
         self.contexts = [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS];
     }
 
+    fn begin_epoch(&mut self) {
+        self.epoch += 1;
+        self.ways.fill(0);
+    }
+
+    /// Notes that a way to a block is remembered, with the fetch tag as it is, for an address in the page of `linear`.
+    pub fn note_way(&mut self, linear: u64) {
+        let (word, bit) = way_bit(linear);
+        self.ways[word] |= bit;
+    }
+
     fn retag(&mut self) {
         let user = u64::from(self.code_base != 0);
         self.fetch_tag = self.epoch << 16 | self.generation << 4 | user << 2 | u64::from(self.code_size);
@@ -282,7 +311,7 @@ impl Tlb {
                 entry.tag = NO_TAG;
             }
             self.forget_contexts();
-            self.epoch += 1;
+            self.begin_epoch();
             self.last_generation = 0;
         }
         self.last_generation += 1;
@@ -366,6 +395,22 @@ mod tests {
         assert!(!hit(&tlb, 0x60_0000) && !hit(&tlb, 0x7f_f000) && hit(&tlb, huge) && hit(&tlb, 0x1_0080_1000));
         tlb.invalidate_page(huge + 0x123_4567);
         assert!(!hit(&tlb, huge) && !hit(&tlb, huge + 0x3fff_f000));
+    }
+
+    #[test]
+    fn only_pages_that_led_to_code_change_the_fetch_tag() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        tlb.note_way(0x5abc);
+        let tag = tlb.fetch_tag;
+        tlb.invalidate_page(0x6000);
+        assert_eq!(tlb.fetch_tag, tag);
+        tlb.invalidate_page(0x5000);
+        assert_ne!(tlb.fetch_tag, tag);
+        let tag = tlb.fetch_tag;
+        tlb.note_large(0x40_0000, 21);
+        tlb.invalidate_page(0x40_3000);
+        assert_ne!(tlb.fetch_tag, tag);
     }
 
     #[test]
