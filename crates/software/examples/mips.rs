@@ -11,7 +11,7 @@ struct Loop {
     code: &'static [u8],
 }
 
-const LOOPS: [Loop; 6] = [
+const LOOPS: [Loop; 10] = [
     // add rax, rbx; xor rcx, rax; lea rdx, [rcx+rax]; shr rdx, 3; cmp rdx, rax; je +0; jmp back
     Loop {
         name: "registers",
@@ -40,6 +40,29 @@ const LOOPS: [Loop; 6] = [
             0xf9, 0x00, 0x75, 0xea, 0xeb, 0xe8,
         ],
     },
+    // movaps xmm0, [rsi]; mulps xmm0, xmm1; addps xmm0, xmm2; movaps [rsi+16], xmm0; jmp back
+    Loop {
+        name: "packed floats",
+        code: &[0x0f, 0x28, 0x06, 0x0f, 0x59, 0xc1, 0x0f, 0x58, 0xc2, 0x0f, 0x29, 0x46, 0x10, 0xeb, 0xf1],
+    },
+    // movsd xmm0, [rsi]; mulsd xmm0, xmm1; addsd xmm0, [rsi+8]; movsd [rsi+16], xmm0; jmp back
+    Loop {
+        name: "scalar doubles",
+        code: &[
+            0xf2, 0x0f, 0x10, 0x06, 0xf2, 0x0f, 0x59, 0xc1, 0xf2, 0x0f, 0x58, 0x46, 0x08, 0xf2, 0x0f, 0x11, 0x46, 0x10,
+            0xeb, 0xec,
+        ],
+    },
+    // movdqu xmm0, [rsi]; paddd xmm0, xmm1; pshufd xmm2, xmm0, 27; pxor xmm2, xmm1; jmp back
+    Loop {
+        name: "packed integers",
+        code: &[
+            0xf3, 0x0f, 0x6f, 0x06, 0x66, 0x0f, 0xfe, 0xc1, 0x66, 0x0f, 0x70, 0xd0, 0x1b, 0x66, 0x0f, 0xef, 0xd1, 0xeb,
+            0xed,
+        ],
+    },
+    // fld qword [rsi]; fmul qword [rsi+8]; fstp qword [rsi+16]; jmp back
+    Loop { name: "x87", code: &[0xdd, 0x06, 0xdc, 0x4e, 0x08, 0xdd, 0x5e, 0x10, 0xeb, 0xf6] },
     // mov ecx, 4096; mov rdi, rsi; rep stosb; jmp back
     Loop { name: "rep stosb of 4 KiB", code: &[0xb9, 0, 0x10, 0, 0, 0x48, 0x89, 0xf7, 0xf3, 0xaa, 0xeb, 0xf4] },
 ];
@@ -50,10 +73,12 @@ fn main() {
         bench.write(CODE, looped.code);
         bench.cpu.gpr[6] = DATA;
         bench.cpu.gpr[4] = STACK;
+        bench.write(CODE - 2, &[0xdb, 0xe3]);
+        bench.cpu.rip = CODE - 2;
         bench.run(1_000_000);
         let before = bench.cpu.instructions;
         let start = Instant::now();
-        bench.run(100_000_000);
+        bench.run(50_000_000);
         let instructions = bench.cpu.instructions - before;
         let nanoseconds = start.elapsed().as_nanos() as f64;
         println!("{:24} {:7.1} MIPS", looped.name, instructions as f64 * 1000.0 / nanoseconds);

@@ -338,10 +338,13 @@ impl Cpu {
             return self.load_local_apic(physical % PAGE_SIZE, bytes);
         }
         self.counters.mmio += 1;
-        match AccessSize::from_bytes(bytes as usize) {
+        self.vector.pause_floats();
+        let value = match AccessSize::from_bytes(bytes as usize) {
             Some(size) => self.services.mmio.read(physical, size),
             None => u64::MAX,
-        }
+        };
+        self.vector.resume_floats();
+        value
     }
 
     fn store_registers(&mut self, physical: u64, value: u64, bytes: u64) {
@@ -350,7 +353,9 @@ impl Cpu {
             self.store_local_apic(physical % PAGE_SIZE, value, bytes);
         } else if let Some(size) = AccessSize::from_bytes(bytes as usize) {
             self.counters.mmio += 1;
+            self.vector.pause_floats();
             self.services.mmio.write(physical, size, value);
+            self.vector.resume_floats();
         }
     }
 

@@ -91,7 +91,7 @@ impl TestBench {
             self.write(at, code);
         }
         self.run_steps(privilege >> 4);
-        self.cpu.vector.retire_x87();
+        self.cpu.vector.retire();
     }
 
     /// Tables that make sense but for some bytes that the input changes.
@@ -216,7 +216,7 @@ impl TestBench {
         cpu.debug[5] |= if input.byte() == 0xff { input.number(4) & !(1 << 13) } else { 0 };
         cpu.debug[0] = DATA;
         cpu.debug[1] = CODE + 8;
-        cpu.vector.mxcsr = input.number(2) as u32;
+        cpu.vector.set_mxcsr(input.number(2) as u32);
         for register in &mut cpu.vector.ymm[..4] {
             register.0 = [input.value(), input.value(), input.value(), input.value()];
         }

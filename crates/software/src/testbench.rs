@@ -159,6 +159,13 @@ impl TestBench {
 
     /// Runs blocks, at least until `instructions` have completed.
     pub fn run(&mut self, instructions: u64) -> Stop {
+        self.cpu.vector.resume_floats();
+        let stop = self.run_until(instructions);
+        self.cpu.vector.pause_floats();
+        stop
+    }
+
+    fn run_until(&mut self, instructions: u64) -> Stop {
         let end = self.cpu.instructions + instructions;
         let attention = AtomicBool::new(false);
         while self.cpu.instructions < end {
@@ -185,6 +192,13 @@ impl TestBench {
 
     /// Runs exactly so many instructions, one at a time.
     pub fn step(&mut self, instructions: u64) -> Stop {
+        self.cpu.vector.resume_floats();
+        let stop = self.run_singly(instructions);
+        self.cpu.vector.pause_floats();
+        stop
+    }
+
+    fn run_singly(&mut self, instructions: u64) -> Stop {
         for _ in 0..instructions {
             self.drop_stale();
             let outcome = self.blocks.run_one(&mut self.cpu);
@@ -216,7 +230,7 @@ impl TestBench {
 
     /// The x87 registers as FXSAVE writes them; the thread's own registers are free again.
     pub fn x87(&mut self) -> [u8; 160] {
-        self.cpu.vector.retire_x87();
+        self.cpu.vector.retire();
         let mut bytes = [0; 160];
         bytes.copy_from_slice(&self.cpu.vector.x87_image().0[..160]);
         bytes

@@ -267,6 +267,7 @@ impl SoftwareVcpu {
 impl Vcpu for SoftwareVcpu {
     fn run(&mut self) -> VcpuExit {
         self.set_timer_slack();
+        self.cpu.vector.resume_floats();
         let exit = loop {
             if self.attend() {
                 break VcpuExit::Stopped;
@@ -290,7 +291,7 @@ impl Vcpu for SoftwareVcpu {
                 break VcpuExit::TripleFault;
             }
         };
-        self.cpu.vector.retire_x87();
+        self.cpu.vector.retire();
         self.publish();
         exit
     }

@@ -220,6 +220,7 @@ impl Cpu {
     pub(crate) fn op_clear_task_switched(&mut self, op: &Op) -> Result<Flow, Fault> {
         self.require_cpl_0()?;
         self.cr0 &= !cr0::TS;
+        self.update_mode();
         Ok(self.leave(op))
     }
 }

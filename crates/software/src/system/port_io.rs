@@ -50,14 +50,19 @@ impl Cpu {
     fn read_port(&mut self, port: u16, bytes: u64) -> u64 {
         self.counters.port += 1;
         self.note_port_breakpoint(port, bytes);
-        self.services.ports.read(u64::from(port), Self::port_size(bytes))
+        self.vector.pause_floats();
+        let value = self.services.ports.read(u64::from(port), Self::port_size(bytes));
+        self.vector.resume_floats();
+        value
     }
 
     fn write_port(&mut self, port: u16, bytes: u64, value: u64) {
         self.counters.port += 1;
         self.note_port_breakpoint(port, bytes);
         let size = Self::port_size(bytes);
+        self.vector.pause_floats();
         self.services.ports.write(u64::from(port), size, value & size.all_ones());
+        self.vector.resume_floats();
     }
 
     /// The port: `immediate`, or DX with [`MEMORY`](super::operand::MEMORY) in `extra`.

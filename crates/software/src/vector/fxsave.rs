@@ -28,7 +28,7 @@ impl Cpu {
             bytes[12..16].copy_from_slice(&u32::from(pointers.code_selector).to_le_bytes());
             bytes[20..24].copy_from_slice(&u32::from(pointers.data_selector).to_le_bytes());
         }
-        bytes[24..28].copy_from_slice(&self.vector.mxcsr.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.vector.mxcsr().to_le_bytes());
         bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
         bytes
     }
@@ -133,7 +133,7 @@ fn restore_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     if mxcsr & !MXCSR_MASK != 0 {
         return Err(cpu.raise_gp(0));
     }
-    cpu.vector.mxcsr = mxcsr;
+    cpu.vector.set_mxcsr(mxcsr);
     cpu.set_legacy_x87(&x87, op.extra != 0);
     cpu.set_xmm_bytes(&xmm);
     Ok(())
@@ -147,7 +147,7 @@ pub fn load_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
     }
     match cpu.load_operand::<u32>(op) {
         Ok(value) if value & !MXCSR_MASK == 0 => {
-            cpu.vector.mxcsr = value;
+            cpu.vector.set_mxcsr(value);
             Flow::Next
         }
         Ok(_) => {
@@ -164,5 +164,6 @@ pub fn store_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
         let _ = cpu.raise_disabled(CLASS);
         return Flow::Fault;
     }
-    flow(cpu.store_operand(op, cpu.vector.mxcsr))
+    let value = cpu.vector.mxcsr();
+    flow(cpu.store_operand(op, value))
 }

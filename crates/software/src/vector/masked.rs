@@ -35,14 +35,28 @@ fn selected(mask: &Ymm, index: usize, bits: usize) -> bool {
     element(mask, index, bits) >> (bits - 1) & 1 != 0
 }
 
-/// The linear address of an element of `bytes` bytes, `distance` bytes behind the op's operand.
-fn element_address(cpu: &mut Cpu, op: &Op, distance: u64, bytes: u64, access: Access) -> Result<u64, Fault> {
-    let offset = cpu.offset(op).wrapping_add(distance);
-    let offset = match op.address_kind {
+/// Cuts an offset to the op's address size.
+fn cut_offset(op: &Op, offset: u64) -> u64 {
+    match op.address_kind {
         address::FLAT | address::BASED | address::NEXT_RIP => offset,
         address::CHECKED_16 => offset & 0xffff,
         _ => offset & 0xffff_ffff,
-    };
+    }
+}
+
+/// The linear address of an element of `bytes` bytes, `distance` bytes behind the operand at `offset`. In 64-bit mode the address size cuts
+/// the operand's offset, not where its elements are.
+fn element_address(
+    cpu: &mut Cpu,
+    op: &Op,
+    offset: u64,
+    distance: u64,
+    bytes: u64,
+    access: Access,
+) -> Result<u64, Fault> {
+    let offset = cut_offset(op, offset);
+    let offset =
+        if cpu.is_64_bit() { offset.wrapping_add(distance) } else { cut_offset(op, offset.wrapping_add(distance)) };
     cpu.linear_at(op.segment, offset, bytes, access)
 }
 
@@ -59,11 +73,12 @@ fn masked_load_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin(cpu, class::AVX)?;
     let bits = usize::from(op.extra);
     let mask = cpu.vector.ymm[number(op.second)];
+    let offset = cpu.offset(op);
     let mut result = Ymm::default();
     for index in 0..usize::from(op.extra2) * 8 / bits {
         if selected(&mask, index, bits) {
             let bytes = bits as u64 / 8;
-            let linear = element_address(cpu, op, index as u64 * bytes, bytes, Access::Read)?;
+            let linear = element_address(cpu, op, offset, index as u64 * bytes, bytes, Access::Read)?;
             let value = load_element(cpu, linear, bits, op.segment)?;
             set_element(&mut result, index, bits, value);
         }
@@ -83,11 +98,12 @@ fn masked_store_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     let bytes = bits as u64 / 8;
     let mask = cpu.vector.ymm[number(op.first)];
     let source = cpu.vector.ymm[number(op.second)];
+    let offset = cpu.offset(op);
     let mut addresses = [0; 8];
     let count = (usize::from(op.extra2) * 8 / bits).min(8);
     for (index, address) in addresses.iter_mut().enumerate().take(count) {
         if selected(&mask, index, bits) {
-            *address = element_address(cpu, op, index as u64 * bytes, bytes, Access::Write)?;
+            *address = element_address(cpu, op, offset, index as u64 * bytes, bytes, Access::Write)?;
             cpu.probe(*address, bytes, Access::Write, op.segment)?;
         }
     }
@@ -144,13 +160,7 @@ fn store_masked_bytes(cpu: &mut Cpu, op: &Op, source: &[u8], mask: &[u8]) -> Res
                 cpu.store(*address, byte, op.segment)?;
                 continue;
             }
-            let offset = offset.wrapping_add(distance);
-            let offset = match op.address_kind {
-                address::FLAT | address::BASED => offset,
-                address::CHECKED_16 => offset & 0xffff,
-                _ => offset & 0xffff_ffff,
-            };
-            *address = cpu.linear_at(op.segment, offset, 1, Access::Write)?;
+            *address = element_address(cpu, op, offset, distance, 1, Access::Write)?;
             cpu.probe(*address, 1, Access::Write, op.segment)?;
         }
     }
@@ -176,7 +186,8 @@ fn gather_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
             let raw = element(&indices, index, index_bits);
             let distance = if index_bits == 32 { raw as u32 as i32 as i64 as u64 } else { raw } << (op.scale & 3);
             // A fault leaves the elements before it done and their mask bits clear: the instruction then goes on where it was.
-            let linear = element_address(cpu, op, distance, bytes, Access::Read)?;
+            let offset = cut_offset(op, cpu.offset(op).wrapping_add(distance));
+            let linear = cpu.linear_at(op.segment, offset, bytes, Access::Read)?;
             if cpu.is_64_bit() && !is_canonical(linear, cpu.linear_bits()) {
                 return Err(cpu.raise_segment_fault(op.segment));
             }

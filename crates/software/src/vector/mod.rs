@@ -6,12 +6,14 @@
 //!
 //! The x87 and MMX registers live in the host's x87 registers while the vCPU thread runs guest code: no Rust code uses them, so they
 //! cost nothing per instruction. They are loaded when the first instruction needs them ([`VectorState::make_x87_live`]) and put back into
-//! the image when the thread leaves the run loop ([`VectorState::retire_x87`]). The pointers to the last instruction and
+//! the image when the thread leaves the run loop ([`VectorState::retire`]). The pointers to the last instruction and
 //! operand are kept beside them: those in the host's registers would name the engine's own addresses.
 //!
 //! Invariants:
 //! - No host address reaches the guest: environment images take their pointers from [`Pointers`].
-//! - MXCSR is the host's own outside stubs.
+//! - The host's MXCSR always has the control bits that Rust code expects. While the guest's are the same, which is nearly always, its
+//!   instructions run under the host's register and leave their sticky flags there; [`VectorState::mxcsr`] collects them. Rust code that
+//!   may compute with floats (devices) is called between [`VectorState::pause_floats`] and [`VectorState::resume_floats`].
 //! - XMM and YMM registers are in memory, in [`VectorState::ymm`], whenever Rust code runs.
 //!
 //! Map: `code_area` (executable memory), `stub` (makes stubs), `signal` (numeric exceptions raised inside stubs), `run` (handlers that
@@ -46,6 +48,8 @@ pub mod class {
 
 /// MXCSR as Rust code expects it: all exceptions masked, round to nearest.
 pub const HOST_MXCSR: u32 = 0x1f80;
+/// MXCSR's sticky flags.
+const MXCSR_FLAGS: u32 = 0x3f;
 /// MXCSR bits that exist.
 pub const MXCSR_MASK: u32 = 0xffff;
 
@@ -75,7 +79,10 @@ pub struct Pointers {
 pub struct VectorState {
     /// YMM0 to YMM15; the low halves are XMM0 to XMM15.
     pub ymm: [Ymm; 16],
-    pub mxcsr: u32,
+    /// MXCSR, but for flags that are still in the host's.
+    mxcsr: u32,
+    /// Not 0: the guest's control bits are [`HOST_MXCSR`]'s.
+    mxcsr_shared: u32,
     /// What stubs put back into MXCSR.
     host_mxcsr: u32,
     /// The [`class`]es that may run now; derived by [`Cpu::update_mode`].
@@ -94,7 +101,8 @@ impl Default for VectorState {
         image.0[4] = 0xff;
         VectorState {
             ymm: [Ymm::default(); 16],
-            mxcsr: 0x1f80,
+            mxcsr: HOST_MXCSR,
+            mxcsr_shared: 1,
             host_mxcsr: HOST_MXCSR,
             enabled: 0,
             x87_live: false,
@@ -151,9 +159,41 @@ impl VectorState {
         }
     }
 
-    /// Takes the x87 registers out of the host's. Called by the vCPU thread when it leaves the run loop, before the state may be looked at by
+    /// MXCSR with all its flags.
+    pub fn mxcsr(&mut self) -> u32 {
+        if self.mxcsr_shared != 0 {
+            let mut host = 0u32;
+            // SAFETY: stores a register to a local variable.
+            unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut host, options(nostack, preserves_flags)) };
+            self.mxcsr |= host & MXCSR_FLAGS;
+        }
+        self.mxcsr
+    }
+
+    /// Sets MXCSR; the caller has checked that only bits of [`MXCSR_MASK`] are set.
+    pub fn set_mxcsr(&mut self, value: u32) {
+        self.mxcsr = value;
+        self.mxcsr_shared = u32::from(value & !MXCSR_FLAGS == HOST_MXCSR);
+        self.resume_floats();
+    }
+
+    /// Collects the guest's flags before Rust code runs that may set flags of its own.
+    pub fn pause_floats(&mut self) {
+        self.mxcsr();
+    }
+
+    /// Drops the flags that Rust code has left: from here on they are the guest's.
+    pub fn resume_floats(&mut self) {
+        let host = HOST_MXCSR;
+        // SAFETY: loads the value that Rust code expects, with no flag set.
+        unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const host, options(nostack, readonly, preserves_flags)) };
+    }
+
+    /// Takes all registers out of the host's. Called by the vCPU thread when it leaves the run loop, before the state may be looked at by
     /// others or run on by another thread.
-    pub fn retire_x87(&mut self) {
+    pub fn retire(&mut self) {
+        self.pause_floats();
+        self.resume_floats();
         if self.x87_live {
             self.x87_image_mut();
         }

@@ -33,6 +33,7 @@ pub type StubFunction = unsafe extern "sysv64" fn(cpu: *mut Cpu, memory: *mut u8
 
 const YMM: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, ymm)) as u32;
 const MXCSR: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, mxcsr)) as u32;
+const MXCSR_SHARED: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, mxcsr_shared)) as u32;
 const HOST_MXCSR: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, host_mxcsr)) as u32;
 const ARITHMETIC: u32 = offset_of!(Cpu, arithmetic) as u32;
 const _: () = assert!(offset_of!(Cpu, gpr) == 0);
@@ -93,12 +94,17 @@ fn make_stubs() -> io::Result<Stubs> {
 }
 
 /// The end of a stub whose instruction faulted.
-fn landing(keep_mxcsr: bool, code: u32) -> Vec<u8> {
+fn landing(simd: bool, code: u32) -> Vec<u8> {
     let mut emitter = Emitter::default();
-    if keep_mxcsr {
+    // A SIMD exception comes only with control bits of the guest's own. Otherwise the host's register may hold flags of the guest's.
+    let skip = (!simd).then(|| emitter.jump_if_shared());
+    if simd {
         emitter.with_displacement(&[0x0f, 0xae, 0x9f], MXCSR);
     }
     emitter.with_displacement(&[0x0f, 0xae, 0x97], HOST_MXCSR);
+    if let Some(skip) = skip {
+        emitter.land(skip);
+    }
     if std::arch::is_x86_feature_detected!("avx") {
         emitter.bytes(&[0xc5, 0xf8, 0x77]);
     }
@@ -267,46 +273,52 @@ impl Normalised {
         if implicit_loads.contains(&Register::RDX) && !stores.is_empty() {
             return None;
         }
-        let mxcsr = uses_mxcsr(&self.instruction);
-        if mxcsr {
-            emitter.with_displacement(&[0x0f, 0xae, 0x97], MXCSR);
-        }
         let reads_flags = self.instruction.rflags_read() != RflagsBits::NONE;
         let writes_flags = self.instruction.rflags_modified() & ARITHMETIC_RFLAGS != RflagsBits::NONE;
-        if reads_flags {
-            // movzx eax, word [flags]; add al, 127 (OF from bit 0); sahf
-            emitter.with_displacement(&[0x0f, 0xb7, 0x87], ARITHMETIC);
-            emitter.bytes(&[0x04, 0x7f, 0x9e]);
+        // The address of a slot needs RAX; no instruction has results in RAX and in a slot.
+        let general_store = stores.iter().any(|(_, name)| name.is_gpr());
+        if general_store && implicit_stores.contains(&Register::RAX) {
+            return None;
         }
-        for register in implicit_loads {
-            emitter.load_implicit(register);
-        }
-        emitter.bytes(&self.key[..usize::from(self.key[15])]);
-        for (slot, name) in stores {
-            if name.is_gpr() {
-                // The address needs RAX; no instruction has results in RAX and in a slot.
-                if implicit_stores.contains(&Register::RAX) {
-                    return None;
-                }
+        let execute = |emitter: &mut Emitter, own_mxcsr: bool| {
+            if own_mxcsr {
+                emitter.with_displacement(&[0x0f, 0xae, 0x97], MXCSR);
             }
-            emitter.store_slot(slot, name, vex);
+            if reads_flags || writes_flags {
+                // movzx eax, word [flags]; add al, 127 (OF from bit 0); sahf
+                emitter.with_displacement(&[0x0f, 0xb7, 0x87], ARITHMETIC);
+                emitter.bytes(&[0x04, 0x7f, 0x9e]);
+            }
+            for &register in &implicit_loads {
+                emitter.load_implicit(register);
+            }
+            emitter.bytes(&self.key[..usize::from(self.key[15])]);
+            for &(slot, name) in &stores {
+                emitter.store_slot(slot, name, vex);
+            }
+            for &register in &implicit_stores {
+                emitter.store_implicit(register, vex);
+            }
+            if writes_flags {
+                // lahf; seto al; mov [flags], ax
+                emitter.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
+                emitter.with_displacement(&[0x66, 0x89, 0x87], ARITHMETIC);
+            }
+            if own_mxcsr {
+                emitter.with_displacement(&[0x0f, 0xae, 0x9f], MXCSR);
+                emitter.with_displacement(&[0x0f, 0xae, 0x97], HOST_MXCSR);
+            }
+            if wide {
+                emitter.bytes(&[0xc5, 0xf8, 0x77]);
+            }
+            emitter.bytes(&[0x31, 0xc0, 0xc3]);
+        };
+        if uses_mxcsr(&self.instruction) {
+            let shared = emitter.jump_if_shared();
+            execute(&mut emitter, true);
+            emitter.land(shared);
         }
-        for register in implicit_stores {
-            emitter.store_implicit(register, vex);
-        }
-        if writes_flags {
-            // lahf; seto al; mov [flags], ax
-            emitter.bytes(&[0x9f, 0x0f, 0x90, 0xc0]);
-            emitter.with_displacement(&[0x66, 0x89, 0x87], ARITHMETIC);
-        }
-        if mxcsr {
-            emitter.with_displacement(&[0x0f, 0xae, 0x9f], MXCSR);
-            emitter.with_displacement(&[0x0f, 0xae, 0x97], HOST_MXCSR);
-        }
-        if wide {
-            emitter.bytes(&[0xc5, 0xf8, 0x77]);
-        }
-        emitter.bytes(&[0x31, 0xc0, 0xc3]);
+        execute(&mut emitter, false);
         Some(emitter.code)
     }
 }
@@ -361,6 +373,19 @@ impl Emitter {
     fn with_displacement(&mut self, bytes: &[u8], displacement: u32) {
         self.bytes(bytes);
         self.bytes(&displacement.to_le_bytes());
+    }
+
+    /// cmp dword [shared], 0; jne to where [`Emitter::land`] says
+    fn jump_if_shared(&mut self) -> usize {
+        self.with_displacement(&[0x83, 0xbf], MXCSR_SHARED);
+        self.bytes(&[0, 0x0f, 0x85, 0, 0, 0, 0]);
+        self.code.len()
+    }
+
+    /// Makes the jump that ended at `from` lead here.
+    fn land(&mut self, from: usize) {
+        let distance = (self.code.len() - from) as u32;
+        self.code[from - 4..from].copy_from_slice(&distance.to_le_bytes());
     }
 
     /// movzx eax, byte [rdx + slot]

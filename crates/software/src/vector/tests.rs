@@ -31,18 +31,18 @@ fn addsd_adds_and_sets_the_sticky_flag() {
     // addsd xmm1, [rbx]
     assert_eq!(step(&mut bench, &[0xf2, 0x0f, 0x58, 0x0b], 1), Stop::Limit);
     assert_eq!(bench.cpu.vector.ymm[1].0, [1.1f64.to_bits(), 7, 8, 9]);
-    assert_eq!(bench.cpu.vector.mxcsr, 0x1fa0);
+    assert_eq!(bench.cpu.vector.mxcsr(), 0x1fa0);
 }
 
 #[test]
 fn an_unmasked_simd_exception_faults_and_keeps_the_target() {
     let mut bench = bench();
     bench.cpu.vector.ymm[1].0 = [1.0f64.to_bits(), 0, 0, 0];
-    bench.cpu.vector.mxcsr = 0x1f80 & !(1 << 9);
+    bench.cpu.vector.set_mxcsr(0x1f80 & !(1 << 9));
     // divsd xmm1, xmm2
     assert_eq!(vector_of(step(&mut bench, &[0xf2, 0x0f, 0x5e, 0xca], 1)), Some(vector::SIMD));
     assert_eq!(bench.cpu.vector.ymm[1].0[0], 1.0f64.to_bits());
-    assert_eq!(bench.cpu.vector.mxcsr & 0x3f, 4);
+    assert_eq!(bench.cpu.vector.mxcsr() & 0x3f, 4);
     bench.cpu.cr4 &= !cr4::OSXMMEXCPT;
     assert_eq!(vector_of(step(&mut bench, &[0xf2, 0x0f, 0x5e, 0xca], 1)), Some(vector::INVALID_OPCODE));
 }
@@ -86,6 +86,15 @@ fn task_switched_and_disabled_units_raise_what_the_manual_says() {
 }
 
 #[test]
+fn clts_lets_vector_instructions_run_again() {
+    let mut bench = bench();
+    bench.cpu.cr0 |= cr0::TS;
+    bench.cpu.update_mode();
+    // clts; addps xmm0, xmm1
+    assert_eq!(step(&mut bench, &[0x0f, 0x06, 0x0f, 0x58, 0xc1], 2), Stop::Limit);
+}
+
+#[test]
 fn aligned_forms_fault_on_misaligned_operands_and_others_do_not() {
     let mut bench = bench();
     bench.cpu.gpr[RBX] = DATA + 1;
@@ -114,7 +123,7 @@ fn a_saved_state_comes_back_from_every_area_format() {
             for (index, register) in (1..).zip(&mut bench.cpu.vector.ymm) {
                 register.0 = [index, index << 8, index << 16, index << 24];
             }
-            bench.cpu.vector.mxcsr = 0x1f81;
+            bench.cpu.vector.set_mxcsr(0x1f81);
             // fninit; fldpi; save; fninit; vzeroall; restore
             let code = [&[0xdb, 0xe3, 0xd9, 0xeb][..], save, &[0xdb, 0xe3, 0xc5, 0xfc, 0x77][..], restore].concat();
             assert_eq!(step(&mut bench, &code, 6), Stop::Limit);
@@ -123,7 +132,7 @@ fn a_saved_state_comes_back_from_every_area_format() {
                 let (third, fourth) = if avx { (index << 16, index << 24) } else { (0, 0) };
                 assert_eq!(register.0, [index, index << 8, third, fourth]);
             }
-            assert_eq!(bench.cpu.vector.mxcsr, 0x1f81);
+            assert_eq!(bench.cpu.vector.mxcsr(), 0x1f81);
             assert_eq!(bench.cpu.vector.pointers.instruction, CODE + 2);
             let image = bench.cpu.vector.x87_image().0;
             assert_eq!(image[32..42], [0x35, 0xc2, 0x68, 0x21, 0xa2, 0xda, 0x0f, 0xc9, 0x00, 0x40]);

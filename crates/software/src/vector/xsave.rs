@@ -101,7 +101,7 @@ impl Cpu {
         };
         let area = self.aligned_area(op, layout.len, 64, Access::Write)?;
         let mut in_use = self.components_in_use();
-        if kind == Kind::Xsavec && self.vector.mxcsr != MXCSR_INIT {
+        if kind == Kind::Xsavec && self.vector.mxcsr() != MXCSR_INIT {
             in_use |= SSE;
         }
         let saved = if kind == Kind::Xsave { requested } else { requested & in_use };
@@ -165,7 +165,7 @@ impl Cpu {
         let loaded = requested & present;
         let mut x87 = [0; X87_BYTES];
         area.get(self, 0, &mut x87)?;
-        let mut mxcsr = self.vector.mxcsr;
+        let mut mxcsr = self.vector.mxcsr();
         let loads_mxcsr = if compacted { loaded & SSE != 0 } else { requested & (SSE | AVX) != 0 };
         if loads_mxcsr {
             mxcsr = u32::from_le_bytes([x87[24], x87[25], x87[26], x87[27]]);
@@ -188,7 +188,7 @@ impl Cpu {
             area.get(self, layout.pkru_at, &mut pkru)?;
         }
         // From here on nothing faults.
-        self.vector.mxcsr = mxcsr;
+        self.vector.set_mxcsr(mxcsr);
         if requested & X87 != 0 {
             if loaded & X87 == 0 {
                 x87 = [0; X87_BYTES];

@@ -101,7 +101,7 @@ fn set_engine(bench: &mut TestBench, state: &State) {
     for (register, words) in cpu.vector.ymm.iter_mut().zip(&state.ymm) {
         register.0 = *words;
     }
-    cpu.vector.mxcsr = mxcsr_of(state);
+    cpu.vector.set_mxcsr(mxcsr_of(state));
     cpu.vector.x87_image_mut().0[..160].copy_from_slice(&state.fx[..160]);
 }
 
@@ -189,7 +189,7 @@ fn differences(
             compare(format!("ymm {number} word {word}"), engine & mask, host & mask);
         }
     }
-    compare("mxcsr".into(), u64::from(bench.cpu.vector.mxcsr), u64::from(mxcsr_of(state)));
+    compare("mxcsr".into(), u64::from(bench.cpu.vector.mxcsr()), u64::from(mxcsr_of(state)));
     // Neither the pointers nor MXCSR, which are bytes 6 to 31.
     let bytes = |source: &[u8], at: usize, len: usize| {
         (0..len).fold(0u64, |value, index| value | u64::from(source[at + index]) << (8 * index))
@@ -303,7 +303,7 @@ fn the_engine_does_what_the_host_does() {
         code[len..len + 7].copy_from_slice(&Native::exit_jump());
         bench.write(START, &code);
         let stop = bench.step(1);
-        bench.cpu.vector.retire_x87();
+        bench.cpu.vector.retire();
         native.run(&mut state, START, &code, len);
         let lines = differences(&mut bench, &mut native, stop, &state, &generated);
         if !lines.is_empty() {
