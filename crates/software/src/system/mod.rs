@@ -23,6 +23,8 @@ mod task_switch;
 mod tlb_instructions;
 
 #[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
 mod test_guest;
 #[cfg(test)]
 mod tests;
