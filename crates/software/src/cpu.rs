@@ -118,6 +118,8 @@ pub struct Cpu {
     pub instructions: u64,
     /// The block that is running.
     pub(crate) running: RunningBlock,
+    /// PAUSEs so far: who waits long lets others have the host's processor.
+    pub(crate) pauses: u32,
     /// SF ZF AF PF CF OF.
     pub arithmetic: ArithmeticFlags,
     /// All other flags of RFLAGS ([`flags::SYSTEM`]) at their places; DF among them.
@@ -225,6 +227,7 @@ impl Cpu {
             rip: 0xfff0,
             instructions: 0,
             running: RunningBlock::default(),
+            pauses: 0,
             arithmetic: ArithmeticFlags::default(),
             system_flags: 0,
             mode,

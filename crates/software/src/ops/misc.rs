@@ -14,9 +14,17 @@ pub fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
     Flow::Next
 }
 
+/// PAUSEs after which the thread yields: a machine may have more vCPUs than the host has free processors, and the one that holds
+/// the lock must get to run.
+const PAUSES_BETWEEN_YIELDS: u32 = 128;
+
 /// PAUSE: the host's too, for whoever shares its core.
-pub fn pause(_cpu: &mut Cpu, _op: &Op) -> Flow {
+pub fn pause(cpu: &mut Cpu, _op: &Op) -> Flow {
     std::hint::spin_loop();
+    cpu.pauses = cpu.pauses.wrapping_add(1);
+    if cpu.pauses.is_multiple_of(PAUSES_BETWEEN_YIELDS) {
+        std::thread::yield_now();
+    }
     Flow::Next
 }
 
