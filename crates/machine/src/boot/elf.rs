@@ -9,6 +9,8 @@ use super::BootError;
 use super::bytes::{slice, u16_at, u32_at, u64_at};
 
 const SEGMENT_LOAD: u32 = 1;
+/// Names the dynamic linker: programs have it, kernels do not.
+const SEGMENT_INTERPRETER: u32 = 3;
 const SEGMENT_NOTE: u32 = 4;
 /// `XEN_ELFNOTE_PHYS32_ENTRY` (Xen, public/elfnote.h): the physical address of the PVH entry.
 const NOTE_PHYS32_ENTRY: u32 = 18;
@@ -72,6 +74,9 @@ impl<'a> Elf<'a> {
                 || Some((u32_at(header, 0)?, word(4, 8)?, word(8, 16)?, word(12, 24)?, word(16, 32)?, word(20, 40)?));
             let (kind, offset, virtual_address, physical_address, file_len, memory_len) =
                 fields().ok_or_else(incomplete)?;
+            if kind == SEGMENT_INTERPRETER {
+                return Err(BootError::UnknownKernel { what: "it is a program that needs an operating system" });
+            }
             if kind != SEGMENT_LOAD && kind != SEGMENT_NOTE {
                 continue;
             }

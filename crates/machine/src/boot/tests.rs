@@ -184,6 +184,14 @@ fn what_does_not_fit_is_refused_with_the_sizes() {
 }
 
 #[test]
+fn a_program_is_told_from_a_kernel() {
+    let mut program = elf64(None);
+    program[64 + 56] = 3;
+    let error = load(&memory(), boot(&program, None)).unwrap_err().to_string();
+    assert!(error.contains("operating system"), "{error}");
+}
+
+#[test]
 fn an_initrd_shorter_than_announced_is_refused() {
     let mut reader = &b"short"[..];
     let kernel = elf64(None);
