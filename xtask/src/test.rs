@@ -33,14 +33,17 @@ pub fn test(arguments: &TestArguments) -> Result<()> {
 
 fn run_tests(selection: &[&str], arguments: &TestArguments) -> Result<()> {
     let mut command = cargo();
+    // Tests that take too long for every day are marked `#[ignore]`; the nightly form runs them too.
     if exists("cargo-nextest") {
-        command.args(["nextest", "run", "--no-fail-fast", "--no-tests=pass"]);
+        command.args(["nextest", "run", "--no-fail-fast", "--no-tests=pass"]).args(selection).args(&arguments.filter);
+        if arguments.nightly {
+            command.args(["--run-ignored", "all"]);
+        }
     } else {
-        command.args(["test", "--no-fail-fast"]);
-    }
-    command.args(selection);
-    if let Some(filter) = &arguments.filter {
-        command.arg(filter);
+        command.args(["test", "--no-fail-fast"]).args(selection).args(&arguments.filter);
+        if arguments.nightly {
+            command.args(["--", "--include-ignored"]);
+        }
     }
     if arguments.nightly {
         command.env("POLDER_TEST_NIGHTLY", "1");
