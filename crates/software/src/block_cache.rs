@@ -48,8 +48,6 @@ pub struct Blocks {
     /// An instruction that is not kept: its op, a terminator, and its block.
     single_ops: Box<[Op; 2]>,
     single_block: Box<Block>,
-    /// No other thread writes to the memory.
-    alone: bool,
 }
 
 // SAFETY: the pointers point into the arenas that move along.
@@ -65,9 +63,15 @@ struct Fetched {
     last_page: u64,
 }
 
+impl Default for Blocks {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Blocks {
-    /// An empty cache for one of `vcpu_count` vCPUs.
-    pub fn new(vcpu_count: u32) -> Self {
+    /// An empty cache.
+    pub fn new() -> Self {
         let empty = Op::empty(end_block);
         Blocks {
             ops: Vec::with_capacity(OPS_MAX),
@@ -89,7 +93,6 @@ impl Blocks {
                 chains: false,
                 successors: [const { Cell::new(Successor::NONE) }; 2],
             }),
-            alone: vcpu_count == 1,
         }
     }
 
@@ -307,7 +310,7 @@ impl Blocks {
             return Decoded::Single;
         }
         let granules = GuestMemory::granules(offset as u64, len as u64);
-        if cpu.services.memory.notes().watch_code(page.page_index, granules) && !self.alone {
+        if cpu.services.memory.notes().watch_code(page.page_index, granules) {
             PageNotes::publish();
         }
         let mut again = [0; BLOCK_BYTES_MAX];
@@ -419,7 +422,7 @@ impl Blocks {
         for (page_number, offset, len) in pages {
             let page = cpu.services.memory.page(page_number)?;
             let granules = GuestMemory::granules(offset, len as u64);
-            if cpu.services.memory.notes().watch_code(page.page_index, granules) && !self.alone {
+            if cpu.services.memory.notes().watch_code(page.page_index, granules) {
                 PageNotes::publish();
             }
         }

@@ -75,7 +75,7 @@ impl TestBench {
             eoi: Arc::new(NoListener),
             clock: Arc::new(SystemClock),
         };
-        let mut bench = TestBench { cpu: Cpu::new(services), blocks: Blocks::new(1), stale };
+        let mut bench = TestBench { cpu: Cpu::new(services), blocks: Blocks::new(), stale };
         bench.write_page_tables();
         bench.set_mode(CodeSize::Bits64, 0);
         bench

@@ -48,12 +48,11 @@ pub struct SoftwareVcpu {
 impl SoftwareVcpu {
     /// A vCPU after power-on.
     pub fn new(cpu: Cpu, published: Arc<Published>) -> Self {
-        let vcpu_count = cpu.apic.router().inboxes().len() as u32;
         let inbox = cpu.apic.inbox().clone();
         let waits_for_sipi = cpu.apic.id() != 0;
         SoftwareVcpu {
             cpu,
-            blocks: Blocks::new(vcpu_count),
+            blocks: Blocks::new(),
             inbox,
             published,
             waits_for_sipi,
