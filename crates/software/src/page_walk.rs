@@ -248,11 +248,11 @@ impl Cpu {
                 smap_denies || access == Access::Write && rights & WRITABLE == 0 && self.cr0 & cr0::WP != 0
             }
         };
-        if denied {
-            return Err(Stop::Fault(error_code::PRESENT));
-        }
-        if user_page && access != Access::Fetch && self.key_denies(key, access == Access::Write, user) {
-            return Err(Stop::Fault(error_code::PRESENT | error_code::PROTECTION_KEY));
+        // The key is reported whenever it denies, whatever else does (SDM vol. 3, 4.7).
+        let key_denied = user_page && access != Access::Fetch && self.key_denies(key, access == Access::Write, user);
+        let reported = if key_denied { error_code::PROTECTION_KEY } else { 0 };
+        if denied || key_denied {
+            return Err(Stop::Fault(error_code::PRESENT | reported));
         }
         Ok(())
     }

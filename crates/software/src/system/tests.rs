@@ -471,3 +471,20 @@ fn interrupts_wait_one_instruction_after_sti() {
     guest.go(1);
     assert!(!guest.cpu.interrupt_shadow, "interrupts were on already");
 }
+
+#[test]
+fn a_protection_key_that_denies_is_reported_beside_other_reasons() {
+    for (entry_rights, expected) in [(7, 0x27), (5, 0x27)] {
+        let mut guest = TestGuest::long(3);
+        let table = guest.cpu.cr3 + 0x3000 + (DATA >> 21) * 0x1000;
+        guest.write(table + (DATA >> 12 & 511) * 8, &(DATA | entry_rights | 1 << 59).to_le_bytes());
+        guest.cpu.cr4 |= cr4::PKE;
+        guest.cpu.pkru = 1 << 2;
+        guest.cpu.tlb.flush_all();
+        guest.cpu.gpr[RBX] = DATA;
+        guest.load_code(&[0x88, 0x03]); // mov [rbx], al
+        guest.go(2);
+        assert_eq!(guest.halted_in(), Some(14));
+        assert_eq!((guest.stack_64::<1>(), guest.cpu.cr2), ([expected], DATA));
+    }
+}
