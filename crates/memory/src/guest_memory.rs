@@ -203,6 +203,14 @@ impl GuestMemory {
         })
     }
 
+    /// The guest-physical address of a byte of RAM in the host.
+    pub fn address_of(&self, pointer: *const u8) -> Option<GuestAddress> {
+        self.inner.regions.iter().find_map(|region| {
+            let offset = (pointer as u64).wrapping_sub(region.host.as_ptr() as u64);
+            (offset < region.len).then(|| GuestAddress(region.start + offset))
+        })
+    }
+
     /// The notes that writers look at.
     pub fn notes(&self) -> &PageNotes {
         &self.inner.notes
@@ -367,6 +375,14 @@ mod tests {
         assert!(memory.page(0x10).is_none());
         assert!(memory.page(u64::MAX).is_none());
         assert!(memory.page(0x20).is_some());
+    }
+
+    #[test]
+    fn a_host_byte_of_ram_knows_its_address() {
+        let memory = memory();
+        let range = memory.host_range(GuestAddress(0x21234), 1).unwrap();
+        assert_eq!(memory.address_of(range.pointer), Some(GuestAddress(0x21234)));
+        assert_eq!(memory.address_of(std::ptr::null()), None);
     }
 
     #[test]

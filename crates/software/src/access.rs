@@ -101,7 +101,7 @@ impl Cpu {
             unsafe {
                 T::store(entry.addend.wrapping_add(linear) as *mut u8, value);
                 if (*entry.note.cast::<AtomicU8>()).load(Ordering::Relaxed) != 0 {
-                    self.stored_to_noted(entry.addend.wrapping_add(linear), T::BYTES, linear);
+                    self.stored_to_noted(entry.addend.wrapping_add(linear) as *mut u8, T::BYTES);
                 }
             }
             return Ok(());
@@ -145,18 +145,16 @@ impl Cpu {
         Ok(checked.pointer())
     }
 
-    /// Reports that `bytes` bytes at `linear` (inside one page, of which [`Cpu::write_pointer`] just gave the address) were written.
+    /// Reports that `bytes` bytes at `pointer` were written, which [`Cpu::write_pointer`] gave for `linear`.
     #[inline(always)]
-    pub fn written(&mut self, linear: u64, bytes: u64) {
+    pub fn written(&mut self, linear: u64, pointer: *mut u8, bytes: u64) {
         let entry = *self.tlb.data_entry(linear);
-        if entry.write_tag == self.tlb.tag(linear, bytes) {
+        let is_quiet = entry.write_tag == self.tlb.tag(linear, bytes)
+            && entry.addend.wrapping_add(linear) == pointer as u64
             // SAFETY: the note is a byte of the machine's notes.
-            if unsafe { (*entry.note.cast::<AtomicU8>()).load(Ordering::Relaxed) } != 0 {
-                self.stored_to_noted(entry.addend.wrapping_add(linear), bytes, linear);
-            }
-        } else if let Ok(translation) = self.translate(linear, Access::Write, Privilege::Current) {
-            self.services.memory.mark_written(GuestAddress(translation.physical), bytes);
-            self.abandon_block(translation.physical, bytes);
+            && unsafe { (*entry.note.cast::<AtomicU8>()).load(Ordering::Relaxed) } == 0;
+        if !is_quiet {
+            self.stored_to_noted(pointer, bytes);
         }
     }
 
@@ -361,9 +359,10 @@ impl Cpu {
 
     /// The slow half of a store through the look-up table: somebody wants to hear of it.
     #[cold]
-    fn stored_to_noted(&mut self, _host: u64, bytes: u64, linear: u64) {
-        if let Ok(translation) = self.translate(linear, Access::Read, Privilege::Current) {
-            self.stored_to_physical(translation.physical, bytes);
+    fn stored_to_noted(&mut self, pointer: *mut u8, bytes: u64) {
+        // Not by another walk: the guest's tables may say something else by now, the bytes are where they are.
+        if let Some(address) = self.services.memory.address_of(pointer) {
+            self.stored_to_physical(address.0, bytes);
         }
     }
 

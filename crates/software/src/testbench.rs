@@ -1,6 +1,6 @@
 //! A bare processor in a few MiB of memory, for tests and small benchmarks: flat 64-bit mode with identity paging, no devices.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use polder_basics::SystemClock;
@@ -30,13 +30,17 @@ impl EoiListener for NoListener {
     fn end_of_interrupt(&self, _vector: u8) {}
 }
 
-/// Stale code, as (page number, granules).
+/// Stale code, as (page number, granules), and the flag that brings the inner loop back to drop it.
 #[derive(Default)]
-struct Stale(Mutex<Vec<(u64, u64)>>);
+struct Stale {
+    pages: Mutex<Vec<(u64, u64)>>,
+    attention: AtomicBool,
+}
 
 impl CodeWatcher for Stale {
     fn code_written(&self, page_number: u64, granules: u64) {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((page_number, granules));
+        self.pages.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((page_number, granules));
+        self.attention.store(true, Ordering::SeqCst);
     }
 }
 
@@ -167,10 +171,10 @@ impl TestBench {
 
     fn run_until(&mut self, instructions: u64) -> Stop {
         let end = self.cpu.instructions + instructions;
-        let attention = AtomicBool::new(false);
+        let stale = self.stale.clone();
         while self.cpu.instructions < end {
             self.drop_stale();
-            let outcome = self.blocks.run(&mut self.cpu, &attention, 1 << 16);
+            let outcome = self.blocks.run(&mut self.cpu, &stale.attention, 1 << 16);
             if let Some(stop) = self.stop(outcome) {
                 return stop;
             }
@@ -180,10 +184,10 @@ impl TestBench {
 
     /// Runs at most so many blocks, in pieces that end wherever the engine wants to look around.
     pub fn run_blocks(&mut self, blocks: u32) {
-        let attention = AtomicBool::new(false);
+        let stale = self.stale.clone();
         for _ in 0..blocks {
             self.drop_stale();
-            let outcome = self.blocks.run(&mut self.cpu, &attention, 2);
+            let outcome = self.blocks.run(&mut self.cpu, &stale.attention, 2);
             if self.stop(outcome).is_some() {
                 return;
             }
@@ -245,7 +249,8 @@ impl TestBench {
     }
 
     pub(crate) fn drop_stale(&mut self) {
-        let stale = std::mem::take(&mut *self.stale.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        self.stale.attention.store(false, Ordering::SeqCst);
+        let stale = std::mem::take(&mut *self.stale.pages.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         for (page_number, granules) in stale {
             self.blocks.invalidate(page_number, granules);
         }

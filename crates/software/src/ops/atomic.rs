@@ -32,7 +32,7 @@ impl Cpu {
     ) -> Result<R, Fault> {
         if let Some(pointer) = self.write_pointer(linear, bytes, segment)? {
             let result = change(pointer);
-            self.written(linear, bytes);
+            self.written(linear, pointer, bytes);
             return Ok(result);
         }
         self.with_locked_slow(linear, bytes, segment, change)

@@ -149,7 +149,7 @@ fn move_step<T: Width>(cpu: &mut Cpu, op: &Op, count: u64) -> Result<Step, Fault
                 if !overlaps_upwards {
                     // SAFETY: both pointers are good for `bytes` bytes; the ranges do not overlap in a way that matters.
                     unsafe { raw::copy(read, write, bytes as usize) };
-                    cpu.written(to, bytes);
+                    cpu.written(to, write, bytes);
                     set_index(cpu, mask, RSI, from_offset.wrapping_add(bytes));
                     set_index(cpu, mask, RDI, to_offset.wrapping_add(bytes));
                     return Ok(Step { elements, done: false });
@@ -189,7 +189,7 @@ fn store_step<T: Width>(cpu: &mut Cpu, op: &Op, count: u64) -> Result<Step, Faul
         if passes && let Some(write) = cpu.write_pointer(to, bytes, ES)? {
             // SAFETY: the pointer is good for `bytes` bytes.
             unsafe { fill(write, value, elements) };
-            cpu.written(to, bytes);
+            cpu.written(to, write, bytes);
             set_index(cpu, mask, RDI, offset.wrapping_add(bytes));
             return Ok(Step { elements, done: false });
         }

@@ -328,3 +328,22 @@ fn bound_and_bit_strings_reach_as_far_as_their_index_says() {
     let stop = bench.run_code(&[0x62, 0x06], 1);
     assert_eq!(fault_vector(stop).0, vector::BOUND);
 }
+
+#[test]
+fn a_store_through_a_stale_translation_is_noticed_where_it_goes() {
+    let mut bench = TestBench::new();
+    let (function, alias, elsewhere) = (DATA, DATA + 0x1000, DATA + 0x2000);
+    bench.write(function, &[0xb0, 1, 0xc3]);
+    bench.write(page_entry(alias), &(function | 0x67).to_le_bytes());
+    bench.cpu.gpr[RBX] = alias;
+    bench.cpu.gpr[RDX] = function;
+    bench.cpu.gpr[RSI] = page_entry(alias);
+    bench.cpu.gpr[RDI] = elsewhere | 0x67;
+    // The guest changes its table and flushes nothing: the second store may go by the old translation, and then changes the function.
+    // mov byte [rbx + 1], 5; call rdx; mov rbp, rax; mov [rsi], rdi; mov byte [rbx + 1], 6; call rdx
+    let code = [0xc6, 0x43, 0x01, 5, 0xff, 0xd2, 0x48, 0x89, 0xc5, 0x48, 0x89, 0x3e, 0xc6, 0x43, 0x01, 6, 0xff, 0xd2];
+    run_to_ud2(&mut bench, &code);
+    assert_eq!(bench.cpu.gpr[RBP] & 0xff, 5);
+    assert_eq!(bench.read::<1>(function + 1), [6]);
+    assert_eq!(bench.cpu.gpr[RAX] & 0xff, 6);
+}

@@ -77,8 +77,8 @@ impl SaveArea {
     pub fn finish(&self, cpu: &mut Cpu) {
         let mut start = self.linear;
         for (pointer, bytes) in self.parts {
-            if pointer.is_some() {
-                cpu.written(start, bytes);
+            if let Some(pointer) = pointer {
+                cpu.written(start, pointer, bytes);
             }
             start = start.wrapping_add(bytes);
         }

@@ -95,7 +95,7 @@ fn store16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op
                 let value = _mm_load_si128(register.0.as_ptr().cast());
                 _mm_storeu_si128(pointer.cast::<__m128i>(), value);
             }
-            cpu.written(linear, 16);
+            cpu.written(linear, pointer, 16);
             Ok(())
         }
         None => {

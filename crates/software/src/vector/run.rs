@@ -199,7 +199,7 @@ fn write_operand<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -
         Ok(Some(pointer)) => {
             let flow = execute(cpu, pointer, op);
             if flow == Flow::Next {
-                cpu.written(linear, bytes);
+                cpu.written(linear, pointer, bytes);
             }
             flow
         }
