@@ -9,7 +9,8 @@ use polder_machine::{Bus, EngineServices, EoiListener};
 use polder_memory::{CodeWatcher, GuestAddress, GuestMemory};
 
 use crate::block_cache::Blocks;
-use crate::cpu::{CS, CodeSize, Cpu, SS, cr0, cr4, efer};
+pub use crate::cpu::CodeSize;
+use crate::cpu::{CS, Cpu, SS, cr0, cr4, efer};
 use crate::fault::Exception;
 use crate::run::Outcome;
 
@@ -218,9 +219,9 @@ impl TestBench {
         self.cpu.services.memory.read(GuestAddress(address), bytes).expect("inside memory");
     }
 
-    /// 64-bit user mode with the vector units on, as a Linux program has it; only these pages stay mapped.
-    pub fn enter_user_mode(&mut self, pages: &[u64], gs_base: u64) {
-        self.set_mode(CodeSize::Bits64, 3);
+    /// User mode with the vector units on, as a Linux program has it; only these pages stay mapped.
+    pub fn enter_user_mode(&mut self, code: CodeSize, pages: &[u64], gs_base: u64) {
+        self.set_mode(code, 3);
         for page in 0..MEMORY_BYTES >> 12 {
             if !pages.contains(&page) {
                 self.write(TABLES + 0x3000 + 8 * page, &0u64.to_le_bytes());

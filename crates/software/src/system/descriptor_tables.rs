@@ -201,8 +201,9 @@ impl Cpu {
         }
         let floor = self.gpr[usize::from(op.first) % 16] as u16 & 3;
         let (linear, selector) = if op.extra == MEMORY {
-            let linear = self.linear(op, 2, Access::Write)?;
-            (linear, self.load_for_update::<u16>(linear, op.segment)?)
+            // A selector that stays is only read.
+            let linear = self.linear(op, 2, Access::Read)?;
+            (linear, self.load::<u16>(linear, op.segment)?)
         } else {
             (0, self.gpr[usize::from(op.second) % 16] as u16)
         };
@@ -210,6 +211,7 @@ impl Cpu {
         if raise {
             let adjusted = selector & !3 | floor;
             if op.extra == MEMORY {
+                self.linear(op, 2, Access::Write)?;
                 self.store::<u16>(linear, adjusted, op.segment)?;
             } else {
                 self.set_word(op.second % 16, adjusted);

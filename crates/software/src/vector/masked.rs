@@ -44,20 +44,25 @@ fn cut_offset(op: &Op, offset: u64) -> u64 {
     }
 }
 
-/// The linear address of an element of `bytes` bytes, `distance` bytes behind the operand at `offset`. In 64-bit mode the address size cuts
-/// the operand's offset, not where its elements are.
-fn element_address(
+/// The linear addresses of the elements that a mask selects, `bytes` bytes each, one after the other from `offset` on. All are checked against the
+/// segment before any is touched; the address size cuts the operand's offset, not where its elements are.
+fn element_addresses<const N: usize>(
     cpu: &mut Cpu,
     op: &Op,
     offset: u64,
-    distance: u64,
     bytes: u64,
     access: Access,
-) -> Result<u64, Fault> {
+    selected: impl Fn(usize) -> bool,
+) -> Result<[Option<u64>; N], Fault> {
     let offset = cut_offset(op, offset);
-    let offset =
-        if cpu.is_64_bit() { offset.wrapping_add(distance) } else { cut_offset(op, offset.wrapping_add(distance)) };
-    cpu.linear_at(op.segment, offset, bytes, access)
+    let mut addresses = [None; N];
+    for (index, address) in addresses.iter_mut().enumerate() {
+        if selected(index) {
+            let offset = offset.wrapping_add(index as u64 * bytes);
+            *address = Some(cpu.linear_at(op.segment, offset, bytes, access)?);
+        }
+    }
+    Ok(addresses)
 }
 
 fn load_element(cpu: &mut Cpu, linear: u64, bits: usize, segment: u8) -> Result<u64, Fault> {
@@ -73,12 +78,14 @@ fn masked_load_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin(cpu, class::AVX)?;
     let bits = usize::from(op.extra);
     let mask = cpu.vector.ymm[number(op.second)];
-    let offset = cpu.offset(op);
+    let bytes = bits as u64 / 8;
+    let count = usize::from(op.extra2) * 8 / bits;
+    let addresses: [_; 8] = element_addresses(cpu, op, cpu.offset(op), bytes, Access::Read, |index| {
+        index < count && selected(&mask, index, bits)
+    })?;
     let mut result = Ymm::default();
-    for index in 0..usize::from(op.extra2) * 8 / bits {
-        if selected(&mask, index, bits) {
-            let bytes = bits as u64 / 8;
-            let linear = element_address(cpu, op, offset, index as u64 * bytes, bytes, Access::Read)?;
+    for (index, address) in addresses.into_iter().enumerate() {
+        if let Some(linear) = address {
             let value = load_element(cpu, linear, bits, op.segment)?;
             set_element(&mut result, index, bits, value);
         }
@@ -98,23 +105,20 @@ fn masked_store_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     let bytes = bits as u64 / 8;
     let mask = cpu.vector.ymm[number(op.first)];
     let source = cpu.vector.ymm[number(op.second)];
-    let offset = cpu.offset(op);
-    let mut addresses = [0; 8];
-    let count = (usize::from(op.extra2) * 8 / bits).min(8);
-    for (index, address) in addresses.iter_mut().enumerate().take(count) {
-        if selected(&mask, index, bits) {
-            *address = element_address(cpu, op, offset, index as u64 * bytes, bytes, Access::Write)?;
-            cpu.probe(*address, bytes, Access::Write, op.segment)?;
-        }
+    let count = usize::from(op.extra2) * 8 / bits;
+    let addresses: [_; 8] = element_addresses(cpu, op, cpu.offset(op), bytes, Access::Write, |index| {
+        index < count && selected(&mask, index, bits)
+    })?;
+    for address in addresses.into_iter().flatten() {
+        cpu.probe(address, bytes, Access::Write, op.segment)?;
     }
-    for (index, &address) in addresses.iter().enumerate().take(count) {
-        if selected(&mask, index, bits) {
-            let value = element(&source, index, bits);
-            if bits == 32 {
-                cpu.store(address, value as u32, op.segment)?;
-            } else {
-                cpu.store(address, value, op.segment)?;
-            }
+    for (index, address) in addresses.into_iter().enumerate() {
+        let Some(address) = address else { continue };
+        let value = element(&source, index, bits);
+        if bits == 32 {
+            cpu.store(address, value as u32, op.segment)?;
+        } else {
+            cpu.store(address, value, op.segment)?;
         }
     }
     Ok(())
@@ -149,19 +153,15 @@ fn masked_bytes_mmx_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 fn store_masked_bytes(cpu: &mut Cpu, op: &Op, source: &[u8], mask: &[u8]) -> Result<(), Fault> {
-    let offset = cpu.gpr[RDI];
-    let mut addresses = [0; 16];
-    for store in [false, true] {
-        for ((address, (&byte, &mask)), distance) in addresses.iter_mut().zip(source.iter().zip(mask)).zip(0..) {
-            if mask & 0x80 == 0 {
-                continue;
-            }
-            if store {
-                cpu.store(*address, byte, op.segment)?;
-                continue;
-            }
-            *address = element_address(cpu, op, offset, distance, 1, Access::Write)?;
-            cpu.probe(*address, 1, Access::Write, op.segment)?;
+    let addresses: [_; 16] = element_addresses(cpu, op, cpu.gpr[RDI], 1, Access::Write, |index| {
+        mask.get(index).is_some_and(|byte| byte & 0x80 != 0)
+    })?;
+    for address in addresses.into_iter().flatten() {
+        cpu.probe(address, 1, Access::Write, op.segment)?;
+    }
+    for (address, &byte) in addresses.into_iter().zip(source) {
+        if let Some(address) = address {
+            cpu.store(address, byte, op.segment)?;
         }
     }
     Ok(())

@@ -137,7 +137,7 @@ fn pending_first(cpu: &mut Cpu) {
 #[inline(always)]
 fn read_operand<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let bytes = u64::from(op.extra2);
-    let Ok(linear) = cpu.linear(op, bytes, Access::Read) else { return Flow::Fault };
+    let Ok(linear) = cpu.linear(op, bytes, Access::Read) else { return beyond_limit::<ALIGNED>(cpu, op, bytes) };
     if ALIGNED && linear & (bytes - 1) != 0 {
         return misaligned(cpu);
     }
@@ -153,6 +153,13 @@ fn read_operand<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 fn misaligned(cpu: &mut Cpu) -> Flow {
     let _ = cpu.raise_gp(0);
     Flow::Fault
+}
+
+/// Misalignment comes before the segment's limit too.
+#[cold]
+fn beyond_limit<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, bytes: u64) -> Flow {
+    let linear = cpu.segments[usize::from(op.segment) % 6].base.wrapping_add(cpu.offset(op));
+    if ALIGNED && linear & (bytes - 1) != 0 { misaligned(cpu) } else { Flow::Fault }
 }
 
 #[cold]
@@ -191,7 +198,7 @@ pub fn write<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Fl
 #[inline(always)]
 fn write_operand<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let bytes = u64::from(op.extra2);
-    let Ok(linear) = cpu.linear(op, bytes, Access::Write) else { return Flow::Fault };
+    let Ok(linear) = cpu.linear(op, bytes, Access::Write) else { return beyond_limit::<ALIGNED>(cpu, op, bytes) };
     if ALIGNED && linear & (bytes - 1) != 0 {
         return misaligned(cpu);
     }

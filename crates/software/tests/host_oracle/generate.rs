@@ -30,6 +30,7 @@ struct Template {
 
 /// A choice of instructions.
 pub struct Generator {
+    bits: u32,
     codes: Vec<(Code, Vec<Template>)>,
 }
 
@@ -74,6 +75,7 @@ fn excluded(instruction: &Instruction) -> bool {
             | Cli
             | Sti
             | Popfq
+            | Popfd
             | Popf
             | Iret
             | Iretd
@@ -108,6 +110,8 @@ fn excluded(instruction: &Instruction) -> bool {
             | Lfs
             | Lgs
             | Lss
+            | Les
+            | Lds
             | Vmcall
             | Vmmcall
             | Vmfunc
@@ -173,15 +177,15 @@ fn has_memory(instruction: &Instruction) -> bool {
 }
 
 impl Generator {
-    /// All codes of the model; only those whose name contains `only`.
-    pub fn new(model: &CpuModel, only: &str) -> Generator {
+    /// All codes of the model in 64- or 32-bit code; only those whose name contains `only`.
+    pub fn new(model: &CpuModel, bits: u32, only: &str) -> Generator {
         let mut codes: BTreeMap<usize, (Code, Vec<Template>)> = BTreeMap::new();
         let mut consider = |template: Template| {
             // A few trials, as some codes need SIB bytes or certain registers.
             for trial in 0..3 {
                 let mut random = Random::new(trial);
-                let bytes = template.bytes(&mut random, true);
-                let instruction = decode(&bytes);
+                let bytes = template.bytes(&mut random, bits, true);
+                let instruction = decode(bits, &bytes);
                 let code = instruction.code();
                 let known = matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
                     && code != Code::INVALID
@@ -197,6 +201,9 @@ impl Generator {
         for opcode in 0..=255u8 {
             for modrm in (0..8u8).flat_map(|reg| [reg << 3, 0xc0 | reg << 3]) {
                 for wide in [false, true] {
+                    if wide && bits == 32 {
+                        continue;
+                    }
                     for prefix in [0, 0x66, 0xf2, 0xf3] {
                         for map in 0..4 {
                             consider(Template { prefix, wide, map, fields: 0, opcode, modrm });
@@ -216,7 +223,7 @@ impl Generator {
                 consider(Template { prefix: 0, wide: false, map: 0, fields: 0, opcode, modrm });
             }
         }
-        Generator { codes: codes.into_values().collect() }
+        Generator { bits, codes: codes.into_values().collect() }
     }
 
     pub fn codes(&self) -> usize {
@@ -229,15 +236,15 @@ impl Generator {
             let (code, templates) = &self.codes[random.below(self.codes.len() as u64) as usize];
             let template = random.pick(templates);
             for _ in 0..8 {
-                let bytes = template.bytes(random, false);
-                let instruction = decode(&bytes);
+                let bytes = template.bytes(random, self.bits, false);
+                let instruction = decode(self.bits, &bytes);
                 if instruction.code() == *code
                     && !excluded(&instruction)
                     && !differs_by_vendor(&instruction, &bytes)
                     && !branches_here(&instruction)
                 {
                     let bytes = bytes[..instruction.len()].to_vec();
-                    if let Some(generated) = aim(instruction, bytes, random) {
+                    if let Some(generated) = aim(instruction, bytes, self.bits, random) {
                         return generated;
                     }
                 }
@@ -246,27 +253,31 @@ impl Generator {
     }
 }
 
-fn decode(bytes: &[u8]) -> Instruction {
-    Decoder::with_ip(64, bytes, START, DecoderOptions::NONE).decode()
+fn decode(bits: u32, bytes: &[u8]) -> Instruction {
+    Decoder::with_ip(bits, bytes, START, DecoderOptions::NONE).decode()
 }
 
 impl Template {
     /// Bytes with everything random that the template leaves open; more than enough of them. `plain`: no optional prefixes.
-    fn bytes(&self, random: &mut Random, plain: bool) -> Vec<u8> {
+    fn bytes(&self, random: &mut Random, bits: u32, plain: bool) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(32);
         let optional = |random: &mut Random, percent: u64| !plain && random.chance(percent);
         if optional(random, 4) {
             bytes.push(0x67);
         }
         if optional(random, 3) {
-            bytes.push(random.pick(&[0x65, 0x3e, 0x36, 0x2e]));
+            bytes.push(if bits == 64 {
+                random.pick(&[0x65, 0x3e, 0x36, 0x2e])
+            } else {
+                random.pick(&[0x26, 0x3e, 0x36])
+            });
         }
-        let extension = if plain { 0 } else { random.next() as u8 & 7 };
+        let extension = if plain || bits == 32 { 0 } else { random.next() as u8 & 7 };
         if self.map >= 5 {
             // R, X and B are inverted.
             bytes.push(0xc4);
             bytes.push((!extension & 7) << 5 | (self.map - 4));
-            let vvvv = if random.chance(30) { 0xf } else { random.next() as u8 & 0xf };
+            let vvvv = if random.chance(30) { 0xf } else { random.next() as u8 & 0xf | u8::from(bits == 32) << 3 };
             bytes.push(u8::from(self.wide) << 7 | vvvv << 3 | self.fields);
         } else {
             if self.prefix != 0 {
@@ -275,7 +286,7 @@ impl Template {
                 bytes.push(0x66);
             }
             let rex = 0x40 | u8::from(self.wide) << 3 | extension;
-            if self.wide || !plain && random.chance(40) {
+            if bits == 64 && (self.wide || !plain && random.chance(40)) {
                 bytes.push(rex);
             }
             bytes.extend_from_slice(match self.map {
@@ -309,7 +320,7 @@ impl Template {
 }
 
 /// Chooses registers so that the memory operand lies in the data pages, most of the time.
-fn aim(instruction: Instruction, mut bytes: Vec<u8>, random: &mut Random) -> Option<Generated> {
+fn aim(instruction: Instruction, mut bytes: Vec<u8>, bits: u32, random: &mut Random) -> Option<Generated> {
     let mut registers: Vec<(usize, u64)> = Vec::new();
     let mut index_register = None;
     let mut target = None;
@@ -346,15 +357,31 @@ fn aim(instruction: Instruction, mut bytes: Vec<u8>, random: &mut Random) -> Opt
     }
     // The manual wants aligned operands; some processors do not insist.
     let sha = instruction.mnemonic() >= Mnemonic::Sha1msg1 && instruction.mnemonic() <= Mnemonic::Sha256rnds2;
-    let wild = random.chance(3) && !sha;
-    if has_memory(&instruction) && !wild && instruction.mnemonic() != Mnemonic::Nop {
+    // What environments hold of addresses is left out of the comparison, so it must be known where they are.
+    let environment = matches!(instruction.mnemonic(), Mnemonic::Fnstenv | Mnemonic::Fnsave);
+    let wild = random.chance(3) && !sha && !environment;
+    let narrow = instruction.memory_base().size() == 2
+        || instruction.memory_index().size() == 2
+        || instruction.memory_displ_size() == 2;
+    if matches!(instruction.op0_kind(), OpKind::MemorySegDI) && inside {
+        return None;
+    }
+    // The segment bases of the host's 32-bit code are not known.
+    if bits == 32 && instruction.memory_segment() == Register::GS && instruction.has_segment_prefix() {
+        return None;
+    }
+    if narrow && (sha || instruction.flow_control() != FlowControl::Next) {
+        return None;
+    }
+    // 16-bit addresses do not reach any page: they all fault.
+    if has_memory(&instruction) && !narrow && !wild && instruction.mnemonic() != Mnemonic::Nop {
         let at = somewhere(random) & if sha { !15 } else { !0 };
         target = Some(at);
         let at = at.wrapping_sub(gs);
         let (base, index) = (instruction.memory_base(), instruction.memory_index());
         let scale = u64::from(instruction.memory_index_scale());
         let displacement = instruction.memory_displacement64();
-        let mut offsets = Decoder::with_ip(64, &bytes, START, DecoderOptions::NONE);
+        let mut offsets = Decoder::with_ip(bits, &bytes, START, DecoderOptions::NONE);
         let decoded = offsets.decode();
         let place = offsets.get_constant_offsets(&decoded);
         let number = |register: Register| register.full_register().number();
@@ -393,7 +420,7 @@ fn aim(instruction: Instruction, mut bytes: Vec<u8>, random: &mut Random) -> Opt
         if base == Register::None && index == Register::None && place.displacement_size() != 4 {
             return None;
         }
-        let patched = decode(&bytes);
+        let patched = decode(bits, &bytes);
         if patched.code() != instruction.code() {
             return None;
         }

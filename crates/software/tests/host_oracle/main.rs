@@ -9,12 +9,13 @@ mod native;
 mod random;
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 use generate::{BRANCH_TARGET, Generated, Generator, START};
 use iced_x86::{FlowControl, Mnemonic, RflagsBits};
 use native::{DATA_PAGES, GS_BASE, NO_FAULT, Native, PAGE, State};
 use polder_software::CpuModel;
-use polder_software::testbench::{CODE, DATA, STACK, Stop, TestBench};
+use polder_software::testbench::{CODE, CodeSize, DATA, STACK, Stop, TestBench};
 use random::Random;
 
 /// Cases of the fast slice.
@@ -124,6 +125,7 @@ fn undefined_flags(generated: &Generated) -> u64 {
 
 /// What differs, as lines of text.
 fn differences(
+    bits: u32,
     bench: &mut TestBench,
     native: &mut Native,
     stop: Stop,
@@ -151,6 +153,11 @@ fn differences(
     } else if branched && host_vector == 14 && state.fault.address == state.rip && state.rip != START {
         host_vector = NO_FAULT;
     }
+    // Hosts touch the parts of a long operand before they see that its end is beyond the segment's limit of 4 GiB.
+    let beyond_limit = bits == 32 && host_vector == 14 && state.fault.address >= 0xffff_f000;
+    if beyond_limit && fault.is_some_and(|exception| matches!(exception.vector, 12 | 13)) {
+        return lines;
+    }
     compare("vector".into(), fault.map_or(NO_FAULT, |exception| u64::from(exception.vector)), host_vector);
     compare("rip".into(), bench.cpu.rip, host_rip);
     if let (Some(exception), 14) = (fault, host_vector) {
@@ -175,8 +182,10 @@ fn differences(
             state.fault.error_code & mask,
         );
     }
-    for (number, (engine, host)) in bench.cpu.gpr.iter().zip(state.gpr).enumerate() {
-        compare(format!("gpr {number}"), *engine, host);
+    // What the upper halves of registers are outside 64-bit mode is undefined.
+    let (registers, mask) = if bits == 64 { (16, !0) } else { (8, 0xffff_ffff) };
+    for (number, (engine, host)) in bench.cpu.gpr.iter().zip(state.gpr).enumerate().take(registers) {
+        compare(format!("gpr {number}"), engine & mask, host & mask);
     }
     let flags = FLAGS & !undefined_flags(generated);
     compare("flags".into(), bench.cpu.rflags() & flags, state.flags & flags);
@@ -232,29 +241,42 @@ fn differences(
     lines
 }
 
+/// One test runs at a time: both use the same addresses.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
-fn the_engine_does_what_the_host_does() {
+fn the_engine_does_what_the_host_does_in_64_bit_mode() {
+    compare_with_host(64);
+}
+
+#[test]
+fn the_engine_does_what_the_host_does_in_compatibility_mode() {
+    compare_with_host(32);
+}
+
+fn compare_with_host(bits: u32) {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if !std::arch::is_x86_feature_detected!("avx") {
         println!("the host has no AVX: not applicable");
         return;
     }
     let model = CpuModel::named(CpuModel::NEWEST, &[]).expect("the newest model");
     let only = std::env::var("POLDER_ONLY").unwrap_or_default().to_lowercase();
-    let generator = Generator::new(&model, &only);
+    let generator = Generator::new(&model, bits, &only);
     let seed = number_from("POLDER_SEED").unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |now| now.as_secs())
     });
     let single = number_from("POLDER_CASE");
     let cases = number_from("POLDER_CASES").unwrap_or(CASES);
-    println!("POLDER_SEED={seed:#x}, {cases} cases, {} codes", generator.codes());
+    println!("POLDER_SEED={seed:#x}, {cases} cases, {} codes in {bits}-bit code", generator.codes());
     let mut bench = TestBench::new();
-    bench.enter_user_mode(&native::pages(), GS_BASE);
+    bench.enter_user_mode(if bits == 64 { CodeSize::Bits64 } else { CodeSize::Bits32 }, &native::pages(), GS_BASE);
     bench.write(CODE, &[0xcc; PAGE as usize]);
     // addps xmm0, xmm0: from here on the engine's own signal handlers are in place.
     bench.write(START, &[0x0f, 0x58, 0xc0]);
     bench.cpu.rip = START;
     bench.step(1);
-    let mut native = Native::new();
+    let mut native = Native::new(bits);
     let mut found: BTreeMap<String, (usize, u64)> = BTreeMap::new();
     let mut shown = 0;
     // For a case that ends the process.
@@ -300,12 +322,12 @@ fn the_engine_does_what_the_host_does() {
         let mut code = [0xcc; 32];
         let len = generated.bytes.len();
         code[..len].copy_from_slice(&generated.bytes);
-        code[len..len + 7].copy_from_slice(&Native::exit_jump());
+        code[len..len + 7].copy_from_slice(&native.exit_jump());
         bench.write(START, &code);
         let stop = bench.step(1);
         bench.cpu.vector.retire();
         native.run(&mut state, START, &code, len);
-        let lines = differences(&mut bench, &mut native, stop, &state, &generated);
+        let lines = differences(bits, &mut bench, &mut native, stop, &state, &generated);
         if !lines.is_empty() {
             let name = format!("{:?}", generated.instruction.code());
             let entry = found.entry(name.clone()).or_insert((0, case));

@@ -14,7 +14,13 @@ pub const PAGE: u64 = 4096;
 pub const DATA_PAGES: u64 = 2;
 /// Where the state is: reachable by 32-bit absolute addresses from anywhere.
 const STATE: u64 = 0x5ab3_1000;
-const STATE_BYTES: usize = 64 << 10;
+/// Where 32-bit code leaves by.
+const TRAMPOLINE: u64 = STATE - 0x1_0000;
+/// Linux's selectors.
+const USER_CODE_64: u16 = 0x33;
+const USER_CODE_32: u16 = 0x23;
+const USER_DATA: u32 = 0x2b;
+const STATE_BYTES: usize = 8 << 10;
 
 /// All registers, before and after.
 #[repr(C, align(64))]
@@ -26,6 +32,8 @@ pub struct State {
     pub gpr: [u64; 16],
     pub flags: u64,
     pub rip: u64,
+    /// Where the instruction is, as a far pointer: offset, then selector.
+    entry: [u32; 2],
     exit: u64,
     landing: u64,
     host_rsp: u64,
@@ -47,7 +55,9 @@ static OLD: std::sync::OnceLock<Vec<(i32, libc::sigaction)>> = std::sync::OnceLo
 static RUNNING: AtomicBool = AtomicBool::new(false);
 
 /// The host as a processor. One at a time.
-pub struct Native(());
+pub struct Native {
+    bits: u32,
+}
 
 fn map(address: u64, len: usize, protection: i32) {
     // SAFETY: the addresses are low and free in a position-independent program; the call fails rather than replace a mapping.
@@ -71,37 +81,59 @@ pub fn pages() -> Vec<u64> {
     pages
 }
 
-impl Native {
-    /// Maps the pages and takes the signals; the engine's own handlers, installed before, get what is theirs.
-    pub fn new() -> Native {
-        let (read, write, execute) = (libc::PROT_READ, libc::PROT_WRITE, libc::PROT_EXEC);
-        for page in pages() {
-            let execute = if page == CODE / PAGE { execute } else { 0 };
-            map(page * PAGE, PAGE as usize, read | write | execute);
+fn map_pages() {
+    let (read, write, execute) = (libc::PROT_READ, libc::PROT_WRITE, libc::PROT_EXEC);
+    for page in pages() {
+        let execute = if page == CODE / PAGE { execute } else { 0 };
+        map(page * PAGE, PAGE as usize, read | write | execute);
+    }
+    map(STATE, STATE_BYTES, read | write);
+    map(TRAMPOLINE, PAGE as usize, read | write | execute);
+}
+
+fn take_signals() {
+    let mut old = Vec::new();
+    for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
+        // SAFETY: an all-zero sigaction is a valid value; the handler is async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            let mut before: libc::sigaction = std::mem::zeroed();
+            let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = handle;
+            action.sa_sigaction = handler as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            assert_eq!(libc::sigaction(signal, &action, &mut before), 0);
+            old.push((signal, before));
         }
-        map(STATE, STATE_BYTES, read | write);
+    }
+    assert!(OLD.set(old).is_ok());
+}
+
+impl Native {
+    /// Maps the pages and takes the signals, once a process; the engine's own handlers, installed before, get what is theirs. The rest is the
+    /// thread's: its signal stack and segments.
+    pub fn new(bits: u32) -> Native {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| {
+            map_pages();
+            take_signals();
+        });
         let stack = vec![0u8; 256 << 10].leak();
         let alternate = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: stack.len() };
-        let mut old = Vec::new();
-        // SAFETY: the stack lives for ever; the handler is async-signal-safe.
+        // SAFETY: the stack lives for ever. x86-64 Linux programs leave GS to themselves; 64-bit code does not use DS and ES, 32-bit
+        // code needs them flat.
         unsafe {
             assert_eq!(libc::sigaltstack(&alternate, std::ptr::null_mut()), 0);
-            for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
-                let mut action: libc::sigaction = std::mem::zeroed();
-                let mut before: libc::sigaction = std::mem::zeroed();
-                let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = handle;
-                action.sa_sigaction = handler as usize;
-                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-                assert_eq!(libc::sigaction(signal, &action, &mut before), 0);
-                old.push((signal, before));
-            }
+            asm!("wrgsbase {}", in(reg) GS_BASE);
+            asm!("mov ds, {0:e}", "mov es, {0:e}", in(reg) USER_DATA);
         }
-        assert!(OLD.set(old).is_ok());
-        // SAFETY: x86-64 Linux programs leave GS to themselves.
-        unsafe { asm!("wrgsbase {}", in(reg) GS_BASE) };
-        let mut native = Native(());
-        // Breakpoints wherever a branch may lead.
-        native.memory(CODE, PAGE as usize).fill(0xcc);
+        let mut native = Native { bits };
+        for page in pages() {
+            // Breakpoints wherever a branch may lead.
+            let byte = if page == CODE / PAGE { 0xcc } else { 0 };
+            native.memory(page * PAGE, PAGE as usize).fill(byte);
+        }
+        let jump = Native { bits: 64 }.exit_jump();
+        native.memory(TRAMPOLINE, jump.len()).copy_from_slice(&jump);
         native
     }
 
@@ -111,16 +143,23 @@ impl Native {
         unsafe { std::slice::from_raw_parts_mut(address as *mut u8, len) }
     }
 
-    /// `jmp [exit]`: what follows the instruction.
-    pub fn exit_jump() -> [u8; 7] {
-        let exit = (STATE as u32 + offset_of!(State, exit) as u32).to_le_bytes();
-        [0xff, 0x24, 0x25, exit[0], exit[1], exit[2], exit[3]]
+    /// What follows the instruction: `jmp [exit]`, in 32-bit code by way of a far jump to it.
+    pub fn exit_jump(&self) -> [u8; 7] {
+        if self.bits == 64 {
+            let exit = (STATE as u32 + offset_of!(State, exit) as u32).to_le_bytes();
+            [0xff, 0x24, 0x25, exit[0], exit[1], exit[2], exit[3]]
+        } else {
+            let way = (TRAMPOLINE as u32).to_le_bytes();
+            [0xea, way[0], way[1], way[2], way[3], USER_CODE_64 as u8, 0]
+        }
     }
 
     /// Runs the instruction at `at`, of `len` bytes of `code`, with these registers. [`Native::exit_jump`] follows it in `code`.
     pub fn run(&mut self, state: &mut State, at: u64, code: &[u8], len: usize) {
         self.memory(at, code.len()).copy_from_slice(code);
         state.rip = at;
+        let selector = if self.bits == 64 { USER_CODE_64 } else { USER_CODE_32 };
+        state.entry = [at as u32, u32::from(selector)];
         state.fault = Fault { vector: NO_FAULT, error_code: 0, address: 0 };
         // SAFETY: the state's page is mapped and nobody else uses it.
         let there = unsafe { &mut *(STATE as *mut State) };
@@ -166,7 +205,7 @@ unsafe fn enter() {
             "mov r10, [{state} + 1024 + 8 * 10]", "mov r11, [{state} + 1024 + 8 * 11]",
             "mov r12, [{state} + 1024 + 8 * 12]", "mov r13, [{state} + 1024 + 8 * 13]",
             "mov r14, [{state} + 1024 + 8 * 14]", "mov r15, [{state} + 1024 + 8 * 15]",
-            "jmp qword ptr [{state} + {rip}]",
+            "jmp fword ptr [{state} + {entry}]",
             "2:",
             "mov [{state} + 1024 + 8 * 4], rsp",
             "mov rsp, {stack}",
@@ -198,7 +237,7 @@ unsafe fn enter() {
             state = const STATE as i32,
             stack = const STATE as i32 + STATE_BYTES as i32 - 64,
             flags = const offset_of!(State, flags),
-            rip = const offset_of!(State, rip),
+            entry = const offset_of!(State, entry),
             exit = const offset_of!(State, exit),
             landing = const offset_of!(State, landing),
             host_rsp = const offset_of!(State, host_rsp),
@@ -257,6 +296,8 @@ extern "C" fn handle(signal: i32, info: *mut libc::siginfo_t, context: *mut libc
     unsafe { take_vectors(state, context_ref.uc_mcontext.fpregs.cast()) };
     registers[libc::REG_RIP as usize] = state.landing as i64;
     registers[libc::REG_EFL as usize] = 0x202;
+    let selectors = &mut registers[libc::REG_CSGSFS as usize];
+    *selectors = *selectors & !0xffff | i64::from(USER_CODE_64);
 }
 
 /// # Safety
