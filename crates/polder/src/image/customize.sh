@@ -20,7 +20,7 @@ cat > "$root/etc/systemd/system/polder-agent.service" <<'END'
 [Unit]
 Description=polder guest agent
 DefaultDependencies=no
-After=local-fs.target systemd-modules-load.service
+After=local-fs.target systemd-modules-load.service systemd-tmpfiles-setup.service
 Before=basic.target
 Conflicts=shutdown.target
 Before=shutdown.target
