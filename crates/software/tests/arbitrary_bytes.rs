@@ -11,6 +11,8 @@ use polder_software::testbench::TestBench;
 
 /// Guests of the fast slice.
 const CASES: u64 = 20_000;
+/// Guests of the nightly form.
+const NIGHTLY_CASES: u64 = 500_000;
 /// A guest of a few hundred steps that takes longer hangs.
 const HANG: Duration = Duration::from_secs(60);
 
@@ -49,7 +51,8 @@ fn arbitrary_bytes_in_all_modes_neither_panic_nor_hang() {
     let seed = number_from("POLDER_SEED").unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |now| now.as_secs())
     });
-    let cases = number_from("POLDER_CASES").unwrap_or(CASES);
+    let nightly = std::env::var_os("POLDER_TEST_NIGHTLY").is_some();
+    let cases = number_from("POLDER_CASES").unwrap_or(if nightly { NIGHTLY_CASES } else { CASES });
     println!("POLDER_SEED={seed:#x}, {cases} cases");
     let progress = Arc::new(AtomicU64::new(0));
     let watched = progress.clone();

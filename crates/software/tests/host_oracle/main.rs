@@ -20,6 +20,8 @@ use random::Random;
 
 /// Cases of the fast slice.
 const CASES: u64 = 500_000;
+/// Cases of the nightly form.
+const NIGHTLY_CASES: u64 = 5_000_000;
 /// Differences to show before the run ends.
 const DIFFERENCES_MAX: usize = 60;
 /// Flags that instructions of user mode set: the arithmetic ones and DF.
@@ -267,7 +269,8 @@ fn compare_with_host(bits: u32) {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |now| now.as_secs())
     });
     let single = number_from("POLDER_CASE");
-    let cases = number_from("POLDER_CASES").unwrap_or(CASES);
+    let nightly = std::env::var_os("POLDER_TEST_NIGHTLY").is_some();
+    let cases = number_from("POLDER_CASES").unwrap_or(if nightly { NIGHTLY_CASES } else { CASES });
     println!("POLDER_SEED={seed:#x}, {cases} cases, {} codes in {bits}-bit code", generator.codes());
     let mut bench = TestBench::new();
     bench.enter_user_mode(if bits == 64 { CodeSize::Bits64 } else { CodeSize::Bits32 }, &native::pages(), GS_BASE);
