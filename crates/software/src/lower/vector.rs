@@ -134,9 +134,27 @@ fn plain_move(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Hand
         VEX_Vmovups_xmmm128_xmm | VEX_Vmovupd_xmmm128_xmm | VEX_Vmovdqu_xmmm128_xmm => {
             (Some(copy16::<true>), None, Some(store16::<true, false>))
         }
-        VEX_Vmovaps_xmmm128_xmm | VEX_Vmovapd_xmmm128_xmm | VEX_Vmovdqa_xmmm128_xmm => {
-            (Some(copy16::<true>), None, Some(store16::<true, true>))
+        VEX_Vmovaps_xmmm128_xmm
+        | VEX_Vmovapd_xmmm128_xmm
+        | VEX_Vmovdqa_xmmm128_xmm
+        | VEX_Vmovntdq_m128_xmm
+        | VEX_Vmovntps_m128_xmm
+        | VEX_Vmovntpd_m128_xmm => (Some(copy16::<true>), None, Some(store16::<true, true>)),
+        VEX_Vmovups_ymm_ymmm256 | VEX_Vmovupd_ymm_ymmm256 | VEX_Vmovdqu_ymm_ymmm256 | VEX_Vlddqu_ymm_m256 => {
+            (Some(copy32), Some(load32::<false>), None)
         }
+        VEX_Vmovaps_ymm_ymmm256 | VEX_Vmovapd_ymm_ymmm256 | VEX_Vmovdqa_ymm_ymmm256 => {
+            (Some(copy32), Some(load32::<true>), None)
+        }
+        VEX_Vmovups_ymmm256_ymm | VEX_Vmovupd_ymmm256_ymm | VEX_Vmovdqu_ymmm256_ymm => {
+            (Some(copy32), None, Some(store32::<false>))
+        }
+        VEX_Vmovaps_ymmm256_ymm
+        | VEX_Vmovapd_ymmm256_ymm
+        | VEX_Vmovdqa_ymmm256_ymm
+        | VEX_Vmovntdq_m256_ymm
+        | VEX_Vmovntps_m256_ymm
+        | VEX_Vmovntpd_m256_ymm => (Some(copy32), None, Some(store32::<true>)),
         Movss_xmm_xmmm32 => (None, Some(load_scalar::<u32, false>), None),
         Movsd_xmm_xmmm64 => (None, Some(load_scalar::<u64, false>), None),
         Movss_xmmm32_xmm => (None, None, Some(store_scalar::<u32, false, false>)),

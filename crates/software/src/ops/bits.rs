@@ -237,6 +237,10 @@ bmi_two!(Blsmsk, "blsmsk");
 
 /// A BMI operation: `op.first` gets what it makes of `A` and `B`.
 pub fn bmi<O: Bmi, T: Width, A: Source, B: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if !cpu.mode.protected {
+        // VEX encodings do not exist in real and virtual-8086 mode (SDM vol. 2, 2.6.14).
+        return crate::lower::undefined(cpu, op);
+    }
     let Ok(a) = A::read::<T>(cpu, op) else { return Flow::Fault };
     let Ok(b) = B::read::<T>(cpu, op) else { return Flow::Fault };
     let (value, flags) = O::run::<T>(a.to_u64(), b.to_u64());
@@ -249,6 +253,10 @@ pub fn bmi<O: Bmi, T: Width, A: Source, B: Source>(cpu: &mut Cpu, op: &Op) -> Fl
 
 /// RORX
 pub fn rotate_right<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if !cpu.mode.protected {
+        // VEX encodings do not exist in real and virtual-8086 mode (SDM vol. 2, 2.6.14).
+        return crate::lower::undefined(cpu, op);
+    }
     let Ok(value) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let count = op.immediate as u32;
     let value = if T::BYTES == 4 {

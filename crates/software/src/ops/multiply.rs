@@ -215,6 +215,10 @@ fn signed_divide_128(high: u64, low: u64, divisor: i64) -> Option<(i64, i64)> {
 
 /// MULX: product of RDX and the operand without flags; `op.first` gets the high half, `op.extra` the low one.
 pub fn multiply_without_flags<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if !cpu.mode.protected {
+        // VEX encodings do not exist in real and virtual-8086 mode (SDM vol. 2, 2.6.14).
+        return crate::lower::undefined(cpu, op);
+    }
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let product = u128::from(T::register(cpu, RDX as u8).to_u64()) * u128::from(operand.to_u64());
     T::set_register(cpu, op.extra, T::from_u64(product as u64));

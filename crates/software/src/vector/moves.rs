@@ -105,6 +105,77 @@ fn store16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op
     }
 }
 
+/// Loads 32 bytes of memory into a register, as two host accesses of 16: the architecture promises no more.
+pub fn load32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    flow(load32_or_fault::<ALIGNED>(cpu, op))
+}
+
+#[inline(always)]
+fn load32_or_fault<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
+    begin::<true>(cpu)?;
+    let linear = cpu.linear(op, 32, Access::Read)?;
+    check_alignment::<ALIGNED>(cpu, linear, 32)?;
+    let Some(pointer) = cpu.read_pointer(linear, 32, op.segment)? else {
+        let mut bytes = [0; 32];
+        cpu.load_bytes(linear, &mut bytes, op.segment)?;
+        let (words, _) = bytes.as_chunks::<8>();
+        for (target, word) in cpu.vector.ymm[number(op.first)].0.iter_mut().zip(words) {
+            *target = u64::from_le_bytes(*word);
+        }
+        return Ok(());
+    };
+    let register = cpu.vector.ymm[number(op.first)].0.as_mut_ptr().cast::<__m128i>();
+    // SAFETY: the pointer is to 32 bytes of mapped RAM; the register is 32 bytes, aligned to 32.
+    unsafe {
+        let (low, high) = (_mm_loadu_si128(pointer.cast()), _mm_loadu_si128(pointer.cast::<__m128i>().add(1)));
+        _mm_store_si128(register, low);
+        _mm_store_si128(register.add(1), high);
+    }
+    Ok(())
+}
+
+/// Stores 32 bytes of a register to memory, as two host accesses of 16.
+pub fn store32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+    flow(store32_or_fault::<ALIGNED>(cpu, op))
+}
+
+#[inline(always)]
+fn store32_or_fault<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
+    begin::<true>(cpu)?;
+    let linear = cpu.linear(op, 32, Access::Write)?;
+    check_alignment::<ALIGNED>(cpu, linear, 32)?;
+    let register = cpu.vector.ymm[number(op.first)];
+    match cpu.write_pointer(linear, 32, op.segment)? {
+        Some(pointer) => {
+            let source = register.0.as_ptr().cast::<__m128i>();
+            // SAFETY: the pointer is to 32 bytes of mapped RAM; the register is 32 bytes, aligned to 32.
+            unsafe {
+                let (low, high) = (_mm_load_si128(source), _mm_load_si128(source.add(1)));
+                _mm_storeu_si128(pointer.cast(), low);
+                _mm_storeu_si128(pointer.cast::<__m128i>().add(1), high);
+            }
+            cpu.written(linear, pointer, 32);
+            Ok(())
+        }
+        None => {
+            let mut bytes = [0; 32];
+            for (target, word) in bytes.chunks_exact_mut(8).zip(register.0) {
+                target.copy_from_slice(&word.to_le_bytes());
+            }
+            cpu.store_bytes(linear, &bytes, op.segment)
+        }
+    }
+}
+
+/// Copies a whole register.
+pub fn copy32(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<true>(cpu) {
+        return flow(Err(fault));
+    }
+    cpu.vector.ymm[number(op.first)] = cpu.vector.ymm[number(op.second)];
+    Flow::Next
+}
+
 /// Copies the low 16 bytes of a register.
 pub fn copy16<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     if let Err(fault) = begin::<VEX>(cpu) {

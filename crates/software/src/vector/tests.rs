@@ -2,7 +2,7 @@
 
 use crate::cpu::{RAX, RBX, RDX, cr0, cr4};
 use crate::fault::vector;
-use crate::testbench::{CODE, DATA, Stop, TestBench};
+use crate::testbench::{CODE, CodeSize, DATA, Stop, TestBench};
 
 fn bench() -> TestBench {
     let mut bench = TestBench::new();
@@ -92,6 +92,30 @@ fn clts_lets_vector_instructions_run_again() {
     bench.cpu.update_mode();
     // clts; addps xmm0, xmm1
     assert_eq!(step(&mut bench, &[0x0f, 0x06, 0x0f, 0x58, 0xc1], 2), Stop::Limit);
+}
+
+#[test]
+fn vex_encodings_do_not_exist_in_real_mode() {
+    // andn eax, ecx, edx; rorx eax, ecx, 1; mulx eax, ecx, edx; vaddps xmm0, xmm0, xmm1
+    let codes: [&[u8]; 4] = [
+        &[0xc4, 0xe2, 0x70, 0xf2, 0xc2],
+        &[0xc4, 0xe3, 0x7b, 0xf0, 0xc1, 1],
+        &[0xc4, 0xe2, 0x73, 0xf6, 0xc2],
+        &[0xc5, 0xf8, 0x58, 0xc1],
+    ];
+    for code in codes {
+        let mut bench = bench();
+        bench.set_mode(CodeSize::Bits16, 0);
+        bench.cpu.xcr0 = 7;
+        bench.cpu.update_mode();
+        assert_eq!(step(&mut bench, code, 1), Stop::Limit);
+        bench.cpu.cr0 = cr0::ET;
+        bench.cpu.efer = 0;
+        bench.cpu.tlb.flush_all();
+        bench.cpu.update_mode();
+        // With the flat segments of before: unreal mode.
+        assert_eq!(vector_of(step(&mut bench, code, 1)), Some(vector::INVALID_OPCODE));
+    }
 }
 
 #[test]
