@@ -86,9 +86,12 @@ impl TestBench {
         self.renew();
         self.write_tables(&mut input);
         self.set_start(start, privilege, &mut input);
-        let code = &input.0[..input.0.len().min(CODE_BYTES_MAX)];
+        // HLT beyond the end: zeros would be additions to memory that keep changing themselves.
+        let mut code = [0xf4; CODE_BYTES_MAX];
+        let len = input.0.len().min(CODE_BYTES_MAX);
+        code[..len].copy_from_slice(&input.0[..len]);
         for at in [CODE, LOW_CODE] {
-            self.write(at, code);
+            self.write(at, &code);
         }
         self.run_steps(privilege >> 4);
         self.cpu.vector.retire();
@@ -235,6 +238,9 @@ impl TestBench {
             self.drop_stale();
             let cpu: &mut Cpu = &mut self.cpu;
             if cpu.trap_pending() && cpu.deliver_trap() == Delivery::TripleFault {
+                return;
+            }
+            if cpu.halted && interrupts == 0 {
                 return;
             }
             let interrupted = cpu.halted || interrupts != 0 && step % (8 + u32::from(interrupts)) == 7;
