@@ -4,6 +4,7 @@
 
 use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_loadu_si128, _mm_store_si128, _mm_storeu_si128};
 
+use super::run::operand_address;
 use super::{Ymm, class};
 use crate::access::GuestInt;
 use crate::cpu::Cpu;
@@ -39,14 +40,6 @@ fn set_xmm<const VEX: bool>(register: &mut Ymm, low: u64, high: u64) {
     }
 }
 
-#[inline(always)]
-fn check_alignment<const ALIGNED: bool>(cpu: &mut Cpu, linear: u64, bytes: u64) -> Result<(), Fault> {
-    if ALIGNED && linear & (bytes - 1) != 0 {
-        return Err(cpu.raise_gp(0));
-    }
-    Ok(())
-}
-
 /// Loads 16 bytes of memory into a register.
 pub fn load16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(load16_or_fault::<VEX, ALIGNED>(cpu, op))
@@ -55,8 +48,7 @@ pub fn load16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> F
 #[inline(always)]
 fn load16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin::<VEX>(cpu)?;
-    let linear = cpu.linear(op, 16, Access::Read)?;
-    check_alignment::<ALIGNED>(cpu, linear, 16)?;
+    let linear = operand_address::<ALIGNED>(cpu, op, 16, Access::Read)?;
     let Some(pointer) = cpu.read_pointer(linear, 16, op.segment)? else {
         let mut bytes = [0; 16];
         cpu.load_bytes(linear, &mut bytes, op.segment)?;
@@ -85,8 +77,7 @@ pub fn store16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> 
 #[inline(always)]
 fn store16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin::<VEX>(cpu)?;
-    let linear = cpu.linear(op, 16, Access::Write)?;
-    check_alignment::<ALIGNED>(cpu, linear, 16)?;
+    let linear = operand_address::<ALIGNED>(cpu, op, 16, Access::Write)?;
     let register = cpu.vector.ymm[number(op.first)];
     match cpu.write_pointer(linear, 16, op.segment)? {
         Some(pointer) => {
@@ -113,8 +104,7 @@ pub fn load32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 #[inline(always)]
 fn load32_or_fault<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin::<true>(cpu)?;
-    let linear = cpu.linear(op, 32, Access::Read)?;
-    check_alignment::<ALIGNED>(cpu, linear, 32)?;
+    let linear = operand_address::<ALIGNED>(cpu, op, 32, Access::Read)?;
     let Some(pointer) = cpu.read_pointer(linear, 32, op.segment)? else {
         let mut bytes = [0; 32];
         cpu.load_bytes(linear, &mut bytes, op.segment)?;
@@ -142,8 +132,7 @@ pub fn store32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 #[inline(always)]
 fn store32_or_fault<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
     begin::<true>(cpu)?;
-    let linear = cpu.linear(op, 32, Access::Write)?;
-    check_alignment::<ALIGNED>(cpu, linear, 32)?;
+    let linear = operand_address::<ALIGNED>(cpu, op, 32, Access::Write)?;
     let register = cpu.vector.ymm[number(op.first)];
     match cpu.write_pointer(linear, 32, op.segment)? {
         Some(pointer) => {

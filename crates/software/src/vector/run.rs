@@ -9,6 +9,7 @@ use std::mem::transmute;
 use super::stub::{DONE, SIMD_EXCEPTION, StubFunction, UNDEFINED};
 use super::{Pointers, class};
 use crate::cpu::{CS, Cpu, cr0};
+use crate::fault::Fault;
 use crate::op::{Flow, Op};
 use crate::page_walk::Access;
 
@@ -137,10 +138,7 @@ fn pending_first(cpu: &mut Cpu) {
 #[inline(always)]
 fn read_operand<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let bytes = u64::from(op.extra2);
-    let Ok(linear) = cpu.linear(op, bytes, Access::Read) else { return beyond_limit::<ALIGNED>(cpu, op, bytes) };
-    if ALIGNED && linear & (bytes - 1) != 0 {
-        return misaligned(cpu);
-    }
+    let Ok(linear) = operand_address::<ALIGNED>(cpu, op, bytes, Access::Read) else { return Flow::Fault };
     match cpu.read_pointer(linear, bytes, op.segment) {
         Ok(Some(pointer)) => execute(cpu, pointer.cast_mut(), op),
         Ok(None) => read_bounced(cpu, op, linear),
@@ -148,18 +146,25 @@ fn read_operand<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     }
 }
 
-/// #GP for a misaligned operand; it comes before what its address is.
-#[cold]
-fn misaligned(cpu: &mut Cpu) -> Flow {
-    let _ = cpu.raise_gp(0);
-    Flow::Fault
+/// The linear address of the op's operand; with `ALIGNED` it must be aligned to its size, which counts before the segment's limit does.
+#[inline(always)]
+pub(super) fn operand_address<const ALIGNED: bool>(
+    cpu: &mut Cpu,
+    op: &Op,
+    bytes: u64,
+    access: Access,
+) -> Result<u64, Fault> {
+    match cpu.linear(op, bytes, access) {
+        Ok(linear) if ALIGNED && linear & (bytes - 1) != 0 => Err(cpu.raise_gp(0)),
+        Err(fault) if ALIGNED => Err(misaligned_first(cpu, op, bytes, fault)),
+        result => result,
+    }
 }
 
-/// Misalignment comes before the segment's limit too.
 #[cold]
-fn beyond_limit<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op, bytes: u64) -> Flow {
+fn misaligned_first(cpu: &mut Cpu, op: &Op, bytes: u64, fault: Fault) -> Fault {
     let linear = cpu.segments[usize::from(op.segment) % 6].base.wrapping_add(cpu.offset(op));
-    if ALIGNED && linear & (bytes - 1) != 0 { misaligned(cpu) } else { Flow::Fault }
+    if linear & (bytes - 1) != 0 { cpu.raise_gp(0) } else { fault }
 }
 
 #[cold]
@@ -198,10 +203,7 @@ pub fn write<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Fl
 #[inline(always)]
 fn write_operand<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let bytes = u64::from(op.extra2);
-    let Ok(linear) = cpu.linear(op, bytes, Access::Write) else { return beyond_limit::<ALIGNED>(cpu, op, bytes) };
-    if ALIGNED && linear & (bytes - 1) != 0 {
-        return misaligned(cpu);
-    }
+    let Ok(linear) = operand_address::<ALIGNED>(cpu, op, bytes, Access::Write) else { return Flow::Fault };
     match cpu.write_pointer(linear, bytes, op.segment) {
         Ok(Some(pointer)) => {
             let flow = execute(cpu, pointer, op);
