@@ -123,6 +123,8 @@ impl VectorState {
 
     #[cold]
     fn load_image(&mut self) {
+        // FXRSTOR loads MXCSR too.
+        self.pause_floats();
         self.image.0[24..28].copy_from_slice(&HOST_MXCSR.to_le_bytes());
         let control = u16::from_le_bytes([self.image.0[0], self.image.0[1]]) & 0x1f7f | 0x40;
         self.image.0[0..2].copy_from_slice(&control.to_le_bytes());

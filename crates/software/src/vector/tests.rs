@@ -189,3 +189,14 @@ fn a_gather_that_faults_keeps_what_it_has() {
     assert_eq!(bench.cpu.vector.ymm[0].0[0], 0x1234);
     assert_eq!(bench.cpu.vector.ymm[2].0, [0xffff_ffff_0000_0000, 0, 0, 0]);
 }
+
+#[test]
+fn sticky_flags_survive_the_loading_of_the_x87_registers() {
+    let mut bench = bench();
+    bench.cpu.vector.ymm[1].0[0] = 1.0f64.to_bits();
+    bench.cpu.vector.ymm[2].0[0] = 0.1f64.to_bits();
+    // addsd xmm1, xmm2 (inexact); fninit; stmxcsr [rbx]
+    let code = [0xf2, 0x0f, 0x58, 0xca, 0xdb, 0xe3, 0x0f, 0xae, 0x1b];
+    assert_eq!(step(&mut bench, &code, 3), Stop::Limit);
+    assert_eq!(bench.read_u64(DATA) as u32, 0x1fa0);
+}

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use iced_x86::{Code, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits,
+};
 use polder_software::CpuModel;
 use polder_software::testbench::{CODE, DATA, STACK};
 
@@ -165,6 +167,11 @@ fn differs_by_vendor(instruction: &Instruction, bytes: &[u8]) -> bool {
         || branch && bytes.iter().take(4).any(|&byte| byte == 0x66)
 }
 
+/// SHA instructions: the manual wants aligned operands; some processors do not insist.
+fn is_sha(instruction: &Instruction) -> bool {
+    (Mnemonic::Sha1msg1..=Mnemonic::Sha256rnds2).contains(&instruction.mnemonic())
+}
+
 /// A branch into itself, or into what follows it, says nothing.
 fn branches_here(instruction: &Instruction) -> bool {
     let near = matches!(instruction.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
@@ -228,6 +235,61 @@ impl Generator {
 
     pub fn codes(&self) -> usize {
         self.codes.len()
+    }
+
+    /// A few instructions in a row, with comparisons and jumps over one instruction among them. The first one's registers are aimed; what the
+    /// others make of them may fault. `instruction` is a NOP that stands for all.
+    pub fn sequence(&self, random: &mut Random) -> Generated {
+        let mut bytes = Vec::new();
+        let mut registers = Vec::new();
+        for position in 0..2 + random.below(6) {
+            let next = self.simple(random, position == 0);
+            registers.extend(next.registers);
+            if random.chance(40) {
+                // cmp or test of two registers, or whatever flags there are; then a jump over the next instruction, or to it.
+                if random.chance(70) {
+                    if self.bits == 64 && random.chance(50) {
+                        bytes.push(0x48);
+                    }
+                    bytes.extend([random.pick(&[0x39, 0x85]), 0xc0 | random.next() as u8 & 0x3f]);
+                }
+                let distance = if random.chance(80) { next.bytes.len() as u8 } else { 0 };
+                bytes.extend([0x70 | random.next() as u8 & 0xf, distance]);
+            }
+            bytes.extend(next.bytes);
+        }
+        let instruction = decode(self.bits, &[0x90]);
+        Generated { instruction, bytes, registers, index_register: None, target: None }
+    }
+
+    /// An instruction that may stand in a sequence; from the second on mostly without memory operands.
+    fn simple(&self, random: &mut Random, first: bool) -> Generated {
+        loop {
+            let generated = self.generate(random);
+            let instruction = &generated.instruction;
+            let fits = instruction.flow_control() == FlowControl::Next
+                && instruction.rflags_undefined() == RflagsBits::NONE
+                && generated.index_register.is_none()
+                && !instruction.is_string_instruction()
+                && !matches!(
+                    instruction.mnemonic(),
+                    Mnemonic::Fnstenv
+                        | Mnemonic::Fnsave
+                        | Mnemonic::Maskmovq
+                        | Mnemonic::Maskmovdqu
+                        | Mnemonic::Vmaskmovdqu
+                        | Mnemonic::Enter
+                        | Mnemonic::Pusha
+                        | Mnemonic::Pushad
+                        | Mnemonic::Ldmxcsr
+                        | Mnemonic::Vldmxcsr
+                )
+                && !(is_sha(instruction) && has_memory(instruction))
+                && (first || !has_memory(instruction) || random.chance(20));
+            if fits {
+                return generated;
+            }
+        }
     }
 
     /// A random instruction.
@@ -355,8 +417,7 @@ fn aim(instruction: Instruction, mut bytes: Vec<u8>, bits: u32, random: &mut Ran
     if instruction.mnemonic() == Mnemonic::Xlatb {
         registers.push((3, somewhere(random).wrapping_sub(gs)));
     }
-    // The manual wants aligned operands; some processors do not insist.
-    let sha = instruction.mnemonic() >= Mnemonic::Sha1msg1 && instruction.mnemonic() <= Mnemonic::Sha256rnds2;
+    let sha = is_sha(&instruction);
     // What environments hold of addresses is left out of the comparison, so it must be known where they are.
     let environment = matches!(instruction.mnemonic(), Mnemonic::Fnstenv | Mnemonic::Fnsave);
     let wild = random.chance(3) && !sha && !environment;
