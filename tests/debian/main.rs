@@ -49,6 +49,26 @@ fn an_image_or_instance_that_is_not_there_is_named() {
     }
 }
 
+/// The repository is made inside the guest, so that the test needs no network.
+#[test]
+fn apt_get_installs_a_package_from_a_local_repository_inside() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let script = "set -e\n\
+        mkdir -p /srv/repository /tmp/p/DEBIAN /tmp/p/usr/bin\n\
+        printf 'Package: polder-greeting\\nVersion: 1\\nArchitecture: all\\nMaintainer: nobody <nobody@localhost>\\nDescription: a greeting\\n' > /tmp/p/DEBIAN/control\n\
+        printf '#!/bin/sh\\necho greeted-$((6 * 7))\\n' > /tmp/p/usr/bin/polder-greeting\n\
+        chmod 755 /tmp/p/usr/bin/polder-greeting\n\
+        cd /srv/repository && dpkg-deb --build /tmp/p greeting.deb\n\
+        { dpkg-deb --field greeting.deb; echo 'Filename: ./greeting.deb'; echo \"Size: $(stat -c %s greeting.deb)\"; echo \"SHA256: $(sha256sum greeting.deb | cut -d' ' -f1)\"; } > Packages\n\
+        rm -f /etc/apt/sources.list.d/*\n\
+        echo 'deb [trusted=yes] file:/srv/repository ./' > /etc/apt/sources.list\n\
+        apt-get update\n\
+        apt-get install --yes polder-greeting\n\
+        polder-greeting";
+    let outcome = run(&["run", "debian", "--", "sh", "-c", script], BOOT_LIMIT);
+    outcome.expect_status(0).expect_console("greeted-42");
+}
+
 /// Programs whose right result is known, in an image that has them (`polder-test-work`, made by `cargo xtask test --nightly`).
 #[test]
 #[ignore = "takes an hour: cargo xtask test --nightly runs it"]

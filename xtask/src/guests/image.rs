@@ -13,11 +13,11 @@ const WORK: (&str, &str) =
 pub fn build(long: bool) -> Result<()> {
     let home = crate::project::guests().join("home");
     std::fs::create_dir_all(&home)?;
-    // An image holds the agent it was made with: another agent, another image.
-    let agent = std::fs::read(crate::project::agent())?;
+    // An image is as its builder and its agent made it: another of these, another image.
+    let made_from = ingredients()?;
     for (name, packages) in [NORMAL].into_iter().chain(long.then_some(WORK)) {
-        let stamp = home.join(format!("{name}.agent"));
-        if home.join("images").join(name).exists() && std::fs::read(&stamp).is_ok_and(|used| used == agent) {
+        let stamp = home.join(format!("{name}.made-from"));
+        if home.join("images").join(name).exists() && std::fs::read(&stamp).is_ok_and(|used| used == made_from) {
             continue;
         }
         step(&format!("polder image build debian --name {name}"));
@@ -27,7 +27,21 @@ pub fn build(long: bool) -> Result<()> {
             command.args(["--include", packages]);
         }
         run(&mut command)?;
-        std::fs::write(stamp, &agent)?;
+        std::fs::write(stamp, &made_from)?;
     }
     Ok(())
+}
+
+/// The agent and the sources of the image builder.
+fn ingredients() -> Result<Vec<u8>> {
+    let mut bytes = std::fs::read(crate::project::agent())?;
+    let mut sources = Vec::new();
+    for entry in std::fs::read_dir(crate::project::root().join("crates/polder/src/image"))? {
+        sources.push(entry?.path());
+    }
+    sources.sort();
+    for source in sources.iter().filter(|source| source.is_file()) {
+        bytes.extend(std::fs::read(source)?);
+    }
+    Ok(bytes)
 }
