@@ -12,7 +12,7 @@ use polder_memory::{GuestAddress, PAGE_SIZE, raw};
 use crate::cpu::{Cpu, is_canonical};
 use crate::fault::{Exception, Fault, vector};
 use crate::page_walk::{Access, Privilege, Translation};
-use crate::tlb::{SUPERVISOR_OPEN, WATCHED};
+use crate::tlb::WATCHED;
 
 /// An integer as wide as a guest access: `u8`, `u16`, `u32` or `u64`.
 pub trait GuestInt: Copy + Send + 'static {
@@ -255,7 +255,6 @@ impl Cpu {
                 self.tlb.fill_data(table, linear, page.pointer, note, translation.writable);
             }
         }
-        debug_assert!(table <= SUPERVISOR_OPEN || table == WATCHED);
         Ok(translation)
     }
 

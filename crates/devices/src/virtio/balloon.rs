@@ -12,7 +12,7 @@ use polder_memory::{GuestAddress, GuestMemory, PAGE_SIZE};
 
 use super::{
     ActivateError, Activation, Buffers, Chain, DeviceInterrupts, DeviceType, Queue, QueueError, Signal, VirtioDevice,
-    Worker, copy_config,
+    Worker, WorkerSlot, copy_config,
 };
 use crate::lock;
 
@@ -46,7 +46,7 @@ struct State {
 #[derive(Default)]
 pub struct Balloon {
     state: Arc<Mutex<State>>,
-    worker: Mutex<Option<Worker>>,
+    worker: WorkerSlot,
 }
 
 impl Balloon {
@@ -134,19 +134,16 @@ impl VirtioDevice for Balloon {
                 queues.interrupts.needs_reset();
             }
         })?;
-        *lock(&self.worker) = Some(worker);
+        self.worker.fill(worker);
         Ok(())
     }
 
     fn notify(&self, _queue: u16) {
-        if let Some(worker) = &*lock(&self.worker) {
-            worker.raise();
-        }
+        self.worker.raise();
     }
 
     fn reset(&self) {
-        let worker = lock(&self.worker).take();
-        drop(worker);
+        self.worker.empty();
         let mut state = lock(&self.state);
         state.interrupts = None;
         state.actual_pages = 0;

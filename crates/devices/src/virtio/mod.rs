@@ -36,7 +36,7 @@ pub use chain::{BufferError, Buffers, Chain};
 pub use device::{ActivateError, Activation, DeviceInterrupts, DeviceType, VirtioDevice, copy_config};
 pub use queue::{CHAIN_LEN_MAX, QUEUE_SIZE_MAX, Queue, QueueError, QueuePlace};
 pub use transport::VirtioPciFunction;
-pub use worker::{Signal, Worker};
+pub use worker::{Signal, Worker, WorkerSlot};
 
 /// The driver may use indirect descriptor tables (2.7.5.3).
 pub const FEATURE_INDIRECT: u64 = 1 << 28;

@@ -3,15 +3,15 @@
 //! The rate is bounded, so that a guest that asks without end costs the host little; a request gets at most
 //! [`REQUEST_LEN_MAX`] bytes however much room it has, as the specification allows.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use polder_basics::Clock;
 
 use super::{
     ActivateError, Activation, Chain, DeviceInterrupts, DeviceType, Queue, QueueError, Signal, VirtioDevice, Worker,
+    WorkerSlot,
 };
-use crate::lock;
 
 /// The most bytes that one request gets.
 pub const REQUEST_LEN_MAX: u64 = 4096;
@@ -54,13 +54,13 @@ impl Bucket {
 /// An entropy device.
 pub struct Rng {
     clock: Arc<dyn Clock>,
-    worker: Mutex<Option<Worker>>,
+    worker: WorkerSlot,
 }
 
 impl Rng {
     /// A device whose rate is measured by `clock`.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Rng { clock, worker: Mutex::new(None) }
+        Rng { clock, worker: WorkerSlot::default() }
     }
 }
 
@@ -91,19 +91,16 @@ impl VirtioDevice for Rng {
                 interrupts.needs_reset();
             }
         })?;
-        *lock(&self.worker) = Some(worker);
+        self.worker.fill(worker);
         Ok(())
     }
 
     fn notify(&self, _queue: u16) {
-        if let Some(worker) = &*lock(&self.worker) {
-            worker.raise();
-        }
+        self.worker.raise();
     }
 
     fn reset(&self) {
-        let worker = lock(&self.worker).take();
-        drop(worker);
+        self.worker.empty();
     }
 }
 

@@ -2,12 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+use crate::lock::lock;
 
 /// A wake-up call for a worker: an eventfd, and whether the worker is to end.
 pub struct Signal {
@@ -114,6 +116,30 @@ impl Drop for Worker {
             // A panic of the worker is a bug that the thread has reported; the device is stopped either way.
             let _ = thread.join();
         }
+    }
+}
+
+/// A device's worker: there between activation and reset.
+#[derive(Default)]
+pub struct WorkerSlot(Mutex<Option<Worker>>);
+
+impl WorkerSlot {
+    /// Takes in the worker of a device that was activated.
+    pub fn fill(&self, worker: Worker) {
+        *lock(&self.0) = Some(worker);
+    }
+
+    /// Wakes the worker, if there is one.
+    pub fn raise(&self) {
+        if let Some(worker) = &*lock(&self.0) {
+            worker.raise();
+        }
+    }
+
+    /// Ends the worker and waits for that, without the lock: its device may be notified meanwhile.
+    pub fn empty(&self) {
+        let worker = lock(&self.0).take();
+        drop(worker);
     }
 }
 

@@ -13,7 +13,7 @@ mod tests;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use polder_basics::Clock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -22,9 +22,8 @@ use self::multiplexer::Multiplexer;
 use self::packet::{HEADER_LEN, Header, PAYLOAD_LEN_MAX};
 use super::{
     ActivateError, Activation, Chain, DeviceInterrupts, DeviceType, Queue, QueueError, Signal, VirtioDevice, Worker,
-    copy_config,
+    WorkerSlot, copy_config,
 };
-use crate::lock::lock;
 
 pub use self::packet::{GUEST_CID_MIN, HOST_CID};
 
@@ -42,14 +41,14 @@ pub struct Vsock {
     listener: Arc<UnixListener>,
     path: PathBuf,
     clock: Arc<dyn Clock>,
-    worker: Mutex<Option<Worker>>,
+    worker: WorkerSlot,
 }
 
 impl Vsock {
     /// A device for a guest with this context id ([`GUEST_CID_MIN`] or more) whose host side is the listening socket at `path`.
     pub fn new(guest_cid: u64, listener: UnixListener, path: PathBuf, clock: Arc<dyn Clock>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Vsock { guest_cid, listener: Arc::new(listener), path, clock, worker: Mutex::new(None) })
+        Ok(Vsock { guest_cid, listener: Arc::new(listener), path, clock, worker: WorkerSlot::default() })
     }
 }
 
@@ -83,19 +82,16 @@ impl VirtioDevice for Vsock {
                 interrupts.needs_reset();
             }
         })?;
-        *lock(&self.worker) = Some(worker);
+        self.worker.fill(worker);
         Ok(())
     }
 
     fn notify(&self, _queue: u16) {
-        if let Some(worker) = &*lock(&self.worker) {
-            worker.raise();
-        }
+        self.worker.raise();
     }
 
     fn reset(&self) {
-        let worker = lock(&self.worker).take();
-        drop(worker);
+        self.worker.empty();
     }
 }
 
