@@ -252,7 +252,7 @@ impl Cpu {
                 && let Some(page) = self.services.memory.page(page_number)
             {
                 let note = page.note.cast();
-                self.tlb.fill_data(table, linear, page.pointer, note, translation.writable);
+                self.tlb.fill_data(table, linear, page.pointer, note, translation.writable, translation.scope);
             }
         }
         Ok(translation)

@@ -546,12 +546,12 @@ fn code_page(cpu: &mut Cpu, linear: u64) -> Result<u64, Fault> {
     if let Some(page_number) = cpu.tlb.code_page(linear) {
         return Ok(page_number);
     }
-    let page_number = cpu.translate(linear, Access::Fetch, Privilege::Current)?.physical / PAGE_SIZE;
-    let user = cpu.mode.cpl == 3;
-    if user && cpu.counters.first_user_instruction_ns == 0 {
+    let translation = cpu.translate(linear, Access::Fetch, Privilege::Current)?;
+    let page_number = translation.physical / PAGE_SIZE;
+    if cpu.mode.cpl == 3 && cpu.counters.first_user_instruction_ns == 0 {
         cpu.counters.first_user_instruction_ns = cpu.services.clock.monotonic_ns();
     }
-    cpu.tlb.fill_code(user, linear, page_number);
+    cpu.tlb.fill_code(linear, page_number, translation.scope);
     Ok(page_number)
 }
 

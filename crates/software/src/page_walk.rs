@@ -11,6 +11,7 @@ use crate::cpu::{Cpu, cr0, cr4, efer};
 use crate::cpu_model::Feature;
 use crate::fault::Fault;
 use crate::flags;
+use crate::tlb::Scope;
 
 /// Width of guest-physical addresses that every CPU model reports.
 pub const PHYSICAL_BITS: u32 = 40;
@@ -21,6 +22,7 @@ const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !(PAGE_SIZE - 1);
 /// Address bits above the physical width: reserved in every entry.
@@ -67,6 +69,7 @@ pub struct Translation {
     pub writable: bool,
     /// The page has `1 << shift` bytes.
     pub shift: u32,
+    pub scope: Scope,
 }
 
 /// One level's entry with where it came from.
@@ -98,7 +101,7 @@ impl Cpu {
     /// Translates a linear address for an access, sets accessed and dirty flags, or raises #PF. Canonical form is the caller's concern.
     pub fn translate(&mut self, linear: u64, access: Access, privilege: Privilege) -> Result<Translation, Fault> {
         if self.cr0 & cr0::PG == 0 {
-            return Ok(Translation { physical: linear & 0xffff_ffff, writable: true, shift: 12 });
+            return Ok(Translation { physical: linear & 0xffff_ffff, writable: true, shift: 12, scope: Scope::Global });
         }
         let user = match privilege {
             Privilege::Current => self.mode.cpl == 3,
@@ -187,7 +190,7 @@ impl Cpu {
                 let key = (entry.value >> 59 & 15) as u32;
                 self.check(access, user, privilege, rights, execute, key)?;
                 let writable = self.finish(&entry, access, user, privilege, rights, key, true)?;
-                return Ok(Translation { physical, writable, shift });
+                return Ok(Translation { physical, writable, shift, scope: self.scope(entry.value, rights) });
             }
             self.set_bits_64(&entry, ACCESSED)?;
             table = entry.value & ADDRESS;
@@ -212,7 +215,8 @@ impl Cpu {
             let physical = directory.value & 0xffc0_0000 | high | linear & 0x3f_ffff;
             self.check(access, user, privilege, rights, true, 0)?;
             let writable = self.finish(&directory, access, user, privilege, rights, 0, false)?;
-            return Ok(Translation { physical: physical & ((1 << PHYSICAL_BITS) - 1), writable, shift: 22 });
+            let scope = self.scope(directory.value, rights);
+            return Ok(Translation { physical: physical & ((1 << PHYSICAL_BITS) - 1), writable, shift: 22, scope });
         }
         let at = (directory.value & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4;
         let page = Entry { value: self.load_entry_32(at), at };
@@ -223,7 +227,19 @@ impl Cpu {
         rights &= page.value;
         self.check(access, user, privilege, rights, true, 0)?;
         let writable = self.finish(&page, access, user, privilege, rights, 0, false)?;
-        Ok(Translation { physical: page.value & 0xffff_f000 | linear & 0xfff, writable, shift: 12 })
+        let scope = self.scope(page.value, rights);
+        Ok(Translation { physical: page.value & 0xffff_f000 | linear & 0xfff, writable, shift: 12, scope })
+    }
+
+    /// Global pages (SDM vol. 3, 4.10.2.4). `leaf` is the entry that maps the page.
+    fn scope(&self, leaf: u64, rights: u64) -> Scope {
+        if leaf & GLOBAL != 0 && self.cr4 & cr4::PGE != 0 {
+            Scope::Global
+        } else if rights & USER != 0 {
+            Scope::LocalUser
+        } else {
+            Scope::LocalSupervisor
+        }
     }
 
     /// The access rights (SDM vol. 3, 4.6).

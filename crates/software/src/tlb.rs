@@ -7,7 +7,14 @@
 //! A tag is the page's linear address with the generation of its address space in the low 12 bits. Switching address spaces and
 //! flushing are changes of the generation; nothing is cleared until the 4,095 generations are used up. Generations are handed to
 //! process-context identifiers (PCID) from a small least-recently-used list, so that a switch back finds its entries again.
-//! Entries of global pages are tagged like all others; what they lose is speed only.
+//!
+//! The supervisor tables have a generation of their own, which only a flush of everything changes: entries of global pages outlive
+//! switches of address spaces (SDM vol. 3, 4.10.2.4). Entries of other pages in these tables (copies to and from user memory, mostly) are noted in
+//! a bitmap and dropped one by one at a switch. A guest whose kernel pages are not global would lose by that: after
+//! [`LOCAL_KERNEL_PAGES_MAX`] such pages its supervisor tables follow the address space as the user's does, until everything is flushed.
+//!
+//! The layout of [`DataEntry`], the place of a page in its table (bits 12 to 21 of the address) and [`Tlb::generations`] are what generated
+//! code looks up; nothing else is.
 //!
 //! Stale entries may stay until the guest flushes, as the architecture allows (SDM vol. 3, 4.10).
 
@@ -38,8 +45,27 @@ pub const SUPERVISOR_OPEN: usize = 2;
 /// Never filled.
 pub const WATCHED: usize = 3;
 
+/// The first of the supervisor tables, which lie side by side.
+const SUPERVISOR_TABLES: std::ops::Range<usize> = SUPERVISOR..SUPERVISOR_OPEN + 1;
+/// Words of the bitmap of entries of pages that are not global in the supervisor tables.
+const LOCAL_WORDS: usize = 2 * DATA_ENTRIES / 64;
+/// Supervisor pages that are not global, since everything was flushed, before the guest counts as one without global pages.
+const LOCAL_KERNEL_PAGES_MAX: u32 = 64;
+
+/// How long a page's entry lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// In all address spaces.
+    Global,
+    /// A supervisor page of one address space.
+    LocalSupervisor,
+    /// A user page of one address space.
+    LocalUser,
+}
+
 /// Where a page of RAM is in the host, for data.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct DataEntry {
     pub read_tag: u64,
     pub write_tag: u64,
@@ -73,8 +99,19 @@ pub struct Tlb {
     data_base: usize,
     /// First entry of the code table in use.
     code_base: usize,
+    /// The data table's generation in use: one of `generations`.
     generation: u64,
+    /// The generations of the data tables.
+    pub generations: [u64; 4],
+    /// The generation of the address space in use.
+    context_generation: u64,
     last_generation: u64,
+    /// Entries of the supervisor tables whose pages are not global.
+    local: [u64; LOCAL_WORDS],
+    /// Supervisor pages filled that are not global, since everything was flushed.
+    local_kernel_pages: u32,
+    /// A way through a page that is not global was remembered for the supervisor in this address space.
+    has_local_way: bool,
     /// Key of the address space in use.
     current_key: u64,
     /// Which regions of 4 MiB and of 1 GiB may have entries that come from a large page: a set of hashes.
@@ -110,8 +147,13 @@ impl Default for Tlb {
                 .unwrap_or_else(|_| unreachable!("same length")),
             data_base: SUPERVISOR_OPEN * DATA_ENTRIES,
             code_base: 0,
-            generation: 1,
-            last_generation: 1,
+            generation: 2,
+            generations: [1, 2, 2, 1],
+            context_generation: 1,
+            last_generation: 2,
+            local: [0; LOCAL_WORDS],
+            local_kernel_pages: 0,
+            has_local_way: false,
             current_key: NO_KEY,
             large: Box::new([0; LARGE_WORDS]),
             contexts: [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS],
@@ -168,12 +210,44 @@ impl Tlb {
     #[inline(always)]
     pub fn code_page(&self, linear: u64) -> Option<u64> {
         let entry = &self.code[(self.code_base + index(linear, CODE_ENTRIES)) & (2 * CODE_ENTRIES - 1)];
-        (entry.tag == linear & PAGE_MASK | self.generation).then_some(entry.page_number)
+        let page = linear & PAGE_MASK;
+        let hit = entry.tag == page | self.context_generation || entry.tag == page | self.code_generation(true);
+        hit.then_some(entry.page_number)
+    }
+
+    /// The generation of code entries for the running privilege.
+    #[inline(always)]
+    fn code_generation(&self, global: bool) -> u64 {
+        if global && self.code_base == 0 { self.generations[SUPERVISOR] } else { self.context_generation }
     }
 
     /// Fills a data table's entry. Without `writable` the next store takes the slow way.
-    pub fn fill_data(&mut self, table: usize, linear: u64, host: *mut u8, note: *const u8, writable: bool) {
-        let tag = linear & PAGE_MASK | self.generation;
+    pub fn fill_data(
+        &mut self,
+        table: usize,
+        linear: u64,
+        host: *mut u8,
+        note: *const u8,
+        writable: bool,
+        scope: Scope,
+    ) {
+        if SUPERVISOR_TABLES.contains(&table) {
+            if scope == Scope::LocalSupervisor && !self.supervisor_follows() {
+                self.local_kernel_pages += 1;
+                if self.supervisor_follows() {
+                    self.set_context_generation(self.context_generation);
+                    self.retag();
+                }
+            }
+            let place = (table - SUPERVISOR) * DATA_ENTRIES + index(linear, DATA_ENTRIES);
+            let bit = 1 << (place % 64);
+            if scope == Scope::Global {
+                self.local[place / 64] &= !bit;
+            } else {
+                self.local[place / 64] |= bit;
+            }
+        }
+        let tag = linear & PAGE_MASK | self.generations[table];
         self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = DataEntry {
             read_tag: tag,
             write_tag: if writable { tag } else { NO_TAG },
@@ -183,10 +257,44 @@ impl Tlb {
     }
 
     /// Fills a code table's entry.
-    pub fn fill_code(&mut self, user: bool, linear: u64, page_number: u64) {
-        let table = usize::from(user);
-        self.code[table * CODE_ENTRIES + index(linear, CODE_ENTRIES)] =
-            CodeEntry { tag: linear & PAGE_MASK | self.generation, page_number };
+    pub fn fill_code(&mut self, linear: u64, page_number: u64, scope: Scope) {
+        let tag = linear & PAGE_MASK | self.code_generation(scope == Scope::Global);
+        self.code[self.code_base + index(linear, CODE_ENTRIES)] = CodeEntry { tag, page_number };
+    }
+
+    /// Whether the supervisor tables are flushed with the address space.
+    fn supervisor_follows(&self) -> bool {
+        self.local_kernel_pages >= LOCAL_KERNEL_PAGES_MAX
+    }
+
+    /// Makes `generation` that of the address space in use.
+    fn set_context_generation(&mut self, generation: u64) {
+        self.context_generation = generation;
+        self.generations[USER] = generation;
+        self.generations[WATCHED] = generation;
+        if self.supervisor_follows() {
+            self.generations[SUPERVISOR_TABLES].fill(generation);
+        }
+        self.generation = self.generations[self.data_table()];
+    }
+
+    /// Begins to use an address space with this generation, or anew: entries of pages that are not global go.
+    fn enter_context(&mut self, generation: u64) {
+        if self.supervisor_follows() {
+            // These entries have the generation of their address space.
+            self.local.fill(0);
+        }
+        for (word, local) in self.local.iter_mut().enumerate() {
+            while *local != 0 {
+                let place = word * 64 + local.trailing_zeros() as usize;
+                *local &= *local - 1;
+                let entry = &mut self.data[SUPERVISOR * DATA_ENTRIES + place];
+                entry.read_tag = NO_TAG;
+                entry.write_tag = NO_TAG;
+            }
+        }
+        self.has_local_way = false;
+        self.set_context_generation(generation);
     }
 
     /// Notes that a translation came from a page of `1 << shift` bytes, more than 4 KiB: entries hold parts of it.
@@ -240,7 +348,14 @@ impl Tlb {
     /// Drops everything of all address spaces.
     pub fn flush_all(&mut self) {
         self.forget_contexts();
-        self.generation = self.new_generation();
+        let supervisor = self.new_generation();
+        let context = self.new_generation();
+        // The counter may have begun anew between the two, which has dropped everything already and taken numbers of its own.
+        if supervisor < context {
+            self.generations[SUPERVISOR_TABLES].fill(supervisor);
+        }
+        self.local_kernel_pages = 0;
+        self.enter_context(context);
         self.remember(self.current_key);
         self.retag();
     }
@@ -248,7 +363,8 @@ impl Tlb {
     /// Drops the entries of the address space with this key, whether it is in use or not.
     pub fn flush_context(&mut self, key: u64) {
         if key == self.current_key {
-            self.generation = self.new_generation();
+            let generation = self.new_generation();
+            self.enter_context(generation);
             self.remember(key);
         } else if let Some(context) = self.contexts.iter_mut().find(|context| context.key == key) {
             context.key = NO_KEY;
@@ -261,22 +377,23 @@ impl Tlb {
         self.clock += 1;
         self.current_key = key;
         let found = self.contexts.iter().find(|context| context.key == key);
-        self.generation = match found.filter(|_| keep) {
+        let generation = match found.filter(|_| keep) {
             Some(context) => context.generation,
             None => self.new_generation(),
         };
+        self.enter_context(generation);
         self.remember(key);
         self.retag();
     }
 
-    /// Notes that the current generation is that of `key`, in place of the context that was used least recently.
+    /// Notes that the address space's generation is that of `key`, in place of the context that was used least recently.
     fn remember(&mut self, key: u64) {
         let found = self.contexts.iter().position(|context| context.key == key);
         let slot = found.unwrap_or_else(|| {
             let oldest = self.contexts.iter().enumerate().min_by_key(|(_, context)| context.used);
             oldest.map_or(0, |(slot, _)| slot)
         });
-        self.contexts[slot] = Context { key, generation: self.generation, used: self.clock };
+        self.contexts[slot] = Context { key, generation: self.context_generation, used: self.clock };
     }
 
     fn forget_contexts(&mut self) {
@@ -290,14 +407,25 @@ impl Tlb {
     }
 
     /// Notes that a way to a block is remembered, with the fetch tag as it is, for an address in the page of `linear`.
+    ///
+    /// The supervisor's fetch tag has the supervisor tables' generation as long as all its ways lead through global pages, and that of the address
+    /// space otherwise; so this may change it.
     pub fn note_way(&mut self, linear: u64) {
         let (word, bit) = way_bit(linear);
         self.ways[word] |= bit;
+        if self.code_base == 0 && !self.has_local_way {
+            let entry = &self.code[index(linear, CODE_ENTRIES)];
+            if entry.tag != linear & PAGE_MASK | self.generations[SUPERVISOR] {
+                self.has_local_way = true;
+                self.retag();
+            }
+        }
     }
 
     fn retag(&mut self) {
         let user = u64::from(self.code_base != 0);
-        self.fetch_tag = self.epoch << 16 | self.generation << 4 | user << 2 | u64::from(self.code_size);
+        let generation = self.code_generation(!self.has_local_way);
+        self.fetch_tag = self.epoch << 16 | generation << 4 | user << 2 | u64::from(self.code_size);
     }
 
     /// A generation that no entry has. When they run out, everything is cleared; the caller makes the result the current one.
@@ -312,7 +440,9 @@ impl Tlb {
             }
             self.forget_contexts();
             self.begin_epoch();
-            self.last_generation = 0;
+            self.local.fill(0);
+            self.generations[SUPERVISOR_TABLES].fill(1);
+            self.last_generation = 1;
         }
         self.last_generation += 1;
         self.last_generation
@@ -342,6 +472,7 @@ impl Cpu {
             SUPERVISOR_OPEN
         };
         self.tlb.data_base = table * DATA_ENTRIES;
+        self.tlb.generation = self.tlb.generations[table];
         self.tlb.code_base = usize::from(user) * CODE_ENTRIES;
         self.tlb.code_size = self.mode.code as u8;
         self.tlb.retag();
@@ -358,9 +489,9 @@ mod tests {
 
     #[test]
     fn a_switch_back_with_keep_finds_its_entries() {
-        let mut tlb = Tlb::default();
+        let mut tlb = Tlb { data_base: USER * DATA_ENTRIES, ..Tlb::default() };
         tlb.switch_context(1, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.fill_data(USER, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
         assert!(hit(&tlb, 0x5fff) && tlb.data_entry(0x5fff).read_tag != tlb.tag(0x5fff, 2));
         tlb.switch_context(2, true);
         assert!(!hit(&tlb, 0x5000));
@@ -374,7 +505,7 @@ mod tests {
     fn generations_run_out_without_reviving_old_entries() {
         let mut tlb = Tlb::default();
         tlb.switch_context(7, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
         for _ in 0..3 * GENERATION_MAX {
             tlb.flush_all();
             assert!(!hit(&tlb, 0x5000));
@@ -387,10 +518,10 @@ mod tests {
         tlb.switch_context(1, false);
         let huge = 0xffff_8880_4000_0000;
         for (linear, shift) in [(0x60_0000, 21), (0x7f_f000, 21), (huge, 30), (huge + 0x3fff_f000, 30)] {
-            tlb.fill_data(SUPERVISOR_OPEN, linear, std::ptr::null_mut(), std::ptr::null(), true);
+            tlb.fill_data(SUPERVISOR_OPEN, linear, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
             tlb.note_large(linear, shift);
         }
-        tlb.fill_data(SUPERVISOR_OPEN, 0x1_0080_1000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x1_0080_1000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
         tlb.invalidate_page(0x60_1000);
         assert!(!hit(&tlb, 0x60_0000) && !hit(&tlb, 0x7f_f000) && hit(&tlb, huge) && hit(&tlb, 0x1_0080_1000));
         tlb.invalidate_page(huge + 0x123_4567);
@@ -413,13 +544,96 @@ mod tests {
         assert_ne!(tlb.fetch_tag, tag);
     }
 
+    fn fill(tlb: &mut Tlb, linear: u64, scope: Scope) {
+        tlb.fill_data(SUPERVISOR_OPEN, linear, std::ptr::null_mut(), std::ptr::null(), true, scope);
+    }
+
+    #[test]
+    fn global_entries_of_the_supervisor_outlive_switches_and_others_do_not() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        fill(&mut tlb, 0x5000, Scope::Global);
+        fill(&mut tlb, 0x6000, Scope::LocalSupervisor);
+        fill(&mut tlb, 0x7000, Scope::LocalUser);
+        assert!(hit(&tlb, 0x5000) && hit(&tlb, 0x6000) && hit(&tlb, 0x7000));
+        tlb.switch_context(2, false);
+        assert!(hit(&tlb, 0x5000) && !hit(&tlb, 0x6000) && !hit(&tlb, 0x7000));
+        // A global page in the place of another one, and the other way round.
+        fill(&mut tlb, 0x7000, Scope::Global);
+        fill(&mut tlb, 0x5000, Scope::LocalUser);
+        tlb.flush_context(2);
+        assert!(hit(&tlb, 0x7000) && !hit(&tlb, 0x5000));
+        tlb.invalidate_page(0x7000);
+        assert!(!hit(&tlb, 0x7000));
+        fill(&mut tlb, 0x7000, Scope::Global);
+        tlb.flush_all();
+        assert!(!hit(&tlb, 0x7000));
+    }
+
+    #[test]
+    fn without_global_pages_supervisor_entries_belong_to_their_address_space() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        for page in 1..=u64::from(LOCAL_KERNEL_PAGES_MAX) {
+            fill(&mut tlb, page * PAGE_SIZE, Scope::LocalSupervisor);
+        }
+        let last = u64::from(LOCAL_KERNEL_PAGES_MAX) * PAGE_SIZE;
+        assert!(hit(&tlb, last) && !hit(&tlb, PAGE_SIZE));
+        tlb.switch_context(2, true);
+        assert!(!hit(&tlb, last));
+        fill(&mut tlb, PAGE_SIZE, Scope::Global);
+        tlb.switch_context(1, true);
+        assert!(hit(&tlb, last) && !hit(&tlb, PAGE_SIZE));
+        tlb.flush_all();
+        assert!(!hit(&tlb, last));
+        fill(&mut tlb, last, Scope::Global);
+        tlb.switch_context(2, false);
+        assert!(hit(&tlb, last));
+    }
+
+    #[test]
+    fn the_supervisor_s_fetch_tag_changes_with_the_address_space_only_after_ways_that_are_not_global() {
+        let mut tlb = Tlb::default();
+        tlb.switch_context(1, false);
+        tlb.fill_code(0x5000, 9, Scope::Global);
+        tlb.note_way(0x5123);
+        let global = tlb.fetch_tag;
+        tlb.switch_context(2, false);
+        assert_eq!((tlb.fetch_tag, tlb.code_page(0x5123)), (global, Some(9)));
+        tlb.fill_code(0x6000, 10, Scope::LocalUser);
+        tlb.note_way(0x6123);
+        let local = tlb.fetch_tag;
+        assert_ne!(local, global);
+        tlb.switch_context(3, false);
+        assert_eq!((tlb.fetch_tag, tlb.code_page(0x5123), tlb.code_page(0x6123)), (global, Some(9), None));
+        tlb.switch_context(2, true);
+        tlb.note_way(0x6123);
+        assert_eq!((tlb.fetch_tag, tlb.code_page(0x6123)), (local, Some(10)));
+        tlb.flush_all();
+        assert!(tlb.fetch_tag != global && tlb.code_page(0x5123).is_none());
+    }
+
+    #[test]
+    fn generations_run_out_with_global_entries_too() {
+        let mut tlb = Tlb::default();
+        for round in 0..3 * GENERATION_MAX {
+            tlb.flush_all();
+            assert!(!hit(&tlb, 0x5000), "{round}");
+            fill(&mut tlb, 0x5000, Scope::Global);
+            assert!(tlb.generations[USER] != tlb.generations[SUPERVISOR], "{round}");
+            tlb.switch_context(round % 3, false);
+            assert!(!hit(&tlb, 0x6000), "{round}");
+            fill(&mut tlb, 0x6000, Scope::LocalUser);
+        }
+    }
+
     #[test]
     fn flushing_a_context_touches_no_other() {
         let mut tlb = Tlb::default();
         tlb.switch_context(1, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
         tlb.switch_context(2, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x6000, std::ptr::null_mut(), std::ptr::null(), true);
+        tlb.fill_data(SUPERVISOR_OPEN, 0x6000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
         tlb.flush_context(1);
         assert!(hit(&tlb, 0x6000));
         tlb.flush_context(2);
