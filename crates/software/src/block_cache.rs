@@ -499,7 +499,7 @@ fn decode_one(cpu: &Cpu, bytes: &[u8]) -> (Op, bool) {
 }
 
 /// #GP(0): the instruction is longer than 15 bytes.
-fn too_long(cpu: &mut Cpu, _op: &Op) -> Flow {
+extern "sysv64" fn too_long(cpu: &mut Cpu, _op: &Op) -> Flow {
     let _ = cpu.raise_gp(0);
     Flow::Fault
 }

@@ -22,8 +22,8 @@ pub enum Flow {
     Fault = 3,
 }
 
-/// Runs one instruction.
-pub type Handler = fn(&mut Cpu, &Op) -> Flow;
+/// Runs one instruction. With a C calling convention, so that generated code can be one and can call one.
+pub type Handler = extern "sysv64" fn(&mut Cpu, &Op) -> Flow;
 
 /// How a memory operand's linear address comes about.
 pub mod address {
@@ -126,14 +126,14 @@ impl std::fmt::Debug for Op {
 }
 
 /// Handler that leaves a block before the op's own instruction runs.
-pub fn abandon(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn abandon(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.rip = cpu.cut_rip(op.rip(cpu));
     cpu.instructions = cpu.instructions.wrapping_sub(1);
     Flow::Leave
 }
 
 /// Handler of the op after a block's last instruction, where that one does not end the block itself. Its `len` is 0.
-pub fn end_block(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn end_block(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.rip = cpu.cut_rip(op.next_rip(cpu));
     cpu.instructions = cpu.instructions.wrapping_sub(1);
     Flow::Jump

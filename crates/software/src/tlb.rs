@@ -18,6 +18,8 @@
 //!
 //! Stale entries may stay until the guest flushes, as the architecture allows (SDM vol. 3, 4.10).
 
+use std::mem::offset_of;
+
 use polder_memory::PAGE_SIZE;
 
 use crate::cpu::{Cpu, cr0, cr4};
@@ -187,6 +189,21 @@ fn large_bit(linear: u64, shift: u32) -> (usize, u64) {
     let hash = (linear >> shift | u64::from(shift) << 58).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
     ((hash >> 6) as usize % LARGE_WORDS, 1 << (hash & 63))
 }
+
+/// Where generated code finds what [`Tlb::data_entry`] and [`Tlb::tag`] look at: offsets in [`Tlb`].
+pub struct DataLayout {
+    /// Address of the first entry of all tables.
+    pub table: usize,
+    /// Number of the first entry in use.
+    pub first: usize,
+    pub generation: usize,
+}
+
+pub const DATA_LAYOUT: DataLayout = DataLayout {
+    table: offset_of!(Tlb, data),
+    first: offset_of!(Tlb, data_base),
+    generation: offset_of!(Tlb, generation),
+};
 
 fn index(linear: u64, entries: usize) -> usize {
     (linear / PAGE_SIZE) as usize & (entries - 1)

@@ -72,7 +72,7 @@ pub fn lower_for(model: &CpuModel, instruction: &Instruction, context: CodeConte
 }
 
 /// Handler of everything that is not an instruction of this processor.
-pub fn undefined(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn undefined(cpu: &mut Cpu, _op: &Op) -> Flow {
     let _ = cpu.raise_ud();
     Flow::Fault
 }

@@ -14,7 +14,7 @@ use crate::system::port_io::REPEAT;
 /// A handler from a method that may fault.
 macro_rules! handler {
     ($method:ident) => {{
-        fn run(cpu: &mut Cpu, op: &Op) -> Flow {
+        extern "sysv64" fn run(cpu: &mut Cpu, op: &Op) -> Flow {
             cpu.$method(op).unwrap_or(Flow::Fault)
         }
         run as Handler

@@ -5,6 +5,7 @@ use iced_x86::{Code, CpuidFeature, Encoder, EncodingKind, Instruction, Mnemonic,
 use super::{OpBuilder, register_number};
 use crate::cpu::{CodeSize, RDI, ZERO};
 use crate::op::{Handler, address};
+use crate::vector::entry::Entry;
 use crate::vector::{class, fxsave, masked, moves, run, stub, x87, xsave};
 
 /// What this family executes; anything beyond is for a later CPU model.
@@ -109,72 +110,49 @@ fn slot(register: Register) -> Option<u8> {
 /// The handlers of one instruction: between registers, from memory, to memory.
 type Forms = (Option<Handler>, Option<Handler>, Option<Handler>);
 
-/// Moves that have handlers in Rust.
+/// Moves that have handlers in Rust; all others, loads among them, are stubs.
 fn plain_move(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     use Code::*;
     use moves::*;
     let (between, from_memory, to_memory): Forms = match instruction.code() {
-        Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Lddqu_xmm_m128 => {
-            (Some(copy16::<false>), Some(load16::<false, false>), None)
-        }
-        Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128 | Movdqa_xmm_xmmm128 => {
-            (Some(copy16::<false>), Some(load16::<false, true>), None)
-        }
+        Movups_xmm_xmmm128 | Movupd_xmm_xmmm128 | Movdqu_xmm_xmmm128 | Lddqu_xmm_m128 => (Some(copy16), None, None),
+        Movaps_xmm_xmmm128 | Movapd_xmm_xmmm128 | Movdqa_xmm_xmmm128 => (Some(copy16), None, None),
         Movups_xmmm128_xmm | Movupd_xmmm128_xmm | Movdqu_xmmm128_xmm => {
-            (Some(copy16::<false>), None, Some(store16::<false, false>))
+            (Some(copy16), None, Some(store16::<false, false>))
         }
         Movaps_xmmm128_xmm | Movapd_xmmm128_xmm | Movdqa_xmmm128_xmm | Movntdq_m128_xmm | Movntps_m128_xmm
-        | Movntpd_m128_xmm => (Some(copy16::<false>), None, Some(store16::<false, true>)),
-        VEX_Vmovups_xmm_xmmm128 | VEX_Vmovupd_xmm_xmmm128 | VEX_Vmovdqu_xmm_xmmm128 | VEX_Vlddqu_xmm_m128 => {
-            (Some(copy16::<true>), Some(load16::<true, false>), None)
-        }
-        VEX_Vmovaps_xmm_xmmm128 | VEX_Vmovapd_xmm_xmmm128 | VEX_Vmovdqa_xmm_xmmm128 => {
-            (Some(copy16::<true>), Some(load16::<true, true>), None)
-        }
+        | Movntpd_m128_xmm => (Some(copy16), None, Some(store16::<false, true>)),
         VEX_Vmovups_xmmm128_xmm | VEX_Vmovupd_xmmm128_xmm | VEX_Vmovdqu_xmmm128_xmm => {
-            (Some(copy16::<true>), None, Some(store16::<true, false>))
+            (None, None, Some(store16::<true, false>))
         }
         VEX_Vmovaps_xmmm128_xmm
         | VEX_Vmovapd_xmmm128_xmm
         | VEX_Vmovdqa_xmmm128_xmm
         | VEX_Vmovntdq_m128_xmm
         | VEX_Vmovntps_m128_xmm
-        | VEX_Vmovntpd_m128_xmm => (Some(copy16::<true>), None, Some(store16::<true, true>)),
-        VEX_Vmovups_ymm_ymmm256 | VEX_Vmovupd_ymm_ymmm256 | VEX_Vmovdqu_ymm_ymmm256 | VEX_Vlddqu_ymm_m256 => {
-            (Some(copy32), Some(load32::<false>), None)
-        }
-        VEX_Vmovaps_ymm_ymmm256 | VEX_Vmovapd_ymm_ymmm256 | VEX_Vmovdqa_ymm_ymmm256 => {
-            (Some(copy32), Some(load32::<true>), None)
-        }
+        | VEX_Vmovntpd_m128_xmm => (None, None, Some(store16::<true, true>)),
         VEX_Vmovups_ymmm256_ymm | VEX_Vmovupd_ymmm256_ymm | VEX_Vmovdqu_ymmm256_ymm => {
-            (Some(copy32), None, Some(store32::<false>))
+            (None, None, Some(store32::<false>))
         }
         VEX_Vmovaps_ymmm256_ymm
         | VEX_Vmovapd_ymmm256_ymm
         | VEX_Vmovdqa_ymmm256_ymm
         | VEX_Vmovntdq_m256_ymm
         | VEX_Vmovntps_m256_ymm
-        | VEX_Vmovntpd_m256_ymm => (Some(copy32), None, Some(store32::<true>)),
-        Movss_xmm_xmmm32 => (None, Some(load_scalar::<u32, false>), None),
-        Movsd_xmm_xmmm64 => (None, Some(load_scalar::<u64, false>), None),
+        | VEX_Vmovntpd_m256_ymm => (None, None, Some(store32::<true>)),
         Movss_xmmm32_xmm => (None, None, Some(store_scalar::<u32, false, false>)),
         Movsd_xmmm64_xmm | Movlps_m64_xmm | Movlpd_m64_xmm => (None, None, Some(store_scalar::<u64, false, false>)),
         Movhps_m64_xmm | Movhpd_m64_xmm => (None, None, Some(store_scalar::<u64, false, true>)),
-        VEX_Vmovss_xmm_m32 => (None, Some(load_scalar::<u32, true>), None),
-        VEX_Vmovsd_xmm_m64 => (None, Some(load_scalar::<u64, true>), None),
         VEX_Vmovss_m32_xmm => (None, None, Some(store_scalar::<u32, true, false>)),
         VEX_Vmovsd_m64_xmm | VEX_Vmovlps_m64_xmm | VEX_Vmovlpd_m64_xmm => {
             (None, None, Some(store_scalar::<u64, true, false>))
         }
         VEX_Vmovhps_m64_xmm | VEX_Vmovhpd_m64_xmm => (None, None, Some(store_scalar::<u64, true, true>)),
-        Movq_xmm_xmmm64 => (Some(copy8::<false>), Some(load_scalar::<u64, false>), None),
-        Movq_xmmm64_xmm => (Some(copy8::<false>), None, Some(store_scalar::<u64, false, false>)),
-        VEX_Vmovq_xmm_xmmm64 => (Some(copy8::<true>), Some(load_scalar::<u64, true>), None),
-        VEX_Vmovq_xmmm64_xmm => (Some(copy8::<true>), None, Some(store_scalar::<u64, true, false>)),
-        Movd_xmm_rm32 => (Some(from_general::<u32, false>), Some(load_scalar::<u32, false>), None),
-        Movq_xmm_rm64 => (Some(from_general::<u64, false>), Some(load_scalar::<u64, false>), None),
-        VEX_Vmovd_xmm_rm32 => (Some(from_general::<u32, true>), Some(load_scalar::<u32, true>), None),
-        VEX_Vmovq_xmm_rm64 => (Some(from_general::<u64, true>), Some(load_scalar::<u64, true>), None),
+        Movq_xmm_xmmm64 => (Some(copy8), None, None),
+        Movq_xmmm64_xmm => (Some(copy8), None, Some(store_scalar::<u64, false, false>)),
+        VEX_Vmovq_xmmm64_xmm => (None, None, Some(store_scalar::<u64, true, false>)),
+        Movd_xmm_rm32 => (Some(from_general::<u32>), None, None),
+        Movq_xmm_rm64 => (Some(from_general::<u64>), None, None),
         Movd_rm32_xmm => (Some(to_general::<u32, false>), None, Some(store_scalar::<u32, false, false>)),
         Movq_rm64_xmm => (Some(to_general::<u64, false>), None, Some(store_scalar::<u64, false, false>)),
         VEX_Vmovd_rm32_xmm => (Some(to_general::<u32, true>), None, Some(store_scalar::<u32, true, false>)),
@@ -198,19 +176,14 @@ fn plain_move(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Hand
 /// A register combined with itself to nothing.
 fn zeroing(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     use Code::*;
-    let vex = match instruction.code() {
-        Xorps_xmm_xmmm128 | Xorpd_xmm_xmmm128 | Pxor_xmm_xmmm128 => false,
-        VEX_Vxorps_xmm_xmm_xmmm128 | VEX_Vxorpd_xmm_xmm_xmmm128 | VEX_Vpxor_xmm_xmm_xmmm128 => true,
-        _ => return None,
-    };
-    let sources = if vex { [1, 2] } else { [0, 1] };
-    let same = sources.iter().all(|&operand| instruction.op_kind(operand) == OpKind::Register)
-        && instruction.op_register(sources[0]) == instruction.op_register(sources[1]);
-    if !same {
+    if !matches!(instruction.code(), Xorps_xmm_xmmm128 | Xorpd_xmm_xmmm128 | Pxor_xmm_xmmm128)
+        || instruction.op1_kind() != OpKind::Register
+        || instruction.op0_register() != instruction.op1_register()
+    {
         return None;
     }
     builder.op.first = slot(instruction.op0_register())?;
-    Some(if vex { moves::clear::<true> } else { moves::clear::<false> })
+    Some(moves::clear)
 }
 
 /// Instructions that touch only a part of their memory operand.
@@ -274,32 +247,46 @@ fn partial_memory(instruction: &Instruction, builder: &mut OpBuilder) -> Option<
 /// Everything else: a stub.
 fn stubbed(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
     let classes = classes(instruction)?;
-    let form = stub::find(instruction)?;
-    builder.op.immediate = form.address;
     let memory = (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
     let bytes = if memory { instruction.memory_size().size() } else { 0 };
     if memory && !(1..=64).contains(&bytes) {
         return None;
     }
+    let writes = memory && writes_memory(instruction);
+    let aligned = must_be_aligned(instruction);
+    let keeps_pointers = classes == class::X87 && leaves_pointers(instruction);
+    let handler = if keeps_pointers {
+        match (memory, writes) {
+            (false, _) => run::x87_register,
+            (true, false) => run::x87_read,
+            (true, true) => run::x87_write,
+        }
+    } else {
+        stub_handler(classes, memory, writes, aligned)
+    };
+    let usual =
+        matches!(classes, class::SSE | class::AVX) && !writes && (!memory || builder.op.address_kind == address::FLAT);
+    let entry = usual.then(|| Entry { class: classes, bytes: bytes as u8, aligned: memory && aligned, slow: handler });
+    let form = stub::find(instruction, entry.as_ref())?;
     let [first, second, third, fourth] = form.slots;
+    builder.op.immediate = form.address;
     builder.op.first = first;
     builder.op.second = second;
     builder.op.extra = third;
     builder.op.extra2 = if memory { bytes as u8 } else { fourth };
-    let writes = memory && writes_memory(instruction);
-    if classes == class::X87 && leaves_pointers(instruction) {
+    if keeps_pointers {
         let [low, high] = x87_opcode(instruction, builder.context.code).to_le_bytes();
         builder.op.first = low;
         builder.op.second = high;
-        return Some(match (memory, writes) {
-            (false, _) => run::x87_register,
-            (true, false) => run::x87_read,
-            (true, true) => run::x87_write,
-        });
     }
+    Some(form.whole.unwrap_or(handler))
+}
+
+/// The handler in Rust that runs a stub.
+fn stub_handler(classes: u8, memory: bool, writes: bool, aligned: bool) -> Handler {
     macro_rules! handler {
         ($class:expr) => {
-            match (memory, writes, must_be_aligned(instruction)) {
+            match (memory, writes, aligned) {
                 (false, ..) => run::register::<{ $class }>,
                 (true, false, false) => run::read::<{ $class }, false>,
                 (true, false, true) => run::read::<{ $class }, true>,
@@ -308,13 +295,13 @@ fn stubbed(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler
             }
         };
     }
-    Some(match classes {
+    match classes {
         class::X87 => handler!(class::X87),
         class::MMX => handler!(class::MMX),
         class::SSE => handler!(class::SSE),
         class::AVX => handler!(class::AVX),
         _ => handler!(class::SSE | class::MMX),
-    })
+    }
 }
 
 /// What must be enabled; `None`: not an instruction of this family.
@@ -486,7 +473,7 @@ mod tests {
                 without.insert(format!("{:?}", instruction.code()));
             }
             if let Some(size) = stub::size_of_stub(&instruction)
-                && let Some(form) = stub::find(&instruction)
+                && let Some(form) = stub::find(&instruction, None)
                 && stubs.insert(form.address)
             {
                 let immediate = (0..instruction.op_count()).any(|o| instruction.op_kind(o) == OpKind::Immediate8);

@@ -120,7 +120,7 @@ impl Unary for Not {
 }
 
 /// A binary operation whose result goes to its first operand.
-pub fn binary<O: Binary, T: Width, D: Place, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn binary<O: Binary, T: Width, D: Place, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     flow(D::update(
         cpu,
@@ -131,7 +131,7 @@ pub fn binary<O: Binary, T: Width, D: Place, S: Source>(cpu: &mut Cpu, op: &Op) 
 }
 
 /// CMP and TEST: flags only.
-pub fn compare<O: Binary, T: Width, D: Place, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn compare<O: Binary, T: Width, D: Place, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let Ok(value) = D::read::<T>(cpu, op) else { return Flow::Fault };
     cpu.arithmetic = O::run(value, operand, cpu.arithmetic).1;
@@ -139,7 +139,7 @@ pub fn compare<O: Binary, T: Width, D: Place, S: Source>(cpu: &mut Cpu, op: &Op)
 }
 
 /// A unary operation.
-pub fn unary<O: Unary, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn unary<O: Unary, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(D::update(
         cpu,
         op,
@@ -153,7 +153,7 @@ pub fn unary<O: Unary, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// XOR or SUB of a register with itself: zero, and the flags of zero.
-pub fn clear<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn clear<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     T::set_register(cpu, op.first, T::default());
     cpu.arithmetic = ArithmeticFlags(0x4600);
     Flow::Next

@@ -209,7 +209,7 @@ fn locked_operand<T: Width, R>(cpu: &mut Cpu, op: &Op, change: impl FnOnce(*mut 
 }
 
 /// LOCK with a binary operation.
-pub fn binary<O: LockedBinary, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn binary<O: LockedBinary, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let flags = cpu.arithmetic;
     // SAFETY: `with_locked` gives a pointer to the whole operand.
@@ -223,7 +223,7 @@ pub fn binary<O: LockedBinary, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> F
 }
 
 /// LOCK with a unary operation.
-pub fn unary<O: LockedUnary, T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn unary<O: LockedUnary, T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let flags = cpu.arithmetic;
     // SAFETY: as in `binary`.
     match locked_operand::<T, _>(cpu, op, |pointer| unsafe { O::run_locked::<T>(pointer, flags) }) {
@@ -236,7 +236,7 @@ pub fn unary<O: LockedUnary, T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// XCHG with memory, which is always locked.
-pub fn exchange<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn exchange<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let mut value = T::register(cpu, op.second).to_u64();
     let result = locked_operand::<T, _>(cpu, op, |pointer| {
         // SAFETY: `with_locked` gives a pointer to the whole operand.
@@ -270,7 +270,7 @@ pub fn exchange<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// LOCK XADD, and XADD with memory.
-pub fn exchange_add<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn exchange_add<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let operand = T::register(cpu, op.second);
     let result = locked_operand::<T, _>(cpu, op, |pointer| {
         let mut value = operand.to_u64();
@@ -306,7 +306,7 @@ pub fn exchange_add<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// XADD of two registers.
-pub fn exchange_add_registers<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn exchange_add_registers<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let (old, operand) = (T::register(cpu, op.first), T::register(cpu, op.second));
     let (sum, flags) = Add::run(old, operand, cpu.arithmetic);
     T::set_register(cpu, op.second, old);
@@ -316,7 +316,7 @@ pub fn exchange_add_registers<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// CMPXCHG of two registers.
-pub fn compare_exchange_registers<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn compare_exchange_registers<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let (expected, old) = (T::from_u64(cpu.gpr[RAX]), T::register(cpu, op.first));
     cpu.arithmetic = Sub::run(expected, old, cpu.arithmetic).1;
     if expected == old {
@@ -329,7 +329,7 @@ pub fn compare_exchange_registers<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// CMPXCHG with memory, locked or not: it is done locked in both cases.
-pub fn compare_exchange<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn compare_exchange<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let (expected, new) = (T::from_u64(cpu.gpr[RAX]), T::register(cpu, op.second).to_u64());
     let result = locked_operand::<T, _>(cpu, op, |pointer| {
         let mut old = expected.to_u64();
@@ -369,7 +369,7 @@ fn set_zero_flag(cpu: &mut Cpu, zero: bool) {
 }
 
 /// CMPXCHG8B
-pub fn compare_exchange_8_bytes(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn compare_exchange_8_bytes(cpu: &mut Cpu, op: &Op) -> Flow {
     let pair = |high: u64, low: u64| high << 32 | low & 0xffff_ffff;
     let expected = pair(cpu.gpr[RDX], cpu.gpr[RAX]);
     let new = pair(cpu.gpr[RCX], cpu.gpr[RBX]);
@@ -391,7 +391,7 @@ pub fn compare_exchange_8_bytes(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// CMPXCHG16B: #GP(0) unless aligned to 16 bytes.
-pub fn compare_exchange_16_bytes(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn compare_exchange_16_bytes(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(linear) = cpu.linear(op, 16, Access::Write) else { return Flow::Fault };
     if !linear.is_multiple_of(16) {
         let _ = cpu.raise_gp(0);
@@ -464,7 +464,7 @@ locked_bit!(Reset, "btr");
 locked_bit!(Complement, "btc");
 
 /// LOCK BTS, BTR, BTC.
-pub fn bit<O: LockedBit, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn bit<O: LockedBit, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let result = cpu.bit_address::<T, S>(op, Access::Write).and_then(|(linear, bit)| {
         // SAFETY: `with_locked` gives a pointer to the whole operand.
         cpu.with_locked(linear, T::BYTES, op.segment, |pointer| unsafe { O::run_locked::<T>(pointer, bit) })

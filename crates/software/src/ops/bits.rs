@@ -70,7 +70,7 @@ impl BitChange for Complement {
 }
 
 /// A bit test of a register.
-pub fn bit_of_register<O: BitChange, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn bit_of_register<O: BitChange, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(number) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let bit = number.to_u64() & u64::from(T::BITS - 1);
     let value = T::register(cpu, op.first).to_u64();
@@ -82,7 +82,7 @@ pub fn bit_of_register<O: BitChange, T: Width, S: Source>(cpu: &mut Cpu, op: &Op
 }
 
 /// A bit test of memory.
-pub fn bit_of_memory<O: BitChange, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn bit_of_memory<O: BitChange, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(bit_in_memory::<O, T, S>(cpu, op))
 }
 
@@ -144,7 +144,7 @@ scan!(LeadingZeros, "lzcnt");
 scan!(TrailingZeros, "tzcnt");
 
 /// BSF, BSR, POPCNT, LZCNT, TZCNT.
-pub fn scan<O: Scan, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn scan<O: Scan, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(source) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let target = cpu.gpr[usize::from(op.first) & 31];
     let (value, flags) = O::run::<T>(target, source.to_u64(), cpu.arithmetic);
@@ -236,7 +236,7 @@ bmi_two!(Blsr, "blsr");
 bmi_two!(Blsmsk, "blsmsk");
 
 /// A BMI operation: `op.first` gets what it makes of `A` and `B`.
-pub fn bmi<O: Bmi, T: Width, A: Source, B: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn bmi<O: Bmi, T: Width, A: Source, B: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     if !cpu.mode.protected {
         // VEX encodings do not exist in real and virtual-8086 mode (SDM vol. 2, 2.6.14).
         return crate::lower::undefined(cpu, op);
@@ -252,7 +252,7 @@ pub fn bmi<O: Bmi, T: Width, A: Source, B: Source>(cpu: &mut Cpu, op: &Op) -> Fl
 }
 
 /// RORX
-pub fn rotate_right<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn rotate_right<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     if !cpu.mode.protected {
         // VEX encodings do not exist in real and virtual-8086 mode (SDM vol. 2, 2.6.14).
         return crate::lower::undefined(cpu, op);
@@ -269,7 +269,7 @@ pub fn rotate_right<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// ADCX (`OVERFLOW` false) and ADOX: an addition with carry that knows one flag only.
-pub fn add_with_one_flag<const OVERFLOW: bool, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn add_with_one_flag<const OVERFLOW: bool, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let carry = if OVERFLOW { cpu.arithmetic.overflow() } else { cpu.arithmetic.carry() };
     let a = T::register(cpu, op.first);
@@ -285,7 +285,7 @@ pub fn add_with_one_flag<const OVERFLOW: bool, T: Width, S: Source>(cpu: &mut Cp
 }
 
 /// CRC32 (SSE4.2) of a value of width `T`; the target is a 32-bit register, or a 64-bit one whose upper half is cleared.
-pub fn crc32<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn crc32<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(value) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let value = value.to_u64();
     let mut crc = cpu.gpr[usize::from(op.first) & 31];

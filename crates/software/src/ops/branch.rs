@@ -66,13 +66,13 @@ fn branch(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// JMP rel in 64-bit code.
-pub fn jump_64(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn jump_64(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.rip = target_64(cpu, op);
     Flow::Jump
 }
 
 /// Jcc in 64-bit code.
-pub fn jump_if_64<const CONDITION: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn jump_if_64<const CONDITION: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
     let taken = cpu.arithmetic.condition(CONDITION);
     let offset = if taken { op.immediate } else { u64::from(op.next_offset) };
     cpu.rip = cpu.gpr[BLOCK_RIP].wrapping_add(offset);
@@ -80,17 +80,17 @@ pub fn jump_if_64<const CONDITION: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// JMP rel in other code.
-pub fn jump(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn jump(cpu: &mut Cpu, op: &Op) -> Flow {
     branch(cpu, op)
 }
 
 /// Jcc in other code.
-pub fn jump_if<const CONDITION: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn jump_if<const CONDITION: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
     if cpu.arithmetic.condition(CONDITION) { branch(cpu, op) } else { fall_through(cpu, op) }
 }
 
 /// JCXZ, JECXZ, JRCXZ and the LOOPs; the address size is the op's. `op.extra`: 0 LOOPNE, 1 LOOPE, 2 LOOP, 3 JCXZ.
-pub fn count_loop(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn count_loop(cpu: &mut Cpu, op: &Op) -> Flow {
     let mask = match op.address_kind {
         address::FLAT => u64::MAX,
         address::CHECKED_16 => 0xffff,
@@ -115,7 +115,7 @@ pub fn count_loop(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// JMP to an address in a register or memory.
-pub fn jump_indirect<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn jump_indirect<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(target) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let target = target.to_u64();
     let result = cpu.check_branch(target);
@@ -126,7 +126,7 @@ pub fn jump_indirect<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// CALL rel in 64-bit code.
-pub fn call_64(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn call_64(cpu: &mut Cpu, op: &Op) -> Flow {
     let top = cpu.gpr[RSP].wrapping_sub(8);
     if cpu.store(top, op.next_rip(cpu), SS).is_err() {
         return Flow::Fault;
@@ -147,19 +147,19 @@ fn call_to<T: Width>(cpu: &mut Cpu, op: &Op, target: u64) -> Flow {
 }
 
 /// CALL rel in other code.
-pub fn call<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn call<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let target = target(cpu, op);
     call_to::<T>(cpu, op, target)
 }
 
 /// CALL to an address in a register or memory.
-pub fn call_indirect<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn call_indirect<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(target) = S::read::<T>(cpu, op) else { return Flow::Fault };
     call_to::<T>(cpu, op, target.to_u64())
 }
 
 /// RET in 64-bit code.
-pub fn return_64(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn return_64(cpu: &mut Cpu, _op: &Op) -> Flow {
     let top = cpu.gpr[RSP];
     let Ok(target) = cpu.load::<u64>(top, SS) else { return Flow::Fault };
     if !is_canonical(target, cpu.linear_bits()) {
@@ -172,7 +172,7 @@ pub fn return_64(cpu: &mut Cpu, _op: &Op) -> Flow {
 }
 
 /// RET; the immediate is what it takes off the stack beside the return address.
-pub fn return_near<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn return_near<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let top = cpu.gpr[RSP];
     let Ok(target) = cpu.load_stack::<T>(top) else { return Flow::Fault };
     let target = target.to_u64();
@@ -209,7 +209,7 @@ impl Target for InImmediate {
 }
 
 /// CMP or TEST and the Jcc behind it, in 64-bit code: two instructions.
-pub fn compare_and_jump<const CONDITION: u8, O: Binary, T: Width, D: Place, S: Source, L: Target>(
+pub extern "sysv64" fn compare_and_jump<const CONDITION: u8, O: Binary, T: Width, D: Place, S: Source, L: Target>(
     cpu: &mut Cpu,
     op: &Op,
 ) -> Flow {

@@ -18,12 +18,12 @@ fn adjusts(cpu: &Cpu) -> bool {
 }
 
 /// DAA
-pub fn daa(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn daa(cpu: &mut Cpu, _op: &Op) -> Flow {
     decimal(cpu, |al, correction| al.wrapping_add(correction))
 }
 
 /// DAS
-pub fn das(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn das(cpu: &mut Cpu, _op: &Op) -> Flow {
     decimal(cpu, |al, correction| al.wrapping_sub(correction))
 }
 
@@ -48,12 +48,12 @@ fn decimal(cpu: &mut Cpu, correct: impl Fn(u8, u8) -> u8) -> Flow {
 }
 
 /// AAA
-pub fn aaa(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn aaa(cpu: &mut Cpu, _op: &Op) -> Flow {
     ascii(cpu, 0x106)
 }
 
 /// AAS
-pub fn aas(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn aas(cpu: &mut Cpu, _op: &Op) -> Flow {
     ascii(cpu, 0x106u16.wrapping_neg())
 }
 
@@ -72,7 +72,7 @@ fn ascii(cpu: &mut Cpu, correction: u16) -> Flow {
 }
 
 /// AAD: AL is AH times the immediate plus AL.
-pub fn aad(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn aad(cpu: &mut Cpu, op: &Op) -> Flow {
     let ax = cpu.gpr[RAX] as u16;
     let al = (ax as u8).wrapping_add(((ax >> 8) as u8).wrapping_mul(op.immediate as u8));
     cpu.set_word(RAX as u8, u16::from(al));

@@ -10,7 +10,7 @@ use crate::ops::operand::{Width, flow};
 use crate::page_walk::Access;
 
 /// NOP, prefetches, ENDBR and hints.
-pub fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
     Flow::Next
 }
 
@@ -19,7 +19,7 @@ pub fn nothing(_cpu: &mut Cpu, _op: &Op) -> Flow {
 const PAUSES_BETWEEN_YIELDS: u32 = 128;
 
 /// PAUSE: the host's too, for whoever shares its core.
-pub fn pause(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn pause(cpu: &mut Cpu, _op: &Op) -> Flow {
     std::hint::spin_loop();
     cpu.pauses = cpu.pauses.wrapping_add(1);
     if cpu.pauses.is_multiple_of(PAUSES_BETWEEN_YIELDS) {
@@ -29,34 +29,34 @@ pub fn pause(cpu: &mut Cpu, _op: &Op) -> Flow {
 }
 
 /// MFENCE, and the flushes of cache lines' ordering.
-pub fn full_fence(_cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn full_fence(_cpu: &mut Cpu, _op: &Op) -> Flow {
     // SAFETY: a fence.
     unsafe { asm!("mfence", options(nostack, preserves_flags)) };
     Flow::Next
 }
 
 /// LFENCE
-pub fn load_fence(_cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn load_fence(_cpu: &mut Cpu, _op: &Op) -> Flow {
     // SAFETY: a fence.
     unsafe { asm!("lfence", options(nostack, preserves_flags)) };
     Flow::Next
 }
 
 /// SFENCE
-pub fn store_fence(_cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn store_fence(_cpu: &mut Cpu, _op: &Op) -> Flow {
     // SAFETY: a fence.
     unsafe { asm!("sfence", options(nostack, preserves_flags)) };
     Flow::Next
 }
 
 /// CLFLUSH, CLFLUSHOPT, CLWB: checked as a load; the host's caches are coherent.
-pub fn flush_line(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn flush_line(cpu: &mut Cpu, op: &Op) -> Flow {
     let result = cpu.linear(op, 1, Access::Read).and_then(|linear| cpu.probe(linear, 1, Access::Read, op.segment));
     flow(result)
 }
 
 /// CLC (`op.extra` 0), STC (1), CMC (2).
-pub fn change_carry(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn change_carry(cpu: &mut Cpu, op: &Op) -> Flow {
     let carry = match op.extra {
         0 => false,
         1 => true,
@@ -67,39 +67,39 @@ pub fn change_carry(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// CLD
-pub fn clear_direction(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn clear_direction(cpu: &mut Cpu, _op: &Op) -> Flow {
     cpu.system_flags &= !flags::DF;
     Flow::Next
 }
 
 /// STD
-pub fn set_direction(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn set_direction(cpu: &mut Cpu, _op: &Op) -> Flow {
     cpu.system_flags |= flags::DF;
     Flow::Next
 }
 
 /// LAHF
-pub fn load_flags(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn load_flags(cpu: &mut Cpu, _op: &Op) -> Flow {
     cpu.set_byte(1, (cpu.arithmetic.to_rflags() | 2) as u8);
     Flow::Next
 }
 
 /// SAHF
-pub fn store_flags(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn store_flags(cpu: &mut Cpu, _op: &Op) -> Flow {
     let overflow = cpu.arithmetic.to_rflags() & flags::OF;
     cpu.arithmetic = ArithmeticFlags::from_rflags(u64::from(cpu.byte(1)) | overflow);
     Flow::Next
 }
 
 /// SALC (undocumented): AL is CF's all-ones.
-pub fn set_al_on_carry(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn set_al_on_carry(cpu: &mut Cpu, _op: &Op) -> Flow {
     let value = if cpu.arithmetic.carry() { 0xff } else { 0 };
     cpu.set_byte(RAX as u8, value);
     Flow::Next
 }
 
 /// RDRAND and RDSEED from the host; `op.extra` is not zero for RDSEED.
-pub fn random<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn random<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let (value, good): (u64, u8);
     // SAFETY: the CPU model has these only where the host has.
     unsafe {
@@ -115,13 +115,13 @@ pub fn random<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// RDPID
-pub fn read_processor_id(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn read_processor_id(cpu: &mut Cpu, op: &Op) -> Flow {
     cpu.gpr[usize::from(op.first) & 31] = u64::from(cpu.tsc_aux);
     Flow::Next
 }
 
 /// BOUND
-pub fn bound<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn bound<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let index = T::register(cpu, op.first).to_i64();
     let bounds = cpu.linear(op, 2 * T::BYTES, Access::Read).and_then(|linear| {
         let lower: T = cpu.load(linear, op.segment)?;

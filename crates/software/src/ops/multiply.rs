@@ -74,7 +74,7 @@ fn set_double<T: Width>(cpu: &mut Cpu, low: T, high: T) {
 }
 
 /// MUL and IMUL with one operand.
-pub fn multiply<O: Multiply, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn multiply<O: Multiply, T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let accumulator = T::from_u64(cpu.gpr[RAX]);
     let (low, high, flags) = O::run(accumulator, operand);
@@ -103,7 +103,7 @@ fn signed_product<T: Width>(a: T, b: T) -> (T, ArithmeticFlags) {
 }
 
 /// IMUL with two operands.
-pub fn signed_multiply<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn signed_multiply<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let (value, flags) = signed_product(T::register(cpu, op.first), operand);
     T::set_register(cpu, op.first, value);
@@ -112,7 +112,7 @@ pub fn signed_multiply<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// IMUL with three operands: the third is the immediate.
-pub fn signed_multiply_immediate<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn signed_multiply_immediate<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(operand) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let (value, flags) = signed_product(operand, T::from_u64(op.immediate));
     T::set_register(cpu, op.first, value);
@@ -126,7 +126,7 @@ fn divide_error(cpu: &mut Cpu) -> Fault {
 }
 
 /// DIV. The flags stay (undefined).
-pub fn divide<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn divide<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(divisor) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let divisor = divisor.to_u64();
     let result = if T::BYTES == 8 {
@@ -174,7 +174,7 @@ fn divide_128(high: u64, low: u64, divisor: u64) -> Option<(u64, u64)> {
 }
 
 /// IDIV. The flags stay (undefined).
-pub fn signed_divide<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn signed_divide<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(divisor) = S::read::<T>(cpu, op) else { return Flow::Fault };
     let divisor = divisor.to_i64();
     let result = if T::BYTES == 8 {
@@ -214,7 +214,7 @@ fn signed_divide_128(high: u64, low: u64, divisor: i64) -> Option<(i64, i64)> {
 }
 
 /// MULX: product of RDX and the operand without flags; `op.first` gets the high half, `op.extra` the low one.
-pub fn multiply_without_flags<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn multiply_without_flags<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     if !cpu.mode.protected {
         // VEX encodings do not exist in real and virtual-8086 mode (SDM vol. 2, 2.6.14).
         return crate::lower::undefined(cpu, op);
@@ -228,7 +228,7 @@ pub fn multiply_without_flags<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Fl
 }
 
 /// AAM: AH and AL are the quotient and the remainder of AL by the immediate.
-pub fn adjust_after_multiply(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn adjust_after_multiply(cpu: &mut Cpu, op: &Op) -> Flow {
     let al = cpu.gpr[RAX] as u8;
     let divisor = op.immediate as u8;
     let (Some(quotient), Some(remainder)) = (al.checked_div(divisor), al.checked_rem(divisor)) else {

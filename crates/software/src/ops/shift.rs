@@ -110,13 +110,13 @@ fn shift<O: Shift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op, count: u8) -> Flo
 }
 
 /// By CL.
-pub fn by_cl<O: Shift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn by_cl<O: Shift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
     let count = cpu.gpr[RCX] as u8;
     shift::<O, T, D>(cpu, op, count)
 }
 
 /// By an immediate, or by one.
-pub fn by_immediate<O: Shift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn by_immediate<O: Shift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
     shift::<O, T, D>(cpu, op, op.immediate as u8)
 }
 
@@ -165,7 +165,7 @@ double_shift!(Shld, "shld");
 double_shift!(Shrd, "shrd");
 
 /// SHLD and SHRD by an immediate (`op.extra` 0) or by CL (1).
-pub fn double<O: DoubleShift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn double<O: DoubleShift, T: Width, D: Place>(cpu: &mut Cpu, op: &Op) -> Flow {
     let count = if op.extra == 0 { op.immediate as u8 } else { cpu.gpr[RCX] as u8 } & mask::<T>();
     let filler = T::register(cpu, op.second);
     flow(D::update(

@@ -63,13 +63,13 @@ impl Cpu {
 }
 
 /// PUSH
-pub fn push<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn push<T: Width, S: Source>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(value) = S::read::<T>(cpu, op) else { return Flow::Fault };
     flow(cpu.push_value(value))
 }
 
 /// PUSH of a 64-bit register in 64-bit code.
-pub fn push_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn push_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
     let top = cpu.gpr[RSP].wrapping_sub(8);
     let value = cpu.gpr[usize::from(op.first) & 31];
     let result = cpu.store(top, value, SS);
@@ -80,7 +80,7 @@ pub fn push_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// POP to a 64-bit register in 64-bit code.
-pub fn pop_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn pop_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
     let top = cpu.gpr[RSP];
     let Ok(value) = cpu.load(top, SS) else { return Flow::Fault };
     cpu.gpr[RSP] = top.wrapping_add(8);
@@ -89,14 +89,14 @@ pub fn pop_register_64(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// POP to a register.
-pub fn pop_register<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn pop_register<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(value) = cpu.pop_value::<T>() else { return Flow::Fault };
     T::set_register(cpu, op.first, value);
     Flow::Next
 }
 
 /// POP to memory: its address is computed with the stack pointer as it is after the pop.
-pub fn pop_memory<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn pop_memory<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let old = cpu.gpr[RSP];
     let result = cpu.pop_value::<T>().and_then(|value| cpu.store_operand(op, value));
     if result.is_err() {
@@ -106,13 +106,13 @@ pub fn pop_memory<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// PUSH of a segment register (`op.first`): zero-extended.
-pub fn push_segment<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn push_segment<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let selector = cpu.segments[usize::from(op.first) % 6].selector;
     flow(cpu.push_value(T::from_u64(u64::from(selector))))
 }
 
 /// PUSHA: eight registers, the old stack pointer among them.
-pub fn push_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn push_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let old = cpu.gpr[RSP];
     let lowest = old.wrapping_sub(8 * T::BYTES);
     // All eight are checked before the first is stored.
@@ -136,7 +136,7 @@ pub fn push_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
 }
 
 /// POPA: eight registers; the stack pointer's value is skipped.
-pub fn pop_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn pop_all<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let old = cpu.gpr[RSP];
     let mut values = [T::default(); 8];
     for (number, value) in (0..).zip(&mut values) {
@@ -161,13 +161,13 @@ fn check_virtual_8086(cpu: &mut Cpu) -> Result<(), Fault> {
 }
 
 /// PUSHF: VM and RF read as zero.
-pub fn push_flags<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn push_flags<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let value = cpu.rflags() & !(flags::VM | flags::RF);
     flow(check_virtual_8086(cpu).and_then(|()| cpu.push_value(T::from_u64(value))))
 }
 
 /// POPF: what may change depends on the privilege (SDM vol. 2, POPF).
-pub fn pop_flags<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn pop_flags<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     let Ok(value) = check_virtual_8086(cpu).and_then(|()| cpu.pop_value::<T>()) else { return Flow::Fault };
     let value = value.to_u64();
     let mut changeable = flags::TF | flags::DF | flags::NT;
@@ -197,7 +197,7 @@ pub fn pop_flags<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// ENTER: the frame's size is the immediate, its nesting level `op.extra`.
-pub fn enter<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn enter<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(enter_frame::<T>(cpu, op))
 }
 
@@ -230,7 +230,7 @@ fn enter_frame<T: Width>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// LEAVE
-pub fn leave<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn leave<T: Width>(cpu: &mut Cpu, _op: &Op) -> Flow {
     let frame = cpu.gpr[RBP];
     let Ok(value) = cpu.load_stack::<T>(frame) else { return Flow::Fault };
     cpu.set_stack_pointer(frame.wrapping_add(T::BYTES));

@@ -128,7 +128,7 @@ fn target<T: Width>(cpu: &mut Cpu, mask: u64, access: Access) -> Result<u64, Fau
 }
 
 /// MOVS
-pub fn move_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn move_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     repeated(cpu, op, move_step::<T>)
 }
 
@@ -173,7 +173,7 @@ fn range_passes(cpu: &mut Cpu, segment: u8, from: u64, to: u64, bytes: u64) -> b
 }
 
 /// STOS
-pub fn store_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     repeated(cpu, op, store_step::<T>)
 }
 
@@ -224,7 +224,7 @@ unsafe fn fill<T: Width>(target: *mut u8, value: T, elements: u64) {
 }
 
 /// LODS
-pub fn load_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn load_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     repeated(cpu, op, |cpu, op, _| {
         let mask = offset_mask(op);
         let from = source::<T>(cpu, op, mask)?;
@@ -246,7 +246,7 @@ fn ends(cpu: &Cpu, op: &Op) -> bool {
 }
 
 /// SCAS
-pub fn scan_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn scan_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     repeated(cpu, op, |cpu, op, _| {
         let mask = offset_mask(op);
         let at = target::<T>(cpu, mask, Access::Read)?;
@@ -260,7 +260,7 @@ pub fn scan_string<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// CMPS
-pub fn compare_strings<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn compare_strings<T: Width>(cpu: &mut Cpu, op: &Op) -> Flow {
     repeated(cpu, op, |cpu, op, _| {
         let mask = offset_mask(op);
         let from = source::<T>(cpu, op, mask)?;

@@ -8,7 +8,7 @@ use std::io;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
-/// Bytes for stubs. All normalised forms of all instructions together need less (see the test in `stub`).
+/// Bytes for stubs. All normalised forms of all instructions together need less than half (see the test in `lower::vector`); entries go into the rest.
 pub const AREA_BYTES: usize = 32 << 20;
 
 /// Memory that is written at one address and executed at another.
@@ -45,6 +45,11 @@ impl CodeArea {
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(start), code.len()) };
         self.used = end;
         Some(self.executable as u64 + start as u64)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
     }
 
     /// The addresses at which code of this area is executed.

@@ -98,7 +98,7 @@ impl Cpu {
 }
 
 /// FXSAVE (`extra`: REX.W)
-pub fn save(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn save(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(save_or_fault(cpu, op))
 }
 
@@ -116,7 +116,7 @@ fn save_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// FXRSTOR (`extra`: REX.W)
-pub fn restore(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn restore(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(restore_or_fault(cpu, op))
 }
 
@@ -140,7 +140,7 @@ fn restore_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// LDMXCSR, VLDMXCSR
-pub fn load_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn load_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
     if cpu.vector.enabled & CLASS == 0 {
         let _ = cpu.raise_disabled(CLASS);
         return Flow::Fault;
@@ -159,7 +159,7 @@ pub fn load_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// STMXCSR, VSTMXCSR
-pub fn store_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store_mxcsr<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
     if cpu.vector.enabled & CLASS == 0 {
         let _ = cpu.raise_disabled(CLASS);
         return Flow::Fault;

@@ -70,7 +70,7 @@ fn load_element(cpu: &mut Cpu, linear: u64, bits: usize, segment: u8) -> Result<
 }
 
 /// VMASKMOVPS, VMASKMOVPD, VPMASKMOVD and VPMASKMOVQ from memory. Slots: target, mask. `extra`: bits of an element; `extra2`: bytes in all.
-pub fn masked_load(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn masked_load(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(masked_load_or_fault(cpu, op))
 }
 
@@ -95,7 +95,7 @@ fn masked_load_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// The same to memory. Slots: mask, source.
-pub fn masked_store(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn masked_store(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(masked_store_or_fault(cpu, op))
 }
 
@@ -125,7 +125,7 @@ fn masked_store_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// MASKMOVDQU: bytes selected by the mask's bytes go to DS:rDI. Slots: source, mask.
-pub fn masked_bytes<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn masked_bytes<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     let result = begin(cpu, if VEX { class::AVX } else { class::SSE }).and_then(|()| {
         let bytes = |register: &Ymm| (u128::from(register.0[0]) | u128::from(register.0[1]) << 64).to_le_bytes();
         let source = bytes(&cpu.vector.ymm[number(op.first)]);
@@ -136,7 +136,7 @@ pub fn masked_bytes<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// MASKMOVQ: the same with 8 bytes. Slots: numbers of MMX registers.
-pub fn masked_bytes_mmx(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn masked_bytes_mmx(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(masked_bytes_mmx_or_fault(cpu, op))
 }
 
@@ -169,7 +169,7 @@ fn store_masked_bytes(cpu: &mut Cpu, op: &Op, source: &[u8], mask: &[u8]) -> Res
 
 /// Gathers. Slots: target, mask. `extra`: the index register times 16, plus 1 for indices of 64 bits, 2 for elements of 64 bits, 4 for a
 /// YMM target, 8 for a count of elements limited to half (64-bit indices of 32-bit elements).
-pub fn gather(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn gather(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(gather_or_fault(cpu, op))
 }
 

@@ -2,7 +2,8 @@
 //!
 //! An instruction of these families runs on the host CPU itself, in a stub generated once for its normalised form
 //! ([`stub`]): the stub loads the registers that the instruction reads, executes it, and stores what it writes. Results, rounding and
-//! sticky flags are the CPU's own. Plain moves are handlers in Rust ([`moves`]), because a call would cost more than they do.
+//! sticky flags are the CPU's own. The frequent forms have an entry before their stub ([`entry`]) and so are handlers without any Rust code; stores and
+//! legacy moves between registers are handlers in Rust ([`moves`]).
 //!
 //! The x87 and MMX registers live in the host's x87 registers while the vCPU thread runs guest code: no Rust code uses them, so they
 //! cost nothing per instruction. They are loaded when the first instruction needs them ([`VectorState::make_x87_live`]) and put back into
@@ -14,14 +15,16 @@
 //! - The host's MXCSR always has the control bits that Rust code expects. While the guest's are the same, which is nearly always, its
 //!   instructions run under the host's register and leave their sticky flags there; [`VectorState::mxcsr`] collects them. Rust code that
 //!   may compute with floats (devices) is called between [`VectorState::pause_floats`] and [`VectorState::resume_floats`].
-//! - XMM and YMM registers are in memory, in [`VectorState::ymm`], whenever Rust code runs.
+//! - XMM and YMM registers are in memory, in [`VectorState::ymm`], whenever Rust code runs. Whoever writes one writes as many bytes by one store as
+//!   the next instruction loads by one load: a load that needs two earlier stores waits until both are in the host's cache.
 //!
-//! Map: `code_area` (executable memory), `stub` (makes stubs), `signal` (numeric exceptions raised inside stubs), `run` (handlers that
+//! Map: `code_area` (executable memory), `stub` (makes stubs), `entry` (makes handlers of them), `signal` (numeric exceptions raised inside stubs), `run` (handlers that
 //! call stubs), `moves`, `masked` (masked moves and gathers), `x87` (control instructions and environments), `area` (save areas in guest memory),
 //! `fxsave`, `xsave`.
 
 mod area;
 pub mod code_area;
+pub mod entry;
 pub mod fxsave;
 pub mod masked;
 pub mod moves;

@@ -1,8 +1,8 @@
-//! Plain moves, which are so frequent and so short that a stub would cost more than the move.
+//! Stores and legacy moves between registers, which are so frequent and so short that a stub would cost more than the move.
 //!
 //! Register numbers in slots are times 16, as stubs want them.
 
-use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_loadu_si128, _mm_store_si128, _mm_storeu_si128};
+use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_set_epi64x, _mm_store_si128, _mm_storeu_si128};
 
 use super::run::operand_address;
 use super::{Ymm, class};
@@ -29,48 +29,19 @@ fn begin<const VEX: bool>(cpu: &mut Cpu) -> Result<(), Fault> {
     if cpu.vector.enabled & class_of(VEX) == 0 { Err(cpu.raise_disabled(class_of(VEX))) } else { Ok(()) }
 }
 
-/// Writes an XMM register: VEX encodings clear the upper half of YMM.
+/// Writes an XMM register and leaves the upper half of YMM. By one store: a stub loads all 16 bytes soon, and a load that needs two
+/// earlier stores waits until both are in the cache.
 #[inline(always)]
-fn set_xmm<const VEX: bool>(register: &mut Ymm, low: u64, high: u64) {
-    register.0[0] = low;
-    register.0[1] = high;
-    if VEX {
-        register.0[2] = 0;
-        register.0[3] = 0;
-    }
-}
-
-/// Loads 16 bytes of memory into a register.
-pub fn load16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    flow(load16_or_fault::<VEX, ALIGNED>(cpu, op))
-}
-
-#[inline(always)]
-fn load16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
-    begin::<VEX>(cpu)?;
-    let linear = operand_address::<ALIGNED>(cpu, op, 16, Access::Read)?;
-    let Some(pointer) = cpu.read_pointer(linear, 16, op.segment)? else {
-        let mut bytes = [0; 16];
-        cpu.load_bytes(linear, &mut bytes, op.segment)?;
-        let value = u128::from_le_bytes(bytes);
-        set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], value as u64, (value >> 64) as u64);
-        return Ok(());
-    };
-    let register = &mut cpu.vector.ymm[number(op.first)];
-    if VEX {
-        register.0[2] = 0;
-        register.0[3] = 0;
-    }
-    // SAFETY: the pointer is to 16 bytes of mapped RAM; the register is 32 bytes, aligned to 32.
+fn set_xmm(register: &mut Ymm, low: u64, high: u64) {
+    // SAFETY: the register is 32 bytes, aligned to 32.
     unsafe {
-        let value = _mm_loadu_si128(pointer.cast::<__m128i>());
+        let value = _mm_set_epi64x(high as i64, low as i64);
         _mm_store_si128(register.0.as_mut_ptr().cast(), value);
     }
-    Ok(())
 }
 
 /// Stores 16 bytes of a register to memory.
-pub fn store16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store16<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(store16_or_fault::<VEX, ALIGNED>(cpu, op))
 }
 
@@ -96,36 +67,8 @@ fn store16_or_fault<const VEX: bool, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op
     }
 }
 
-/// Loads 32 bytes of memory into a register, as two host accesses of 16: the architecture promises no more.
-pub fn load32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    flow(load32_or_fault::<ALIGNED>(cpu, op))
-}
-
-#[inline(always)]
-fn load32_or_fault<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
-    begin::<true>(cpu)?;
-    let linear = operand_address::<ALIGNED>(cpu, op, 32, Access::Read)?;
-    let Some(pointer) = cpu.read_pointer(linear, 32, op.segment)? else {
-        let mut bytes = [0; 32];
-        cpu.load_bytes(linear, &mut bytes, op.segment)?;
-        let (words, _) = bytes.as_chunks::<8>();
-        for (target, word) in cpu.vector.ymm[number(op.first)].0.iter_mut().zip(words) {
-            *target = u64::from_le_bytes(*word);
-        }
-        return Ok(());
-    };
-    let register = cpu.vector.ymm[number(op.first)].0.as_mut_ptr().cast::<__m128i>();
-    // SAFETY: the pointer is to 32 bytes of mapped RAM; the register is 32 bytes, aligned to 32.
-    unsafe {
-        let (low, high) = (_mm_loadu_si128(pointer.cast()), _mm_loadu_si128(pointer.cast::<__m128i>().add(1)));
-        _mm_store_si128(register, low);
-        _mm_store_si128(register.add(1), high);
-    }
-    Ok(())
-}
-
 /// Stores 32 bytes of a register to memory, as two host accesses of 16.
-pub fn store32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store32<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(store32_or_fault::<ALIGNED>(cpu, op))
 }
 
@@ -156,37 +99,18 @@ fn store32_or_fault<const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Result<(), F
     }
 }
 
-/// Copies a whole register.
-pub fn copy32(cpu: &mut Cpu, op: &Op) -> Flow {
-    if let Err(fault) = begin::<true>(cpu) {
-        return flow(Err(fault));
-    }
-    cpu.vector.ymm[number(op.first)] = cpu.vector.ymm[number(op.second)];
-    Flow::Next
-}
-
 /// Copies the low 16 bytes of a register.
-pub fn copy16<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    if let Err(fault) = begin::<VEX>(cpu) {
+pub extern "sysv64" fn copy16(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<false>(cpu) {
         return flow(Err(fault));
     }
     let source = cpu.vector.ymm[number(op.second)];
-    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], source.0[0], source.0[1]);
-    Flow::Next
-}
-
-/// Loads 4 or 8 bytes of memory into the low end of a register; clears the rest of XMM.
-pub fn load_scalar<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    let value = match begin::<VEX>(cpu).and_then(|()| cpu.load_operand::<T>(op)) {
-        Ok(value) => value.to_u64(),
-        Err(fault) => return flow(Err(fault)),
-    };
-    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], value, 0);
+    set_xmm(&mut cpu.vector.ymm[number(op.first)], source.0[0], source.0[1]);
     Flow::Next
 }
 
 /// Stores the low 4 or 8 bytes of a register; with `HIGH` the upper 8 bytes of XMM.
-pub fn store_scalar<T: GuestInt, const VEX: bool, const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store_scalar<T: GuestInt, const VEX: bool, const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     if let Err(fault) = begin::<VEX>(cpu) {
         return flow(Err(fault));
     }
@@ -195,27 +119,27 @@ pub fn store_scalar<T: GuestInt, const VEX: bool, const HIGH: bool>(cpu: &mut Cp
 }
 
 /// MOVQ between registers: the upper 8 bytes of XMM become zero.
-pub fn copy8<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    if let Err(fault) = begin::<VEX>(cpu) {
+pub extern "sysv64" fn copy8(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<false>(cpu) {
         return flow(Err(fault));
     }
     let low = cpu.vector.ymm[number(op.second)].0[0];
-    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], low, 0);
+    set_xmm(&mut cpu.vector.ymm[number(op.first)], low, 0);
     Flow::Next
 }
 
 /// MOVD and MOVQ from a general register.
-pub fn from_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    if let Err(fault) = begin::<VEX>(cpu) {
+pub extern "sysv64" fn from_general<T: GuestInt>(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<false>(cpu) {
         return flow(Err(fault));
     }
     let value = T::from_u64(cpu.gpr[usize::from(op.second) & 31]).to_u64();
-    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], value, 0);
+    set_xmm(&mut cpu.vector.ymm[number(op.first)], value, 0);
     Flow::Next
 }
 
 /// MOVD and MOVQ to a general register.
-pub fn to_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn to_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     if let Err(fault) = begin::<VEX>(cpu) {
         return flow(Err(fault));
     }
@@ -225,13 +149,13 @@ pub fn to_general<T: GuestInt, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow 
 }
 
 /// MOVNTI: a store like any other, as all of memory is coherent; the only one of its family that no control bit switches off.
-pub fn store_general<T: GuestInt>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store_general<T: GuestInt>(cpu: &mut Cpu, op: &Op) -> Flow {
     let value = cpu.gpr[usize::from(op.first) & 31];
     flow(cpu.store_operand(op, T::from_u64(value)))
 }
 
 /// MOVLPS, MOVLPD, MOVHPS and MOVHPD from memory, legacy encodings: the other half stays.
-pub fn load_half<const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn load_half<const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     match begin::<false>(cpu).and_then(|()| cpu.load_operand::<u64>(op)) {
         Ok(value) => {
             cpu.vector.ymm[number(op.first)].0[usize::from(HIGH)] = value;
@@ -242,16 +166,16 @@ pub fn load_half<const HIGH: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// XORPS, PXOR and their kin of a register with itself.
-pub fn clear<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
-    if let Err(fault) = begin::<VEX>(cpu) {
+pub extern "sysv64" fn clear(cpu: &mut Cpu, op: &Op) -> Flow {
+    if let Err(fault) = begin::<false>(cpu) {
         return flow(Err(fault));
     }
-    set_xmm::<VEX>(&mut cpu.vector.ymm[number(op.first)], 0, 0);
+    set_xmm(&mut cpu.vector.ymm[number(op.first)], 0, 0);
     Flow::Next
 }
 
 /// VZEROUPPER, and with `ALL` VZEROALL
-pub fn zero<const ALL: bool>(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn zero<const ALL: bool>(cpu: &mut Cpu, _op: &Op) -> Flow {
     if let Err(fault) = begin::<true>(cpu) {
         return flow(Err(fault));
     }

@@ -96,7 +96,7 @@ fn remember(cpu: &mut Cpu, op: &Op, data: u64) {
 const NO_DATA: u64 = u64::MAX;
 
 /// An instruction without a memory operand.
-pub fn register<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn register<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
     if !begin::<CLASS>(cpu) {
         return Flow::Fault;
     }
@@ -104,7 +104,7 @@ pub fn register<const CLASS: u8>(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// An x87 instruction without a memory operand that leaves its address in the environment.
-pub fn x87_register(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn x87_register(cpu: &mut Cpu, op: &Op) -> Flow {
     if !begin::<{ class::X87 }>(cpu) {
         return Flow::Fault;
     }
@@ -116,7 +116,7 @@ pub fn x87_register(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// An instruction that reads its memory operand; with `ALIGNED` that must be aligned to its size.
-pub fn read<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn read<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     if !begin::<CLASS>(cpu) {
         return Flow::Fault;
     }
@@ -171,14 +171,20 @@ fn misaligned_first(cpu: &mut Cpu, op: &Op, bytes: u64, fault: Fault) -> Fault {
 fn read_bounced(cpu: &mut Cpu, op: &Op, linear: u64) -> Flow {
     let mut bounce = Bounce([0; 64]);
     let bytes = usize::from(op.extra2).min(64);
-    if cpu.load_bytes(linear, &mut bounce.0[..bytes], op.segment).is_err() {
+    // Registers of devices are read as a whole where the bus knows the size.
+    let loaded = match bytes {
+        4 => cpu.load::<u32>(linear, op.segment).map(|value| bounce.0[..4].copy_from_slice(&value.to_le_bytes())),
+        8 => cpu.load::<u64>(linear, op.segment).map(|value| bounce.0[..8].copy_from_slice(&value.to_le_bytes())),
+        _ => cpu.load_bytes(linear, &mut bounce.0[..bytes], op.segment),
+    };
+    if loaded.is_err() {
         return Flow::Fault;
     }
     execute(cpu, bounce.0.as_mut_ptr(), op)
 }
 
 /// An x87 instruction that reads its memory operand and leaves addresses in the environment.
-pub fn x87_read(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn x87_read(cpu: &mut Cpu, op: &Op) -> Flow {
     let flow = read::<{ class::X87 }, false>(cpu, op);
     if flow == Flow::Next {
         let data = cpu.offset(op);
@@ -188,7 +194,7 @@ pub fn x87_read(cpu: &mut Cpu, op: &Op) -> Flow {
 }
 
 /// An instruction that writes its memory operand.
-pub fn write<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn write<const CLASS: u8, const ALIGNED: bool>(cpu: &mut Cpu, op: &Op) -> Flow {
     if !begin::<CLASS>(cpu) {
         return Flow::Fault;
     }
@@ -234,7 +240,7 @@ fn write_bounced<const CLASS: u8>(cpu: &mut Cpu, op: &Op, linear: u64) -> Flow {
 }
 
 /// An x87 instruction that writes its memory operand and leaves addresses in the environment.
-pub fn x87_write(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn x87_write(cpu: &mut Cpu, op: &Op) -> Flow {
     let flow = write::<{ class::X87 }, false>(cpu, op);
     if flow == Flow::Next {
         let data = cpu.offset(op);

@@ -18,10 +18,11 @@ use iced_x86::{
     CodeSize, Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register, RflagsBits,
 };
 
-use super::code_area::CodeArea;
+use super::code_area::{AREA_BYTES, CodeArea};
+use super::entry::Entry;
 use super::{VectorState, signal};
 use crate::cpu::Cpu;
-use crate::op::Op;
+use crate::op::{Flow, Handler, Op};
 
 pub const DONE: u32 = 0;
 pub const SIMD_EXCEPTION: u32 = 1;
@@ -33,7 +34,7 @@ pub type StubFunction = unsafe extern "sysv64" fn(cpu: *mut Cpu, memory: *mut u8
 
 const YMM: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, ymm)) as u32;
 const MXCSR: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, mxcsr)) as u32;
-const MXCSR_SHARED: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, mxcsr_shared)) as u32;
+pub(super) const MXCSR_SHARED: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, mxcsr_shared)) as u32;
 const HOST_MXCSR: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, host_mxcsr)) as u32;
 const ARITHMETIC: u32 = offset_of!(Cpu, arithmetic) as u32;
 const _: () = assert!(offset_of!(Cpu, gpr) == 0);
@@ -50,17 +51,19 @@ const SLOTS: [u8; 4] = [
 pub const SLOTS_WITH_MEMORY: usize = 3;
 
 /// What a stub needs and what its op must hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Form {
     /// The register numbers for the slots.
     pub slots: [u8; 4],
     /// Where the stub is.
     pub address: u64,
+    /// The stub with an entry before it, where one was asked for.
+    pub whole: Option<Handler>,
 }
 
 struct Stubs {
     area: CodeArea,
     known: HashMap<[u8; 16], u64>,
+    known_whole: HashMap<[u8; 16], Handler>,
 }
 
 static STUBS: OnceLock<Option<Mutex<Stubs>>> = OnceLock::new();
@@ -90,7 +93,7 @@ fn make_stubs() -> io::Result<Stubs> {
     let x87 = area.add(&landing(false, X87_EXCEPTION)).ok_or_else(full)?;
     let undefined = area.add(&landing(false, UNDEFINED)).ok_or_else(full)?;
     signal::install(area.executable_range(), signal::Landings { x87, simd, undefined })?;
-    Ok(Stubs { area, known: HashMap::new() })
+    Ok(Stubs { area, known: HashMap::new(), known_whole: HashMap::new() })
 }
 
 /// The end of a stub whose instruction faulted.
@@ -108,14 +111,25 @@ fn landing(simd: bool, code: u32) -> Vec<u8> {
     if std::arch::is_x86_feature_detected!("avx") {
         emitter.bytes(&[0xc5, 0xf8, 0x77]);
     }
-    emitter.bytes(&[0xb8]);
-    emitter.bytes(&code.to_le_bytes());
-    emitter.bytes(&[0xc3]);
+    if code == UNDEFINED {
+        emitter.jump_to(refused as *const () as u64);
+    } else {
+        emitter.bytes(&[0xb8]);
+        emitter.bytes(&code.to_le_bytes());
+        emitter.bytes(&[0xc3]);
+    }
     emitter.code
 }
 
-/// Finds or makes the stub for an instruction. `None`: the instruction has a form that stubs do not know.
-pub fn find(instruction: &Instruction) -> Option<Form> {
+/// The host refused an instruction. A handler's answer and a stub's are the same here, as both kinds of code land here.
+extern "sysv64" fn refused(cpu: &mut Cpu) -> u32 {
+    const { assert!(UNDEFINED == Flow::Fault as u32) };
+    let _ = cpu.raise_ud();
+    UNDEFINED
+}
+
+/// Finds or makes the stub for an instruction, and with an entry the handler made of both. `None`: the instruction has a form that stubs do not know.
+pub fn find(instruction: &Instruction, entry: Option<&Entry>) -> Option<Form> {
     let normalised = Normalised::new(instruction)?;
     prepare().ok()?;
     let stubs = STUBS.get()?.as_ref()?;
@@ -123,19 +137,33 @@ pub fn find(instruction: &Instruction) -> Option<Form> {
     let address = match stubs.known.get(&normalised.key) {
         Some(&address) => address,
         None => {
-            let code = normalised.assemble()?;
+            let code = normalised.assemble(None)?;
             let address = stubs.area.add(&code)?;
             stubs.known.insert(normalised.key, address);
             address
         }
     };
-    Some(Form { slots: normalised.slots, address })
+    let whole = match (entry, stubs.known_whole.get(&normalised.key)) {
+        (None, _) => None,
+        (Some(_), Some(&handler)) => Some(handler),
+        // Entries only make things quicker: half of the area is kept for what must be there.
+        (Some(_), None) if stubs.area.used() > AREA_BYTES / 2 => None,
+        (Some(entry), None) => {
+            let code = normalised.assemble(Some(entry))?;
+            let address = stubs.area.add(&code)?;
+            // SAFETY: code with an entry is a handler: it takes the CPU in RDI and the op in RSI and gives a `Flow` in AL.
+            let handler = unsafe { std::mem::transmute::<u64, Handler>(address) };
+            stubs.known_whole.insert(normalised.key, handler);
+            Some(handler)
+        }
+    };
+    Some(Form { slots: normalised.slots, address, whole })
 }
 
 /// Bytes of the stub for an instruction.
 #[cfg(test)]
 pub fn size_of_stub(instruction: &Instruction) -> Option<usize> {
-    Normalised::new(instruction)?.assemble().map(|code| code.len())
+    Normalised::new(instruction)?.assemble(None).map(|code| code.len())
 }
 
 /// An instruction with its operands moved to where stubs have them.
@@ -218,11 +246,13 @@ impl Normalised {
         self.slot_registers[..self.slot_count].iter().position(|slot| slot.full_register() == register.full_register())
     }
 
-    fn assemble(&self) -> Option<Vec<u8>> {
+    fn assemble(&self, entry: Option<&Entry>) -> Option<Vec<u8>> {
         let vex = self.instruction.code().encoding() == EncodingKind::VEX;
         let mut info = InstructionInfoFactory::new();
         let used = info.info(&self.instruction).used_registers().to_vec();
         let mut emitter = Emitter::default();
+        let computes = uses_mxcsr(&self.instruction);
+        let to_slow = entry.map(|entry| emitter.enter(entry, computes));
         let mut implicit_loads = Vec::new();
         let mut stores = Vec::new();
         let mut implicit_stores = Vec::new();
@@ -313,12 +343,18 @@ impl Normalised {
             }
             emitter.bytes(&[0x31, 0xc0, 0xc3]);
         };
-        if uses_mxcsr(&self.instruction) {
+        if computes && entry.is_none() {
             let shared = emitter.jump_if_shared();
             execute(&mut emitter, true);
             emitter.land(shared);
         }
         execute(&mut emitter, false);
+        if let (Some(entry), Some(jumps)) = (entry, to_slow) {
+            jumps.into_iter().for_each(|jump| emitter.land(jump));
+            // mov rsi, rdx
+            emitter.bytes(&[0x48, 0x89, 0xd6]);
+            emitter.jump_to(entry.slow as *const () as u64);
+        }
         Some(emitter.code)
     }
 }
@@ -361,16 +397,16 @@ fn uses_mxcsr(instruction: &Instruction) -> bool {
 
 /// Writes the few instructions around the one that matters. Registers: RDI the CPU, RDX the op, RAX scratch.
 #[derive(Default)]
-struct Emitter {
+pub(super) struct Emitter {
     code: Vec<u8>,
 }
 
 impl Emitter {
-    fn bytes(&mut self, bytes: &[u8]) {
+    pub(super) fn bytes(&mut self, bytes: &[u8]) {
         self.code.extend_from_slice(bytes);
     }
 
-    fn with_displacement(&mut self, bytes: &[u8], displacement: u32) {
+    pub(super) fn with_displacement(&mut self, bytes: &[u8], displacement: u32) {
         self.bytes(bytes);
         self.bytes(&displacement.to_le_bytes());
     }
@@ -386,6 +422,19 @@ impl Emitter {
     fn land(&mut self, from: usize) {
         let distance = (self.code.len() - from) as u32;
         self.code[from - 4..from].copy_from_slice(&distance.to_le_bytes());
+    }
+
+    /// jmp to an address, by way of RAX
+    fn jump_to(&mut self, address: u64) {
+        self.bytes(&[0x48, 0xb8]);
+        self.bytes(&address.to_le_bytes());
+        self.bytes(&[0xff, 0xe0]);
+    }
+
+    /// jcc to where [`Emitter::land`] says
+    pub(super) fn jump_if(&mut self, condition: u8) -> usize {
+        self.bytes(&[0x0f, 0x80 | condition, 0, 0, 0, 0]);
+        self.code.len()
     }
 
     /// movzx eax, byte [rdx + slot]

@@ -94,7 +94,7 @@ impl Cpu {
 }
 
 /// WAIT
-pub fn wait(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn wait(cpu: &mut Cpu, _op: &Op) -> Flow {
     if cpu.cr0 & (cr0::MP | cr0::TS) == cr0::MP | cr0::TS {
         let _ = cpu.raise_nm();
         return Flow::Fault;
@@ -107,7 +107,7 @@ pub fn wait(cpu: &mut Cpu, _op: &Op) -> Flow {
 }
 
 /// FNINIT
-pub fn initialise(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn initialise(cpu: &mut Cpu, _op: &Op) -> Flow {
     let result = cpu.begin_x87();
     if result.is_ok() {
         // SAFETY: the host's x87 registers are the guest's here.
@@ -118,7 +118,7 @@ pub fn initialise(cpu: &mut Cpu, _op: &Op) -> Flow {
 }
 
 /// FNSTSW AX
-pub fn store_status_ax(cpu: &mut Cpu, _op: &Op) -> Flow {
+pub extern "sysv64" fn store_status_ax(cpu: &mut Cpu, _op: &Op) -> Flow {
     let result = cpu.begin_x87();
     if result.is_ok() {
         let status: u16;
@@ -231,7 +231,7 @@ fn parse(image: &[u8; 28], format: Format) -> ([u8; 28], Pointers) {
 }
 
 /// FNSTENV (`extra`: 32-bit operand size)
-pub fn store_environment(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn store_environment(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(store_environment_or_fault(cpu, op))
 }
 
@@ -251,7 +251,7 @@ fn store_environment_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// FLDENV (`extra`: 32-bit operand size)
-pub fn load_environment(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn load_environment(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(load_environment_or_fault(cpu, op))
 }
 
@@ -271,7 +271,7 @@ fn load_environment_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// FNSAVE (`extra`: 32-bit operand size)
-pub fn save(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn save(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(save_or_fault(cpu, op))
 }
 
@@ -296,7 +296,7 @@ fn save_or_fault(cpu: &mut Cpu, op: &Op) -> Result<(), Fault> {
 }
 
 /// FRSTOR (`extra`: 32-bit operand size)
-pub fn restore(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn restore(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(restore_or_fault(cpu, op))
 }
 

@@ -231,21 +231,21 @@ impl Cpu {
 }
 
 /// XSAVE (`extra`: REX.W)
-pub fn xsave(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn xsave(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(cpu.xsave(op, Kind::Xsave))
 }
 
 /// XSAVEOPT (`extra`: REX.W)
-pub fn xsaveopt(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn xsaveopt(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(cpu.xsave(op, Kind::Xsaveopt))
 }
 
 /// XSAVEC (`extra`: REX.W)
-pub fn xsavec(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn xsavec(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(cpu.xsave(op, Kind::Xsavec))
 }
 
 /// XRSTOR (`extra`: REX.W)
-pub fn xrstor(cpu: &mut Cpu, op: &Op) -> Flow {
+pub extern "sysv64" fn xrstor(cpu: &mut Cpu, op: &Op) -> Flow {
     flow(cpu.xrstor(op))
 }
