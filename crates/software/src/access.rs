@@ -208,6 +208,15 @@ impl Cpu {
         let cut = |address: u64| if wraps_at_4g { address & 0xffff_ffff } else { address };
         let linear = cut(linear);
         let last = cut(linear.wrapping_add(bytes - 1));
+        if privilege == Privilege::Current
+            && access != Access::Fetch
+            && linear / PAGE_SIZE == last / PAGE_SIZE
+            && let Some(pointer) = self.tlb.refill(linear, access == Access::Write)
+            && let Some(physical) = self.services.memory.address_of(pointer)
+        {
+            let first = Target::Ram { pointer, physical: physical.0 };
+            return Ok(Checked { first, first_len: bytes, second: None });
+        }
         if self.mode.long {
             let bits = self.linear_bits();
             if !is_canonical(linear, bits) || !is_canonical(last, bits) {

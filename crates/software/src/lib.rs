@@ -37,6 +37,7 @@ mod ops;
 mod page_walk;
 mod paravirt;
 mod run;
+mod second_level;
 mod segmentation;
 mod system;
 #[doc(hidden)]

@@ -125,6 +125,8 @@ impl Cpu {
                 Ok(translation)
             }
             Err(code) => {
+                // A page fault drops the page's entries (SDM vol. 3, 4.10.4.1), so that a handler may change what they came from and return.
+                self.tlb.drop_data(linear);
                 let write = if access == Access::Write { error_code::WRITE } else { 0 };
                 let user = if user { error_code::USER } else { 0 };
                 let fetch_reported = self.efer & efer::NXE != 0 && self.is_pae() || self.cr4 & cr4::SMEP != 0;

@@ -24,6 +24,7 @@ use polder_memory::PAGE_SIZE;
 
 use crate::cpu::{Cpu, cr0, cr4};
 use crate::flags;
+use crate::second_level::SecondLevel;
 
 /// Entries in a data table.
 pub const DATA_ENTRIES: usize = 1024;
@@ -77,6 +78,11 @@ pub struct DataEntry {
     pub note: *const u8,
 }
 
+impl DataEntry {
+    /// Matches nothing.
+    pub const NONE: DataEntry = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0, note: std::ptr::null() };
+}
+
 /// Where a page of RAM is in the host, for instruction fetch.
 #[derive(Clone, Copy)]
 pub struct CodeEntry {
@@ -97,6 +103,7 @@ struct Context {
 pub struct Tlb {
     data: Box<[DataEntry; 4 * DATA_ENTRIES]>,
     code: Box<[CodeEntry; 2 * CODE_ENTRIES]>,
+    second: SecondLevel,
     /// First entry of the data table in use.
     data_base: usize,
     /// First entry of the code table in use.
@@ -136,10 +143,9 @@ unsafe impl Send for Tlb {}
 
 impl Default for Tlb {
     fn default() -> Self {
-        let data = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0, note: std::ptr::null() };
         let code = CodeEntry { tag: NO_TAG, page_number: 0 };
         Tlb {
-            data: vec![data; 4 * DATA_ENTRIES]
+            data: vec![DataEntry::NONE; 4 * DATA_ENTRIES]
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("same length")),
@@ -147,6 +153,7 @@ impl Default for Tlb {
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("same length")),
+            second: SecondLevel::default(),
             data_base: SUPERVISOR_OPEN * DATA_ENTRIES,
             code_base: 0,
             generation: 2,
@@ -265,12 +272,33 @@ impl Tlb {
             }
         }
         let tag = linear & PAGE_MASK | self.generations[table];
-        self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = DataEntry {
+        let entry = DataEntry {
             read_tag: tag,
             write_tag: if writable { tag } else { NO_TAG },
             addend: (host as u64).wrapping_sub(linear & PAGE_MASK),
             note,
         };
+        self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = entry;
+        // What a switch drops one by one is not looked for in the second level.
+        if table == USER || scope == Scope::Global || self.supervisor_follows() {
+            self.second.put(table, linear, entry);
+        }
+    }
+
+    /// Brings `linear`'s entry back from the second level to the table in use, if it allows the access; gives the host address.
+    pub fn refill(&mut self, linear: u64, write: bool) -> Option<*mut u8> {
+        let table = self.data_table();
+        let entry = *self.second.get(table, linear)?;
+        let tag = if write { entry.write_tag } else { entry.read_tag };
+        if tag != linear & PAGE_MASK | self.generation {
+            return None;
+        }
+        if SUPERVISOR_TABLES.contains(&table) {
+            let place = (table - SUPERVISOR) * DATA_ENTRIES + index(linear, DATA_ENTRIES);
+            self.local[place / 64] &= !(1 << (place % 64));
+        }
+        self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = entry;
+        Some(entry.addend.wrapping_add(linear) as *mut u8)
     }
 
     /// Fills a code table's entry.
@@ -336,18 +364,25 @@ impl Tlb {
             self.begin_epoch();
             self.retag();
         }
-        for table in 0..4 {
-            let entry = &mut self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)];
-            entry.read_tag = NO_TAG;
-            entry.write_tag = NO_TAG;
-        }
+        self.drop_data(linear);
         for table in 0..2 {
             self.code[table * CODE_ENTRIES + index(linear, CODE_ENTRIES)].tag = NO_TAG;
         }
     }
 
+    /// Drops one page's entries for data.
+    pub fn drop_data(&mut self, linear: u64) {
+        for table in 0..4 {
+            let entry = &mut self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)];
+            entry.read_tag = NO_TAG;
+            entry.write_tag = NO_TAG;
+        }
+        self.second.drop_page(linear);
+    }
+
     #[cold]
     fn invalidate_region(&mut self, linear: u64, shift: u32) {
+        self.second.drop_region(linear, shift);
         let region = linear >> shift;
         for entry in self.data.iter_mut() {
             if entry.read_tag >> shift == region {
@@ -455,6 +490,7 @@ impl Tlb {
             for entry in self.code.iter_mut() {
                 entry.tag = NO_TAG;
             }
+            self.second.clear();
             self.forget_contexts();
             self.begin_epoch();
             self.local.fill(0);
@@ -497,165 +533,4 @@ impl Cpu {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn hit(tlb: &Tlb, linear: u64) -> bool {
-        tlb.data_entry(linear).read_tag == tlb.tag(linear, 1)
-    }
-
-    #[test]
-    fn a_switch_back_with_keep_finds_its_entries() {
-        let mut tlb = Tlb { data_base: USER * DATA_ENTRIES, ..Tlb::default() };
-        tlb.switch_context(1, false);
-        tlb.fill_data(USER, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
-        assert!(hit(&tlb, 0x5fff) && tlb.data_entry(0x5fff).read_tag != tlb.tag(0x5fff, 2));
-        tlb.switch_context(2, true);
-        assert!(!hit(&tlb, 0x5000));
-        tlb.switch_context(1, true);
-        assert!(hit(&tlb, 0x5000));
-        tlb.switch_context(1, false);
-        assert!(!hit(&tlb, 0x5000));
-    }
-
-    #[test]
-    fn generations_run_out_without_reviving_old_entries() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(7, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
-        for _ in 0..3 * GENERATION_MAX {
-            tlb.flush_all();
-            assert!(!hit(&tlb, 0x5000));
-        }
-    }
-
-    #[test]
-    fn invalidating_a_large_page_drops_all_its_parts() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(1, false);
-        let huge = 0xffff_8880_4000_0000;
-        for (linear, shift) in [(0x60_0000, 21), (0x7f_f000, 21), (huge, 30), (huge + 0x3fff_f000, 30)] {
-            tlb.fill_data(SUPERVISOR_OPEN, linear, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
-            tlb.note_large(linear, shift);
-        }
-        tlb.fill_data(SUPERVISOR_OPEN, 0x1_0080_1000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
-        tlb.invalidate_page(0x60_1000);
-        assert!(!hit(&tlb, 0x60_0000) && !hit(&tlb, 0x7f_f000) && hit(&tlb, huge) && hit(&tlb, 0x1_0080_1000));
-        tlb.invalidate_page(huge + 0x123_4567);
-        assert!(!hit(&tlb, huge) && !hit(&tlb, huge + 0x3fff_f000));
-    }
-
-    #[test]
-    fn only_pages_that_led_to_code_change_the_fetch_tag() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(1, false);
-        tlb.note_way(0x5abc);
-        let tag = tlb.fetch_tag;
-        tlb.invalidate_page(0x6000);
-        assert_eq!(tlb.fetch_tag, tag);
-        tlb.invalidate_page(0x5000);
-        assert_ne!(tlb.fetch_tag, tag);
-        let tag = tlb.fetch_tag;
-        tlb.note_large(0x40_0000, 21);
-        tlb.invalidate_page(0x40_3000);
-        assert_ne!(tlb.fetch_tag, tag);
-    }
-
-    fn fill(tlb: &mut Tlb, linear: u64, scope: Scope) {
-        tlb.fill_data(SUPERVISOR_OPEN, linear, std::ptr::null_mut(), std::ptr::null(), true, scope);
-    }
-
-    #[test]
-    fn global_entries_of_the_supervisor_outlive_switches_and_others_do_not() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(1, false);
-        fill(&mut tlb, 0x5000, Scope::Global);
-        fill(&mut tlb, 0x6000, Scope::LocalSupervisor);
-        fill(&mut tlb, 0x7000, Scope::LocalUser);
-        assert!(hit(&tlb, 0x5000) && hit(&tlb, 0x6000) && hit(&tlb, 0x7000));
-        tlb.switch_context(2, false);
-        assert!(hit(&tlb, 0x5000) && !hit(&tlb, 0x6000) && !hit(&tlb, 0x7000));
-        // A global page in the place of another one, and the other way round.
-        fill(&mut tlb, 0x7000, Scope::Global);
-        fill(&mut tlb, 0x5000, Scope::LocalUser);
-        tlb.flush_context(2);
-        assert!(hit(&tlb, 0x7000) && !hit(&tlb, 0x5000));
-        tlb.invalidate_page(0x7000);
-        assert!(!hit(&tlb, 0x7000));
-        fill(&mut tlb, 0x7000, Scope::Global);
-        tlb.flush_all();
-        assert!(!hit(&tlb, 0x7000));
-    }
-
-    #[test]
-    fn without_global_pages_supervisor_entries_belong_to_their_address_space() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(1, false);
-        for page in 1..=u64::from(LOCAL_KERNEL_PAGES_MAX) {
-            fill(&mut tlb, page * PAGE_SIZE, Scope::LocalSupervisor);
-        }
-        let last = u64::from(LOCAL_KERNEL_PAGES_MAX) * PAGE_SIZE;
-        assert!(hit(&tlb, last) && !hit(&tlb, PAGE_SIZE));
-        tlb.switch_context(2, true);
-        assert!(!hit(&tlb, last));
-        fill(&mut tlb, PAGE_SIZE, Scope::Global);
-        tlb.switch_context(1, true);
-        assert!(hit(&tlb, last) && !hit(&tlb, PAGE_SIZE));
-        tlb.flush_all();
-        assert!(!hit(&tlb, last));
-        fill(&mut tlb, last, Scope::Global);
-        tlb.switch_context(2, false);
-        assert!(hit(&tlb, last));
-    }
-
-    #[test]
-    fn the_supervisor_s_fetch_tag_changes_with_the_address_space_only_after_ways_that_are_not_global() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(1, false);
-        tlb.fill_code(0x5000, 9, Scope::Global);
-        tlb.note_way(0x5123);
-        let global = tlb.fetch_tag;
-        tlb.switch_context(2, false);
-        assert_eq!((tlb.fetch_tag, tlb.code_page(0x5123)), (global, Some(9)));
-        tlb.fill_code(0x6000, 10, Scope::LocalUser);
-        tlb.note_way(0x6123);
-        let local = tlb.fetch_tag;
-        assert_ne!(local, global);
-        tlb.switch_context(3, false);
-        assert_eq!((tlb.fetch_tag, tlb.code_page(0x5123), tlb.code_page(0x6123)), (global, Some(9), None));
-        tlb.switch_context(2, true);
-        tlb.note_way(0x6123);
-        assert_eq!((tlb.fetch_tag, tlb.code_page(0x6123)), (local, Some(10)));
-        tlb.flush_all();
-        assert!(tlb.fetch_tag != global && tlb.code_page(0x5123).is_none());
-    }
-
-    #[test]
-    fn generations_run_out_with_global_entries_too() {
-        let mut tlb = Tlb::default();
-        for round in 0..3 * GENERATION_MAX {
-            tlb.flush_all();
-            assert!(!hit(&tlb, 0x5000), "{round}");
-            fill(&mut tlb, 0x5000, Scope::Global);
-            assert!(tlb.generations[USER] != tlb.generations[SUPERVISOR], "{round}");
-            tlb.switch_context(round % 3, false);
-            assert!(!hit(&tlb, 0x6000), "{round}");
-            fill(&mut tlb, 0x6000, Scope::LocalUser);
-        }
-    }
-
-    #[test]
-    fn flushing_a_context_touches_no_other() {
-        let mut tlb = Tlb::default();
-        tlb.switch_context(1, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
-        tlb.switch_context(2, false);
-        tlb.fill_data(SUPERVISOR_OPEN, 0x6000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
-        tlb.flush_context(1);
-        assert!(hit(&tlb, 0x6000));
-        tlb.flush_context(2);
-        assert!(!hit(&tlb, 0x6000));
-        tlb.switch_context(1, true);
-        assert!(!hit(&tlb, 0x5000));
-    }
-}
+mod tests;
