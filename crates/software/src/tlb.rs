@@ -206,6 +206,9 @@ pub struct DataLayout {
     pub generation: usize,
 }
 
+/// Generated code loads the tables' address: it is to be changed with this.
+const _: fn(&Tlb) -> &Box<[DataEntry; 4 * DATA_ENTRIES]> = |tlb| &tlb.data;
+
 pub const DATA_LAYOUT: DataLayout = DataLayout {
     table: offset_of!(Tlb, data),
     first: offset_of!(Tlb, data_base),

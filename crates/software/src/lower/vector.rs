@@ -266,7 +266,8 @@ fn stubbed(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler
     };
     let usual =
         matches!(classes, class::SSE | class::AVX) && !writes && (!memory || builder.op.address_kind == address::FLAT);
-    let entry = usual.then(|| Entry { class: classes, bytes: bytes as u8, aligned: memory && aligned, slow: handler });
+    let entry =
+        usual.then_some(Entry { class: classes, bytes: bytes as u8, aligned: memory && aligned, slow: handler });
     let form = stub::find(instruction, entry.as_ref())?;
     let [first, second, third, fourth] = form.slots;
     builder.op.immediate = form.address;
