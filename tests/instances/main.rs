@@ -95,9 +95,7 @@ impl Drop for Home {
 }
 
 fn kill(pid: u32) {
-    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
-    // It may have ended by itself meanwhile.
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
 }
 
 fn quiet(command: &mut Command) -> Child {

@@ -367,7 +367,7 @@ impl Cpu {
 
     /// The slow half of a store through the look-up table: somebody wants to hear of it.
     #[cold]
-    fn stored_to_noted(&mut self, pointer: *mut u8, bytes: u64) {
+    pub(crate) fn stored_to_noted(&mut self, pointer: *mut u8, bytes: u64) {
         // Not by another walk: the guest's tables may say something else by now, the bytes are where they are.
         if let Some(address) = self.services.memory.address_of(pointer) {
             self.stored_to_physical(address.0, bytes);

@@ -11,6 +11,9 @@ use polder_memory::PAGE_SIZE;
 use crate::cpu::{CodeSize, Cpu};
 use crate::op::{Op, abandon};
 
+/// [`Block::heat`] of a block that stays with the interpreter.
+pub const COLD_FOR_EVER: u32 = u32::MAX;
+
 /// Where a block lies and where its ops are. Owned by [`crate::block_cache::Blocks`].
 pub struct Block {
     /// The first op; the last one of a block never returns `Flow::Next`.
@@ -25,6 +28,8 @@ pub struct Block {
     pub code: CodeSize,
     /// Cleared when the bytes may have changed.
     pub valid: Cell<bool>,
+    /// Times it ran while something counts; [`COLD_FOR_EVER`] if it has no translation.
+    pub heat: Cell<u32>,
     /// Next block in the same bucket of the look-up by physical address.
     pub next: Cell<u32>,
     /// Whether the first op stands for two instructions.

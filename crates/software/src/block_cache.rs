@@ -14,7 +14,7 @@ use iced_x86::{Decoder, DecoderError, FlowControl, Instruction};
 use polder_machine::AccessSize;
 use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
-use crate::block::{Block, Successor};
+use crate::block::{Block, COLD_FOR_EVER, Successor};
 use crate::cpu::{CS, CodeSize, Cpu, is_canonical};
 use crate::fault::Fault;
 use crate::lower::{self, CodeContext};
@@ -88,6 +88,7 @@ impl Blocks {
                 last_page: 0,
                 code: CodeSize::Bits16,
                 valid: Cell::new(false),
+                heat: Cell::new(COLD_FOR_EVER),
                 next: Cell::new(NO_BLOCK),
                 starts_fused: false,
                 chains: false,
@@ -200,6 +201,14 @@ impl Blocks {
             return self.decode_single(cpu, &fetched);
         }
         Ok(block)
+    }
+
+    /// The block at RIP stays with the interpreter.
+    pub(crate) fn keep_cold(&mut self, cpu: &mut Cpu) {
+        if let Ok(block) = self.find(cpu) {
+            // SAFETY: `find` gives a valid block.
+            unsafe { (*block).heat.set(COLD_FOR_EVER) };
+        }
     }
 
     /// Tidies up after running: nothing points into the arenas any more.
@@ -400,6 +409,7 @@ impl Blocks {
             last_page,
             code,
             valid: Cell::new(true),
+            heat: Cell::new(0),
             next: Cell::new(self.buckets[bucket]),
             starts_fused: lowered.starts_fused,
             chains: lowered.chains,
@@ -466,6 +476,7 @@ impl Blocks {
             last_page: fetched.last_page,
             code: cpu.mode.code,
             valid: Cell::new(true),
+            heat: Cell::new(COLD_FOR_EVER),
             next: Cell::new(NO_BLOCK),
             starts_fused: false,
             chains: false,
@@ -542,7 +553,7 @@ fn check_rip(cpu: &mut Cpu, linear: u64) -> Result<(), Fault> {
 }
 
 /// The guest-physical page number behind a linear address, for instruction fetch.
-fn code_page(cpu: &mut Cpu, linear: u64) -> Result<u64, Fault> {
+pub(crate) fn code_page(cpu: &mut Cpu, linear: u64) -> Result<u64, Fault> {
     if let Some(page_number) = cpu.tlb.code_page(linear) {
         return Ok(page_number);
     }

@@ -54,6 +54,10 @@ counters! {
     nmis
     /// Exceptions delivered.
     exceptions
+    /// Look-ups of translated code that missed.
+    translated_misses
+    /// Instructions of translated code that handlers of the interpreter ran.
+    callouts
     /// Returns from the inner loop.
     leaves
     /// Not a count: when this vCPU first fetched code at privilege level 3, on the machine's monotonic clock; zero if it never did.

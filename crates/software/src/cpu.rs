@@ -15,6 +15,7 @@ use crate::msr::Msrs;
 use crate::paravirt::Paravirt;
 use crate::time;
 use crate::tlb::Tlb;
+use crate::translate::Frame;
 use crate::vector::VectorState;
 
 /// Index in `Cpu::gpr` that always reads as zero: an absent base or index register.
@@ -178,6 +179,8 @@ pub struct Cpu {
     /// x87, MMX, SSE and AVX.
     pub vector: VectorState,
     pub services: EngineServices,
+    /// What translated code keeps here.
+    pub(crate) frame: Frame,
 }
 
 /// The model-specific registers of the fast system calls and of SWAPGS.
@@ -268,6 +271,7 @@ impl Cpu {
             counters: Counters::default(),
             vector: VectorState::default(),
             services,
+            frame: Frame::default(),
         };
         cpu.gpr[RDX] = 0x600;
         cpu.update_mode();

@@ -22,6 +22,31 @@ pub struct SoftwareEngine {
     router: Arc<Router>,
 }
 
+/// Which code is translated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Translation {
+    /// What is hot, where the host's CPU has what translated code uses.
+    #[default]
+    Auto,
+    /// Nothing: all code is interpreted.
+    Never,
+    /// All 64-bit code, before it runs for the first time. Slower than `Auto`; tests use it.
+    Always,
+}
+
+/// Times that a block is interpreted before it is translated.
+const HOT: u32 = 16;
+
+impl Translation {
+    fn threshold(self) -> Option<u32> {
+        match self {
+            Translation::Auto => Some(HOT),
+            Translation::Never => None,
+            Translation::Always => Some(0),
+        }
+    }
+}
+
 /// Tells every vCPU of stale code; its inbox bounds what waits.
 struct StaleCode(Vec<Arc<Inbox>>);
 
@@ -35,7 +60,12 @@ impl CodeWatcher for StaleCode {
 
 impl SoftwareEngine {
     /// An engine with vCPUs in power-on state. One engine for each [`polder_memory::GuestMemory`].
-    pub fn new(services: EngineServices, vcpu_count: u32, model: CpuModel) -> Result<Arc<Self>, EngineError> {
+    pub fn new(
+        services: EngineServices,
+        vcpu_count: u32,
+        model: CpuModel,
+        translation: Translation,
+    ) -> Result<Arc<Self>, EngineError> {
         if !(1..=VCPUS_MAX).contains(&vcpu_count) {
             return Err(EngineError::VcpuCount { asked: vcpu_count, max: VCPUS_MAX });
         }
@@ -54,7 +84,9 @@ impl SoftwareEngine {
             let cpu = Cpu::with_platform(services.clone(), model.clone(), apic, epoch_tsc);
             let published = Arc::new(Published::default());
             handles.push(Arc::new(SoftwareHandle { inbox: inbox.clone(), published: published.clone() }));
-            vcpus.push(SoftwareVcpu::new(cpu, published));
+            let vcpu = SoftwareVcpu::new(cpu, published, translation.threshold())
+                .map_err(|source| EngineError::Host { what: "memory for translated code", source })?;
+            vcpus.push(vcpu);
         }
         Ok(Arc::new(SoftwareEngine { vcpus: Mutex::new(vcpus), handles, router }))
     }

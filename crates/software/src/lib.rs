@@ -45,10 +45,11 @@ pub mod testbench;
 mod time;
 mod tlb;
 mod trace;
+mod translate;
 mod vcpu;
 #[cfg(test)]
 mod vcpu_tests;
 mod vector;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
-pub use engine::SoftwareEngine;
+pub use engine::{SoftwareEngine, Translation};

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::block::Block;
+use crate::block::{Block, COLD_FOR_EVER};
 use crate::block_cache::Blocks;
 use crate::cpu::{BLOCK_RIP, Cpu};
 use crate::op::{Flow, Op};
@@ -18,6 +18,8 @@ pub enum Outcome {
     Leave,
     /// An exception is to be delivered: `cpu.fault`, raised by the instruction at `cpu.rip`.
     Fault,
+    /// The block at `cpu.rip` ran often enough to be translated.
+    Hot,
 }
 
 impl Blocks {
@@ -35,6 +37,45 @@ impl Blocks {
             }
             left -= 1;
             let Ok(block) = self.find_after(last, cpu) else { break Outcome::Fault };
+            last = block;
+            match execute(cpu, block) {
+                Flow::Next | Flow::Jump => {}
+                Flow::Leave => break Outcome::Leave,
+                Flow::Fault => break Outcome::Fault,
+            }
+            if cpu.running.abandoned {
+                break Outcome::Leave;
+            }
+        };
+        self.finish(cpu);
+        outcome
+    }
+
+    /// As [`Blocks::run`], until a block is met that has run `threshold` times.
+    pub(crate) fn run_cold(
+        &mut self,
+        cpu: &mut Cpu,
+        attention: &AtomicBool,
+        left: &mut u32,
+        threshold: u32,
+    ) -> Outcome {
+        let mut last: *const Block = self.nowhere();
+        let outcome = loop {
+            if attention.load(Ordering::Relaxed) {
+                break Outcome::Attention;
+            }
+            if *left == 0 {
+                break Outcome::Budget;
+            }
+            *left -= 1;
+            let Ok(block) = self.find_after(last, cpu) else { break Outcome::Fault };
+            // SAFETY: `find_after` gives a valid block.
+            let heat = unsafe { &(*block).heat };
+            match heat.get() {
+                COLD_FOR_EVER => {}
+                heat if heat >= threshold => break Outcome::Hot,
+                times => heat.set(times + 1),
+            }
             last = block;
             match execute(cpu, block) {
                 Flow::Next | Flow::Jump => {}

@@ -1,7 +1,7 @@
 //! A bare processor in a few MiB of memory, for tests and small benchmarks: flat 64-bit mode with identity paging, no devices.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use polder_basics::SystemClock;
 use polder_machine::state::SegmentState;
@@ -13,6 +13,8 @@ pub use crate::cpu::CodeSize;
 use crate::cpu::{CS, Cpu, SS, cr0, cr4, efer};
 use crate::fault::Exception;
 use crate::run::Outcome;
+pub use crate::translate::CpuBox;
+use crate::translate::{ArenaMemory, FUNCTIONS, Translator};
 
 /// Bytes of memory.
 pub const MEMORY_BYTES: u64 = 8 << 20;
@@ -36,12 +38,16 @@ impl EoiListener for NoListener {
 struct Stale {
     pages: Mutex<Vec<(u64, u64)>>,
     attention: AtomicBool,
+    arena: OnceLock<Arc<ArenaMemory>>,
 }
 
 impl CodeWatcher for Stale {
     fn code_written(&self, page_number: u64, granules: u64) {
         self.pages.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((page_number, granules));
         self.attention.store(true, Ordering::SeqCst);
+        if let Some(arena) = self.arena.get() {
+            arena.attention().store(0, Ordering::SeqCst);
+        }
     }
 }
 
@@ -56,7 +62,9 @@ pub enum Stop {
 
 /// The bench.
 pub struct TestBench {
-    pub cpu: Cpu,
+    pub cpu: CpuBox,
+    /// Translates everything before it runs for the first time.
+    translator: Option<Box<Translator>>,
     pub blocks: Blocks,
     stale: Arc<Stale>,
 }
@@ -80,10 +88,27 @@ impl TestBench {
             eoi: Arc::new(NoListener),
             clock: Arc::new(SystemClock),
         };
-        let mut bench = TestBench { cpu: Cpu::new(services), blocks: Blocks::new(), stale };
+        let cpu = CpuBox::new(Cpu::new(services)).expect("memory for a test");
+        let _ = stale.arena.set(cpu.memory().clone());
+        let mut bench = TestBench { cpu, translator: None, blocks: Blocks::new(), stale };
         bench.write_page_tables();
         bench.set_mode(CodeSize::Bits64, 0);
         bench
+    }
+
+    /// As [`TestBench::new`], with a translator that translates all code before it runs for the first time; `None` on a host that cannot.
+    pub fn translating() -> Option<TestBench> {
+        let mut bench = TestBench::new();
+        bench.translator = Translator::new(FUNCTIONS, 0).expect("memory for a test").map(Box::new);
+        bench.translator.is_some().then_some(bench)
+    }
+
+    /// Runs a while, by the tier that the bench has.
+    fn advance(&mut self, stale: &Stale, budget: u32) -> Outcome {
+        match &mut self.translator {
+            Some(translator) => translator.run(&mut self.cpu, &mut self.blocks, &stale.attention, budget),
+            None => self.blocks.run(&mut self.cpu, &stale.attention, budget),
+        }
     }
 
     /// Identity tables of four levels.
@@ -104,7 +129,11 @@ impl TestBench {
         self.write_page_tables();
         self.drop_stale();
         self.blocks.flush();
-        self.cpu = Cpu::new(self.cpu.services.clone());
+        let services = self.cpu.services.clone();
+        *self.cpu = Cpu::new(services);
+        if let Some(translator) = &mut self.translator {
+            translator.flush(self.cpu.split().1);
+        }
     }
 
     /// Flat segments for code of a size at a privilege level, with paging as it is: long mode with identity tables. The other
@@ -175,7 +204,7 @@ impl TestBench {
         let stale = self.stale.clone();
         while self.cpu.instructions < end {
             self.drop_stale();
-            let outcome = self.blocks.run(&mut self.cpu, &stale.attention, 1 << 16);
+            let outcome = self.advance(&stale, 1 << 16);
             if let Some(stop) = self.stop(outcome) {
                 return stop;
             }
@@ -188,7 +217,7 @@ impl TestBench {
         let stale = self.stale.clone();
         for _ in 0..blocks {
             self.drop_stale();
-            let outcome = self.blocks.run(&mut self.cpu, &stale.attention, 2);
+            let outcome = self.advance(&stale, 2);
             if self.stop(outcome).is_some() {
                 return;
             }
@@ -254,6 +283,9 @@ impl TestBench {
         let stale = std::mem::take(&mut *self.stale.pages.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         for (page_number, granules) in stale {
             self.blocks.invalidate(page_number, granules);
+            if let Some(translator) = &mut self.translator {
+                translator.invalidate(page_number, granules, self.cpu.split().1);
+            }
         }
     }
 }

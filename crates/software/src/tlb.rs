@@ -101,7 +101,7 @@ struct Context {
 
 /// All tables of one vCPU.
 pub struct Tlb {
-    data: Box<[DataEntry; 4 * DATA_ENTRIES]>,
+    data: [DataEntry; 4 * DATA_ENTRIES],
     code: Box<[CodeEntry; 2 * CODE_ENTRIES]>,
     second: SecondLevel,
     /// First entry of the data table in use.
@@ -145,10 +145,7 @@ impl Default for Tlb {
     fn default() -> Self {
         let code = CodeEntry { tag: NO_TAG, page_number: 0 };
         Tlb {
-            data: vec![DataEntry::NONE; 4 * DATA_ENTRIES]
-                .into_boxed_slice()
-                .try_into()
-                .unwrap_or_else(|_| unreachable!("same length")),
+            data: [DataEntry::NONE; 4 * DATA_ENTRIES],
             code: vec![code; 2 * CODE_ENTRIES]
                 .into_boxed_slice()
                 .try_into()
@@ -199,15 +196,12 @@ fn large_bit(linear: u64, shift: u32) -> (usize, u64) {
 
 /// Where generated code finds what [`Tlb::data_entry`] and [`Tlb::tag`] look at: offsets in [`Tlb`].
 pub struct DataLayout {
-    /// Address of the first entry of all tables.
+    /// The first entry of all tables.
     pub table: usize,
     /// Number of the first entry in use.
     pub first: usize,
     pub generation: usize,
 }
-
-/// Generated code loads the tables' address: it is to be changed with this.
-const _: fn(&Tlb) -> &Box<[DataEntry; 4 * DATA_ENTRIES]> = |tlb| &tlb.data;
 
 pub const DATA_LAYOUT: DataLayout = DataLayout {
     table: offset_of!(Tlb, data),
@@ -220,6 +214,14 @@ fn index(linear: u64, entries: usize) -> usize {
 }
 
 impl Tlb {
+    /// Where translated code finds the entries of the first data table.
+    pub(crate) const DATA_OFFSET: usize = std::mem::offset_of!(Tlb, data);
+
+    /// Where translated code finds the generation of a data table.
+    pub(crate) const fn generation_offset(table: usize) -> usize {
+        std::mem::offset_of!(Tlb, generations) + table * size_of::<u64>()
+    }
+
     /// The entry that could hold `linear`'s page in the table in use.
     #[inline(always)]
     pub fn data_entry(&self, linear: u64) -> &DataEntry {

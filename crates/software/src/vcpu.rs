@@ -9,6 +9,7 @@
 //!
 //! While halted the thread sleeps in the host until the inbox is signalled or the timer is due.
 
+use std::io;
 use std::sync::Arc;
 
 use polder_machine::state::{RunState, VcpuState};
@@ -25,14 +26,16 @@ use crate::run::Outcome;
 use crate::system::Delivery;
 use crate::time::{NEVER, host_tsc, ticks_to_ns};
 use crate::trace;
+use crate::translate::{CpuBox, FUNCTIONS, Translator};
 
 /// Blocks between two looks at the clock: some 10 to 20 microseconds.
 const BLOCKS_BETWEEN_LOOKS: u32 = 256;
 
 /// One vCPU, owned by its thread.
 pub struct SoftwareVcpu {
-    cpu: Cpu,
+    cpu: CpuBox,
     blocks: Blocks,
+    translator: Option<Box<Translator>>,
     inbox: Arc<Inbox>,
     published: Arc<Published>,
     /// INIT has come, SIPI has not.
@@ -47,19 +50,27 @@ pub struct SoftwareVcpu {
 
 impl SoftwareVcpu {
     /// A vCPU after power-on.
-    pub fn new(cpu: Cpu, published: Arc<Published>) -> Self {
+    /// `threshold`: times that a block is interpreted before it is translated; `None`: no translation.
+    pub fn new(cpu: Cpu, published: Arc<Published>, threshold: Option<u32>) -> io::Result<Self> {
         let inbox = cpu.apic.inbox().clone();
+        let cpu = CpuBox::new(cpu)?;
+        let translator = match threshold {
+            Some(threshold) => Translator::new(FUNCTIONS, threshold)?.map(Box::new),
+            None => None,
+        };
+        inbox.set_arena(cpu.memory().clone());
         let waits_for_sipi = cpu.apic.id() != 0;
-        SoftwareVcpu {
+        Ok(SoftwareVcpu {
             cpu,
             blocks: Blocks::new(),
+            translator,
             inbox,
             published,
             waits_for_sipi,
             nmis_pending: 0,
             kicked: false,
             slack_set: false,
-        }
+        })
     }
 
     /// Takes everything out of the inbox; `true`: stop.
@@ -69,10 +80,13 @@ impl SoftwareVcpu {
         }
         let stale = self.inbox.take_stale();
         if stale.everything {
-            self.blocks.flush();
+            self.flush_code();
         }
         for (page_number, granules) in stale.pages {
             self.blocks.invalidate(page_number, granules);
+            if let Some(translator) = &mut self.translator {
+                translator.invalidate(page_number, granules, self.cpu.split().1);
+            }
         }
         let (events, sipi_vector) = self.inbox.take_events();
         if events == 0 {
@@ -93,6 +107,14 @@ impl SoftwareVcpu {
             self.kicked = true;
         }
         events & EVENT_STOP != 0
+    }
+
+    /// Drops all decoded and translated code.
+    fn flush_code(&mut self) {
+        self.blocks.flush();
+        if let Some(translator) = &mut self.translator {
+            translator.flush(self.cpu.split().1);
+        }
     }
 
     /// INIT: power-on state, but for what the manual keeps: the time-stamp counter, MSRs, XCR0, vector registers (SDM vol. 3, table 10-1).
@@ -116,7 +138,7 @@ impl SoftwareVcpu {
 
     /// Sets the registers of a [`VcpuState`].
     fn load(&mut self, state: &VcpuState) {
-        let cpu = &mut self.cpu;
+        let cpu = &mut *self.cpu;
         cpu.gpr[..16].copy_from_slice(&state.gpr);
         cpu.rip = state.rip;
         cpu.segments = state.segments;
@@ -145,7 +167,7 @@ impl SoftwareVcpu {
             // A state whose tables are bad faults when it runs.
             cpu.load_pae_pointers();
         }
-        self.blocks.flush();
+        self.flush_code();
         self.waits_for_sipi = state.run_state == RunState::WaitForSipi;
         self.nmis_pending = 0;
         self.kicked = false;
@@ -184,7 +206,7 @@ impl SoftwareVcpu {
 
     /// Delivers what waits to be delivered before the next instruction.
     fn deliver_pending(&mut self) -> Delivery {
-        let cpu = &mut self.cpu;
+        let cpu = &mut *self.cpu;
         if cpu.trap_pending() {
             cpu.counters.exceptions += 1;
             if cpu.deliver_trap() == Delivery::TripleFault {
@@ -225,7 +247,12 @@ impl SoftwareVcpu {
     fn advance(&mut self) -> Delivery {
         let traced = trace::is_on();
         if !(self.cpu.interrupt_shadow || self.cpu.needs_single_step() || traced) {
-            let outcome = self.blocks.run(&mut self.cpu, self.inbox.attention(), BLOCKS_BETWEEN_LOOKS);
+            let outcome = match &mut self.translator {
+                Some(translator) => {
+                    translator.run(&mut self.cpu, &mut self.blocks, self.inbox.attention(), BLOCKS_BETWEEN_LOOKS)
+                }
+                None => self.blocks.run(&mut self.cpu, self.inbox.attention(), BLOCKS_BETWEEN_LOOKS),
+            };
             return self.finish(outcome);
         }
         if traced {
@@ -296,7 +323,7 @@ impl Vcpu for SoftwareVcpu {
     }
 
     fn state(&self) -> VcpuState {
-        let cpu = &self.cpu;
+        let cpu = &*self.cpu;
         let mut gpr = [0; 16];
         gpr.copy_from_slice(&cpu.gpr[..16]);
         VcpuState {
@@ -330,7 +357,7 @@ impl Vcpu for SoftwareVcpu {
     }
 
     fn reset(&mut self) {
-        let old = &self.cpu;
+        let old = &*self.cpu;
         let index = old.apic.id() as usize;
         let router: Arc<Router> = old.apic.router().clone();
         // What was sent to the processor before the reset is void; a request to stop is not.
@@ -340,9 +367,9 @@ impl Vcpu for SoftwareVcpu {
         let mut cpu = Cpu::with_platform(old.services.clone(), old.model.clone(), apic, old.epoch_tsc);
         cpu.counters = old.counters;
         cpu.instructions = old.instructions;
-        self.cpu = cpu;
+        *self.cpu = cpu;
         // The new look-up tables count their generations anew.
-        self.blocks.flush();
+        self.flush_code();
         self.waits_for_sipi = index != 0;
         self.nmis_pending = 0;
         self.kicked = false;

@@ -43,7 +43,10 @@ impl Machine {
             memory.write(GuestAddress(4 * vector), &handler.to_le_bytes()).unwrap();
         }
         let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
-        Machine { engine: SoftwareEngine::new(services, vcpu_count, model).unwrap(), memory }
+        Machine {
+            engine: SoftwareEngine::new(services, vcpu_count, model, crate::Translation::default()).unwrap(),
+            memory,
+        }
     }
 
     fn write(&self, address: u64, bytes: &[u8]) {

@@ -83,6 +83,8 @@ pub struct Identity {
     pub mac: [u8; 6],
 }
 
+pub use polder_software::Translation;
+
 /// The CPU model of machines that ask for no other.
 pub const CPU_MODEL_NEWEST: &str = polder_software::CpuModel::NEWEST;
 
@@ -97,6 +99,8 @@ pub struct MachineConfig {
     pub cpus: u32,
     pub ram_bytes: u64,
     pub engine: EngineChoice,
+    /// Which code the software engine translates.
+    pub translation: Translation,
     /// Name of a CPU model, with features to add and to take away: `polder-v3,+pku,-avx2`.
     pub cpu_model: String,
     pub net: NetConfig,
@@ -121,6 +125,7 @@ impl MachineConfig {
             cpus: 1,
             ram_bytes: 512 * MIB,
             engine: EngineChoice::default(),
+            translation: Translation::default(),
             cpu_model: CPU_MODEL_NEWEST.to_owned(),
             net: NetConfig::default(),
             vsock: None,

@@ -16,7 +16,7 @@ pub(crate) fn make(config: &MachineConfig, services: EngineServices, cpus: u32) 
         // Until the KVM engine is there, the software engine is the faster of those that work.
         EngineChoice::Auto | EngineChoice::Software => {
             let model = CpuModel::parse(&config.cpu_model)?;
-            Ok(SoftwareEngine::new(services, cpus, model)?)
+            Ok(SoftwareEngine::new(services, cpus, model, config.translation)?)
         }
         EngineChoice::Kvm => Err(VmmError::NoKvmEngine),
     }

@@ -21,7 +21,7 @@ use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
     CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, Identity, MachineConfig,
-    NetConfig, Outcome, ResetPolicy, TestDevices,
+    NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
 };
 
 use options::{parse_disk, parse_net};
@@ -73,6 +73,9 @@ pub struct BootArguments {
     /// What runs the guest: auto takes the faster engine that works here
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     engine: EngineName,
+    /// Which code the software engine translates: auto (what is hot), never (interpret all), always (before it first runs)
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    translate: TranslateName,
     /// What processor the guest sees: polder-v2 or polder-v3, then features to add or to take away, as in polder-v3,+pku,-avx2
     #[arg(long, value_name = "MODEL[,+FEATURE|,-FEATURE]...", default_value = CPU_MODEL_NEWEST)]
     cpu: String,
@@ -105,6 +108,24 @@ pub enum EngineName {
     Auto,
     Software,
     Kvm,
+}
+
+/// Which code is translated.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum TranslateName {
+    Auto,
+    Never,
+    Always,
+}
+
+impl TranslateName {
+    fn choice(self) -> Translation {
+        match self {
+            TranslateName::Auto => Translation::Auto,
+            TranslateName::Never => Translation::Never,
+            TranslateName::Always => Translation::Always,
+        }
+    }
 }
 
 /// Names of consoles.
@@ -149,6 +170,7 @@ impl BootArguments {
             cpus: self.cpus,
             ram_bytes: self.memory.0,
             engine: self.engine.choice(),
+            translation: self.translate.choice(),
             cpu_model: self.cpu.clone(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),

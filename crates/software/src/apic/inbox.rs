@@ -9,10 +9,12 @@
 //! store: either the sleeper does not go to sleep, or the sender wakes it. If the sender's change comes between the sleeper's look
 //! and its futex call, the word no longer is SLEEPING and the kernel refuses to wait.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::thread::futex;
+
+use crate::translate::ArenaMemory;
 
 /// Someone called [`polder_machine::VcpuHandle::stop`].
 pub const EVENT_STOP: u32 = 1 << 0;
@@ -78,6 +80,8 @@ pub struct Inbox {
     /// An external interrupt's vector with bit 8 set; else 0.
     external: AtomicU32,
     stale: Mutex<Stale>,
+    /// Where the vCPU's translated code looks for attention.
+    arena: OnceLock<Arc<ArenaMemory>>,
     pub address: Address,
 }
 
@@ -87,9 +91,17 @@ impl Inbox {
         &self.attention
     }
 
+    /// Tells where the vCPU's translated code looks for attention; once.
+    pub fn set_arena(&self, arena: Arc<ArenaMemory>) {
+        let _ = self.arena.set(arena);
+    }
+
     /// Makes the vCPU look at its inbox soon, asleep or not.
     pub fn signal(&self) {
         self.attention.store(true, Ordering::SeqCst);
+        if let Some(arena) = self.arena.get() {
+            arena.attention().store(0, Ordering::SeqCst);
+        }
         if self.sleep.load(Ordering::SeqCst) == SLEEPING && self.sleep.swap(AWAKE, Ordering::SeqCst) == SLEEPING {
             // Failing means that nobody waits any more.
             let _ = futex::wake(&self.sleep, futex::Flags::PRIVATE, 1);

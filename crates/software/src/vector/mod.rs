@@ -116,6 +116,10 @@ impl Default for VectorState {
 }
 
 impl VectorState {
+    pub(crate) const MXCSR_OFFSET: usize = std::mem::offset_of!(VectorState, mxcsr);
+    pub(crate) const MXCSR_SHARED_OFFSET: usize = std::mem::offset_of!(VectorState, mxcsr_shared);
+    pub(crate) const HOST_MXCSR_OFFSET: usize = std::mem::offset_of!(VectorState, host_mxcsr);
+
     /// Loads the x87 registers into the host's, if they are not there yet.
     #[inline(always)]
     pub fn make_x87_live(&mut self) {

@@ -52,6 +52,9 @@ extern "C" fn handle(signal: libc::c_int, _info: *mut libc::siginfo_t, context: 
     // SAFETY: the kernel passes a valid ucontext to an SA_SIGINFO handler.
     let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
     let rip = registers[libc::REG_RIP as usize] as u64;
+    if crate::translate::redirect(registers) {
+        return;
+    }
     if (AREA_START.load(Ordering::Relaxed)..AREA_END.load(Ordering::Relaxed)).contains(&rip) {
         let landing = if signal == libc::SIGILL {
             &UNDEFINED_LANDING

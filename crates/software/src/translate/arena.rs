@@ -1,0 +1,153 @@
+//! The memory that a vCPU's translated code works in.
+//!
+//! While translated code runs, the host's RSP points at the [`Cpu`]: every field of it has a fixed distance from RSP, and the memory below is
+//! a stack for calls into Rust. So the registers, the look-up tables and the jump tables lie together in one mapping:
+//!
+//! ```text
+//! guard page | stack, growing down | Cpu | Jumps
+//! ```
+//!
+//! The mapping lives as long as anybody who may write the attention word in it.
+
+use std::io;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+
+use super::frame::Frame;
+use crate::cpu::Cpu;
+
+/// Stack for what translated code calls: handlers, and the devices behind them.
+const STACK_BYTES: usize = 2 << 20;
+const GUARD_BYTES: usize = 64 << 10;
+/// Entries of one address space's jump table.
+pub const JUMPS: usize = 4096;
+/// Jump tables; the first is never filled.
+pub const JUMP_TABLES: usize = 16;
+/// Key of an empty entry: no linear address that code is found at is not canonical.
+pub const NO_JUMP: u64 = 1 << 63;
+
+/// Where indirect jumps lead: from linear addresses to translated code.
+#[repr(C)]
+pub struct Jumps {
+    pub keys: [u64; JUMP_TABLES * JUMPS],
+    pub hosts: [u64; JUMP_TABLES * JUMPS],
+}
+
+/// What lies above the stack.
+#[repr(C, align(4096))]
+pub struct Layout {
+    pub cpu: Cpu,
+    pub jumps: Jumps,
+}
+
+/// A mapping of its own, freed with the last reference.
+#[derive(Debug)]
+pub struct ArenaMemory {
+    start: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory; who may touch which part of it is the business of `CpuBox` and of the atomic attention word.
+unsafe impl Send for ArenaMemory {}
+// SAFETY: as above.
+unsafe impl Sync for ArenaMemory {}
+
+impl ArenaMemory {
+    fn new() -> io::Result<ArenaMemory> {
+        let len = GUARD_BYTES + STACK_BYTES + size_of::<Layout>();
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), len, protection, MapFlags::PRIVATE | MapFlags::NORESERVE)? };
+        let arena = ArenaMemory { start: start.cast(), len };
+        // SAFETY: the guard lies at the mapping's start and nothing uses it.
+        unsafe { mprotect(start, GUARD_BYTES, MprotectFlags::empty())? };
+        Ok(arena)
+    }
+
+    fn layout(&self) -> *mut Layout {
+        // SAFETY: inside the mapping.
+        unsafe { self.start.add(GUARD_BYTES + STACK_BYTES).cast() }
+    }
+
+    /// The word that other threads clear to get the vCPU's attention while it runs translated code.
+    pub fn attention(&self) -> &AtomicU32 {
+        // SAFETY: the field lies inside the mapping for as long as `self`; everybody accesses it atomically.
+        unsafe { &*(&raw const (*self.layout()).cpu.frame.jump_table).cast() }
+    }
+}
+
+impl Drop for ArenaMemory {
+    fn drop(&mut self) {
+        // SAFETY: this was the last reference to the mapping. Failing would only leak it.
+        let _ = unsafe { munmap(self.start.cast(), self.len) };
+    }
+}
+
+/// A [`Cpu`] in its arena; otherwise like a box.
+#[derive(Debug)]
+pub struct CpuBox {
+    memory: Arc<ArenaMemory>,
+}
+
+impl CpuBox {
+    /// Puts a processor into an arena.
+    pub fn new(cpu: Cpu) -> io::Result<CpuBox> {
+        let memory = Arc::new(ArenaMemory::new()?);
+        // SAFETY: the layout is mapped, aligned and nobody else knows of it yet. Its jump tables are integers.
+        unsafe {
+            (&raw mut (*memory.layout()).cpu).write(cpu);
+            let jumps = &mut (*memory.layout()).jumps;
+            jumps.keys.fill(NO_JUMP);
+        }
+        Ok(CpuBox { memory })
+    }
+
+    pub fn memory(&self) -> &Arc<ArenaMemory> {
+        &self.memory
+    }
+
+    /// The processor and its jump tables.
+    pub fn split(&mut self) -> (&mut Cpu, &mut Jumps) {
+        // SAFETY: `self` owns the layout.
+        let layout = unsafe { &mut *self.memory.layout() };
+        (&mut layout.cpu, &mut layout.jumps)
+    }
+}
+
+impl Deref for CpuBox {
+    type Target = Cpu;
+
+    fn deref(&self) -> &Cpu {
+        // SAFETY: initialised in `new`; `self` owns it.
+        unsafe { &(*self.memory.layout()).cpu }
+    }
+}
+
+impl DerefMut for CpuBox {
+    fn deref_mut(&mut self) -> &mut Cpu {
+        // SAFETY: as above.
+        unsafe { &mut (*self.memory.layout()).cpu }
+    }
+}
+
+impl Drop for CpuBox {
+    fn drop(&mut self) {
+        // SAFETY: initialised in `new`, dropped once. The attention word is an integer and stays readable.
+        unsafe { std::ptr::drop_in_place(&raw mut (*self.memory.layout()).cpu) };
+    }
+}
+
+/// Distance of the jump tables from the processor.
+pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
+pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;
+
+/// Distance of a field of [`Frame`] from the processor.
+pub const fn frame_offset(field: usize) -> i32 {
+    (std::mem::offset_of!(Cpu, frame) + field) as i32
+}
+
+const _: () = assert!(size_of::<Frame>() < 4096);

@@ -1,0 +1,411 @@
+//! A small assembler for the host: what translated code needs around the guest's own instructions.
+//!
+//! Code is position-independent but for relative jumps out of it, which know the address at which the code will run. Encodings as in SDM vol. 2.
+
+/// A host register by its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reg(pub u8);
+
+pub const RAX: Reg = Reg(0);
+pub const RCX: Reg = Reg(1);
+pub const RBX: Reg = Reg(3);
+pub const RSP: Reg = Reg(4);
+pub const RBP: Reg = Reg(5);
+pub const RSI: Reg = Reg(6);
+pub const RDI: Reg = Reg(7);
+pub const R9: Reg = Reg(9);
+pub const R10: Reg = Reg(10);
+pub const R11: Reg = Reg(11);
+pub const R15: Reg = Reg(15);
+
+/// A memory operand of the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Mem {
+    pub base: Option<Reg>,
+    /// Register and left shift (0 to 3).
+    pub index: Option<(Reg, u8)>,
+    pub displacement: i32,
+}
+
+impl Mem {
+    pub const fn base(base: Reg, displacement: i32) -> Mem {
+        Mem { base: Some(base), index: None, displacement }
+    }
+
+    pub const fn indexed(base: Reg, index: Reg, shift: u8, displacement: i32) -> Mem {
+        Mem { base: Some(base), index: Some((index, shift)), displacement }
+    }
+}
+
+/// A place in the code that jumps lead to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Label(usize);
+
+const UNBOUND: usize = usize::MAX;
+
+/// Condition codes, as in Jcc's opcode.
+pub mod condition {
+    pub const EQUAL: u8 = 4;
+    pub const NOT_EQUAL: u8 = 5;
+}
+
+/// Operations of the two-operand group (their number in the opcode).
+#[derive(Debug, Clone, Copy)]
+pub enum Binary {
+    Or = 1,
+    And = 4,
+    Cmp = 7,
+}
+
+/// Code in the making.
+#[derive(Default)]
+pub struct Assembler {
+    pub bytes: Vec<u8>,
+    labels: Vec<usize>,
+    /// (place of a 32-bit distance, label)
+    fixups: Vec<(usize, Label)>,
+    /// (place of an 8-bit distance, label)
+    short_fixups: Vec<(usize, Label)>,
+}
+
+impl Assembler {
+    pub fn position(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub fn label(&mut self) -> Label {
+        self.labels.push(UNBOUND);
+        Label(self.labels.len() - 1)
+    }
+
+    pub fn bind(&mut self, label: Label) {
+        self.labels[label.0] = self.bytes.len();
+    }
+
+    pub fn is_bound(&self, label: Label) -> bool {
+        self.labels[label.0] != UNBOUND
+    }
+
+    /// Where a bound label is.
+    pub fn place(&self, label: Label) -> usize {
+        self.labels[label.0]
+    }
+
+    /// Fills in the distances to labels; `false` if one is not bound or a short one does not reach.
+    #[must_use]
+    pub fn resolve(&mut self) -> bool {
+        for (at, label) in std::mem::take(&mut self.fixups) {
+            let target = self.labels[label.0];
+            if target == UNBOUND {
+                return false;
+            }
+            let distance = (target as i64 - (at as i64 + 4)) as i32;
+            self.bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
+        }
+        for (at, label) in std::mem::take(&mut self.short_fixups) {
+            let target = self.labels[label.0];
+            let distance = target as i64 - (at as i64 + 1);
+            let Ok(distance) = i8::try_from(distance) else { return false };
+            self.bytes[at] = distance as u8;
+        }
+        true
+    }
+
+    pub fn byte(&mut self, byte: u8) {
+        self.bytes.push(byte);
+    }
+
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    pub fn imm32(&mut self, value: i32) {
+        self.raw(&value.to_le_bytes());
+    }
+
+    fn rex(&mut self, wide: bool, reg: u8, index: u8, base: u8, force: bool) {
+        let rex = 0x40 | u8::from(wide) << 3 | (reg >> 3) << 2 | (index >> 3) << 1 | base >> 3;
+        if rex != 0x40 || force {
+            self.byte(rex);
+        }
+    }
+
+    /// ModRM, SIB and displacement.
+    fn operand(&mut self, reg: u8, mem: Mem) {
+        let reg = (reg & 7) << 3;
+        let Some(base) = mem.base else {
+            // [disp32] or [index * scale + disp32]
+            let (index, shift) = mem.index.map_or((4, 0), |(index, shift)| (index.0 & 7, shift));
+            self.raw(&[reg | 4, shift << 6 | index << 3 | 5]);
+            self.imm32(mem.displacement);
+            return;
+        };
+        let short = i8::try_from(mem.displacement).ok();
+        let mode = match short {
+            Some(0) if base.0 & 7 != 5 => 0,
+            Some(_) => 0x40,
+            None => 0x80,
+        };
+        match mem.index {
+            None if base.0 & 7 != 4 => self.byte(mode | reg | base.0 & 7),
+            None => self.raw(&[mode | reg | 4, 0x24]),
+            Some((index, shift)) => self.raw(&[mode | reg | 4, shift << 6 | (index.0 & 7) << 3 | base.0 & 7]),
+        }
+        match mode {
+            0x40 => self.byte(mem.displacement as u8),
+            0x80 => self.imm32(mem.displacement),
+            _ => {}
+        }
+    }
+
+    fn with_mem(&mut self, wide: bool, opcode: &[u8], reg: u8, mem: Mem) {
+        let index = mem.index.map_or(0, |(index, _)| index.0);
+        let base = mem.base.map_or(0, |base| base.0);
+        self.rex(wide, reg, index, base, false);
+        self.raw(opcode);
+        self.operand(reg, mem);
+    }
+
+    fn with_reg(&mut self, wide: bool, opcode: &[u8], reg: u8, rm: u8) {
+        self.rex(wide, reg, 0, rm, false);
+        self.raw(opcode);
+        self.byte(0xc0 | (reg & 7) << 3 | rm & 7);
+    }
+
+    pub fn mov(&mut self, to: Reg, from: Reg) {
+        if to != from {
+            self.with_reg(true, &[0x8b], to.0, from.0);
+        }
+    }
+
+    pub fn load(&mut self, to: Reg, from: Mem) {
+        self.with_mem(true, &[0x8b], to.0, from);
+    }
+
+    pub fn load32(&mut self, to: Reg, from: Mem) {
+        self.with_mem(false, &[0x8b], to.0, from);
+    }
+
+    pub fn load_u8(&mut self, to: Reg, from: Mem) {
+        self.with_mem(false, &[0x0f, 0xb6], to.0, from);
+    }
+
+    pub fn load_u16(&mut self, to: Reg, from: Mem) {
+        self.with_mem(false, &[0x0f, 0xb7], to.0, from);
+    }
+
+    pub fn store(&mut self, to: Mem, from: Reg) {
+        self.with_mem(true, &[0x89], from.0, to);
+    }
+
+    pub fn store32(&mut self, to: Mem, from: Reg) {
+        self.with_mem(false, &[0x89], from.0, to);
+    }
+
+    pub fn store16(&mut self, to: Mem, from: Reg) {
+        self.byte(0x66);
+        self.with_mem(false, &[0x89], from.0, to);
+    }
+
+    /// MOV r/m64, imm32 sign-extended.
+    pub fn store_imm(&mut self, to: Mem, value: i32) {
+        self.with_mem(true, &[0xc7], 0, to);
+        self.imm32(value);
+    }
+
+    pub fn store32_imm(&mut self, to: Mem, value: u32) {
+        self.with_mem(false, &[0xc7], 0, to);
+        self.imm32(value as i32);
+    }
+
+    pub fn lea(&mut self, to: Reg, from: Mem) {
+        self.with_mem(true, &[0x8d], to.0, from);
+    }
+
+    pub fn lea32(&mut self, to: Reg, from: Mem) {
+        self.with_mem(false, &[0x8d], to.0, from);
+    }
+
+    /// The shortest MOV of a constant. Changes no flag.
+    pub fn constant(&mut self, to: Reg, value: u64) {
+        if let Ok(value) = u32::try_from(value) {
+            self.rex(false, 0, 0, to.0, false);
+            self.byte(0xb8 | to.0 & 7);
+            self.imm32(value as i32);
+        } else if let Ok(value) = i32::try_from(value as i64) {
+            self.with_reg(true, &[0xc7], 0, to.0);
+            self.imm32(value);
+        } else {
+            self.rex(true, 0, 0, to.0, false);
+            self.byte(0xb8 | to.0 & 7);
+            self.raw(&value.to_le_bytes());
+        }
+    }
+
+    pub fn binary(&mut self, operation: Binary, to: Reg, from: Reg) {
+        self.with_reg(true, &[(operation as u8) << 3 | 3], to.0, from.0);
+    }
+
+    pub fn binary_mem(&mut self, operation: Binary, to: Reg, from: Mem) {
+        self.with_mem(true, &[(operation as u8) << 3 | 3], to.0, from);
+    }
+
+    pub fn binary_imm(&mut self, operation: Binary, to: Reg, value: i32) {
+        if let Ok(short) = i8::try_from(value) {
+            self.with_reg(true, &[0x83], operation as u8, to.0);
+            self.byte(short as u8);
+        } else {
+            self.with_reg(true, &[0x81], operation as u8, to.0);
+            self.imm32(value);
+        }
+    }
+
+    pub fn binary32_imm(&mut self, operation: Binary, to: Reg, value: i32) {
+        self.with_reg(false, &[0x81], operation as u8, to.0);
+        self.imm32(value);
+    }
+
+    /// A 32-bit operation on memory with an immediate.
+    pub fn binary32_mem_imm(&mut self, operation: Binary, to: Mem, value: i32) {
+        if let Ok(short) = i8::try_from(value) {
+            self.with_mem(false, &[0x83], operation as u8, to);
+            self.byte(short as u8);
+        } else {
+            self.with_mem(false, &[0x81], operation as u8, to);
+            self.imm32(value);
+        }
+    }
+
+    /// A 64-bit operation on memory with an immediate.
+    pub fn binary_mem_imm(&mut self, operation: Binary, to: Mem, value: i32) {
+        if let Ok(short) = i8::try_from(value) {
+            self.with_mem(true, &[0x83], operation as u8, to);
+            self.byte(short as u8);
+        } else {
+            self.with_mem(true, &[0x81], operation as u8, to);
+            self.imm32(value);
+        }
+    }
+
+    /// CMP byte [mem], imm8
+    pub fn compare8_imm(&mut self, mem: Mem, value: u8) {
+        self.with_mem(false, &[0x80], 7, mem);
+        self.byte(value);
+    }
+
+    pub fn shift_right(&mut self, to: Reg, count: u8) {
+        self.with_reg(true, &[0xc1], 5, to.0);
+        self.byte(count);
+    }
+
+    /// Inverts all bits; changes no flag.
+    pub fn not(&mut self, to: Reg) {
+        self.with_reg(true, &[0xf7], 2, to.0);
+    }
+
+    /// PEXT to, from, [mask] (BMI2): gathers the mask's bits; changes no flag.
+    pub fn extract(&mut self, to: Reg, from: Reg, mask: Mem) {
+        self.vex_mem(to.0, from.0, mask, 2, 2, 0xf5);
+    }
+
+    /// RORX to, from, count (BMI2); changes no flag.
+    pub fn rotate_right(&mut self, to: Reg, from: Reg, count: u8) {
+        self.raw(&[0xc4, (!to.0 >> 3 & 1) << 7 | 0x40 | (!from.0 >> 3 & 1) << 5 | 3, 0xfb, 0xf0]);
+        self.raw(&[0xc0 | (to.0 & 7) << 3 | from.0 & 7, count]);
+    }
+
+    /// A 64-bit VEX instruction reg, vvvv, [mem]; `map` as in VEX.mmmmm, `prefix` as in VEX.pp.
+    fn vex_mem(&mut self, reg: u8, vvvv: u8, mem: Mem, map: u8, prefix: u8, opcode: u8) {
+        let index = mem.index.map_or(0, |(index, _)| index.0);
+        let base = mem.base.map_or(0, |base| base.0);
+        let second = (!reg >> 3 & 1) << 7 | (!index >> 3 & 1) << 6 | (!base >> 3 & 1) << 5 | map;
+        self.raw(&[0xc4, second, 0x80 | (!vvvv & 15) << 3 | prefix, opcode]);
+        self.operand(reg, mem);
+    }
+
+    /// VMOVUPS ymm, [mem]
+    pub fn load_ymm(&mut self, register: u8, mem: Mem) {
+        self.vex_vector(register, mem, 0x10, true);
+    }
+
+    /// VMOVUPS [mem], ymm
+    pub fn store_ymm(&mut self, mem: Mem, register: u8) {
+        self.vex_vector(register, mem, 0x11, true);
+    }
+
+    fn vex_vector(&mut self, register: u8, mem: Mem, opcode: u8, wide: bool) {
+        let index = mem.index.map_or(0, |(index, _)| index.0);
+        let base = mem.base.map_or(0, |base| base.0);
+        let second = (!register >> 3 & 1) << 7 | (!index >> 3 & 1) << 6 | (!base >> 3 & 1) << 5 | 1;
+        self.raw(&[0xc4, second, 0x78 | u8::from(wide) << 2, opcode]);
+        self.operand(register, mem);
+    }
+
+    /// MOVUPS xmm, [mem], for hosts without AVX
+    pub fn load_xmm(&mut self, register: u8, mem: Mem) {
+        self.with_mem(false, &[0x0f, 0x10], register, mem);
+    }
+
+    pub fn store_xmm(&mut self, mem: Mem, register: u8) {
+        self.with_mem(false, &[0x0f, 0x11], register, mem);
+    }
+
+    pub fn load_mxcsr(&mut self, mem: Mem) {
+        self.with_mem(false, &[0x0f, 0xae], 2, mem);
+    }
+
+    pub fn store_mxcsr(&mut self, mem: Mem) {
+        self.with_mem(false, &[0x0f, 0xae], 3, mem);
+    }
+
+    /// LAHF; SETO AL
+    pub fn flags_to_ax(&mut self) {
+        self.raw(&[0x9f, 0x0f, 0x90, 0xc0]);
+    }
+
+    /// ADD AL, 0x7f; SAHF: the reverse of [`Assembler::flags_to_ax`].
+    pub fn flags_from_ax(&mut self) {
+        self.raw(&[0x04, 0x7f, 0x9e]);
+    }
+
+    pub fn push(&mut self, register: Reg) {
+        self.rex(false, 0, 0, register.0, false);
+        self.byte(0x50 | register.0 & 7);
+    }
+
+    pub fn pop(&mut self, register: Reg) {
+        self.rex(false, 0, 0, register.0, false);
+        self.byte(0x58 | register.0 & 7);
+    }
+
+    pub fn ret(&mut self) {
+        self.byte(0xc3);
+    }
+
+    pub fn jump(&mut self, label: Label) {
+        self.byte(0xe9);
+        self.fixups.push((self.bytes.len(), label));
+        self.imm32(0);
+    }
+
+    pub fn jump_if(&mut self, condition: u8, label: Label) {
+        self.raw(&[0x0f, 0x80 | condition]);
+        self.fixups.push((self.bytes.len(), label));
+        self.imm32(0);
+    }
+
+    /// JRCXZ: jumps if RCX is zero, without looking at flags.
+    pub fn jump_if_rcx_zero(&mut self, label: Label) {
+        self.byte(0xe3);
+        self.short_fixups.push((self.bytes.len(), label));
+        self.byte(0);
+    }
+
+    pub fn jump_mem(&mut self, mem: Mem) {
+        self.with_mem(false, &[0xff], 4, mem);
+    }
+
+    pub fn call_reg(&mut self, register: Reg) {
+        self.with_reg(false, &[0xff], 2, register.0);
+    }
+}

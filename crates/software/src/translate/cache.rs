@@ -1,0 +1,93 @@
+//! Memory for translated code: one memfd, mapped twice, never writable and executable at one address.
+
+use std::io;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// A vCPU's translated code.
+#[derive(Debug)]
+pub struct CodeCache {
+    writable: *mut u8,
+    executable: *const u8,
+    len: usize,
+    used: usize,
+}
+
+// SAFETY: the pointers are to mappings of this object's own; writes go through `&mut self` only.
+unsafe impl Send for CodeCache {}
+
+impl CodeCache {
+    pub fn new(len: usize) -> io::Result<Self> {
+        let file = memfd_create("polder-code", MemfdFlags::CLOEXEC)?;
+        ftruncate(&file, len as u64)?;
+        let map = |protection| {
+            // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+            unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &file, 0) }
+        };
+        let executable = map(ProtFlags::READ | ProtFlags::EXEC)?.cast::<u8>().cast_const();
+        let writable = map(ProtFlags::READ | ProtFlags::WRITE)?.cast();
+        Ok(CodeCache { writable, executable, len, used: 0 })
+    }
+
+    /// Where the next code goes, as a distance from the start.
+    pub fn position(&self) -> usize {
+        self.used
+    }
+
+    pub fn free(&self) -> usize {
+        self.len - self.used
+    }
+
+    /// Appends code. The caller has checked that it fits; what does not is left out.
+    pub fn add(&mut self, code: &[u8]) {
+        if code.len() <= self.free() {
+            // SAFETY: the bytes lie inside the mapping, and no code that runs lies there yet.
+            unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len()) };
+            self.used = (self.used + code.len()).next_multiple_of(16).min(self.len);
+        }
+    }
+
+    /// Forgets everything from `position` on.
+    pub fn truncate(&mut self, position: usize) {
+        self.used = position.min(self.used);
+    }
+
+    /// Replaces the 32-bit number at `at`.
+    pub fn patch(&mut self, at: usize, value: i32) {
+        if at + 4 <= self.used {
+            // SAFETY: inside the mapping; only the thread that patches runs this code, and not now.
+            unsafe { self.writable.add(at).cast::<i32>().write_unaligned(value) };
+        }
+    }
+
+    /// Makes the relative jump whose distance is at `at` lead to `target`.
+    pub fn aim(&mut self, at: usize, target: usize) {
+        self.patch(at, (target as i64 - (at as i64 + 4)) as i32);
+    }
+
+    /// Where code is executed.
+    pub fn address(&self, position: usize) -> u64 {
+        self.executable as u64 + position as u64
+    }
+
+    /// The distance from the start of code that is executed at `address`.
+    pub fn position_of(&self, address: u64) -> Option<usize> {
+        let position = address.wrapping_sub(self.executable as u64) as usize;
+        (position < self.len).then_some(position)
+    }
+
+    pub fn executable_range(&self) -> std::ops::Range<u64> {
+        self.executable as u64..self.executable as u64 + self.len as u64
+    }
+}
+
+impl Drop for CodeCache {
+    fn drop(&mut self) {
+        // SAFETY: nothing runs this code or points at it any more: its vCPU goes too. Failing would only leak.
+        unsafe {
+            let _ = munmap(self.writable.cast(), self.len);
+            let _ = munmap(self.executable.cast_mut().cast(), self.len);
+        }
+    }
+}

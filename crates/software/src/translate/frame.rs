@@ -1,0 +1,117 @@
+//! What translated code keeps beside the guest's registers; a part of [`crate::cpu::Cpu`].
+
+use std::mem::offset_of;
+
+use super::arena::{JUMPS, frame_offset};
+use super::assembler::{Mem, RSP};
+use crate::cpu::Cpu;
+
+/// Why translated code came back. Smaller values are numbers of links (see [`super::cache`]).
+pub mod exit {
+    /// An indirect jump to code that the jump table does not know; RIP is set.
+    pub const INDIRECT: u32 = 0xffff_ffff;
+    /// The instruction at RIP is the interpreter's.
+    pub const INTERPRET: u32 = 0xffff_fffe;
+    /// An instruction raised an exception on the host; `miss_address` is where.
+    pub const HOST_FAULT: u32 = 0xffff_fffd;
+    /// A handler left; what it said is in `callout_flow`.
+    pub const CALLOUT: u32 = 0xffff_fffc;
+    /// Somebody wants the vCPU's attention; RIP is set.
+    pub const ATTENTION: u32 = 0xffff_fffb;
+    /// A handler faulted: `cpu.fault`.
+    pub const FAULT: u32 = 0xffff_fffa;
+    /// The first number that is not a link's.
+    pub const FIRST: u32 = 0xffff_ff00;
+}
+
+/// Fields with a fixed distance from RSP.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Frame {
+    /// Index of the jump table in use; 0 (never filled) while somebody wants attention. Other threads write it.
+    pub jump_table: u32,
+    /// Number of the address space as links know it; never used twice.
+    pub space: u32,
+    /// The host's stack pointer outside translated code.
+    pub host_stack: u64,
+    /// Where to go on in translated code.
+    pub target: u64,
+    pub exit: u32,
+    /// Bytes, and bit 31 for a write: what the missed look-up wanted.
+    pub miss: u32,
+    pub miss_address: u64,
+    pub return_address: u64,
+    /// 0: the host's vector registers are the guest's; 1: the guest's are in the processor.
+    pub vectors_missing: u64,
+    pub vectors_were_missing: u64,
+    pub callout_op: u64,
+    /// Bits of a linear address that choose an entry of the data tables.
+    pub index_mask: u64,
+    /// Bits of a linear address that name the page.
+    pub page_mask: u64,
+    /// Bits of a linear address that choose an entry of a jump table.
+    pub jump_mask: u64,
+    pub temporary: [u64; 4],
+    /// The translator, for calls out of translated code.
+    pub translator: u64,
+}
+
+impl Default for Frame {
+    fn default() -> Self {
+        Frame {
+            jump_table: 0,
+            space: 0,
+            host_stack: 0,
+            target: 0,
+            exit: exit::INDIRECT,
+            miss: 0,
+            miss_address: 0,
+            return_address: 0,
+            vectors_missing: 1,
+            vectors_were_missing: 1,
+            callout_op: 0,
+            index_mask: (crate::tlb::DATA_ENTRIES as u64 - 1) << 12,
+            page_mask: !0xfff,
+            jump_mask: JUMPS as u64 - 1,
+            temporary: [0; 4],
+            translator: 0,
+        }
+    }
+}
+
+/// A memory operand for a field of the processor.
+pub const fn cpu_field(offset: usize) -> Mem {
+    Mem::base(RSP, offset as i32)
+}
+
+macro_rules! fields {
+    ($($name:ident = $field:ident;)*) => {
+        $(pub const $name: Mem = Mem::base(RSP, frame_offset(offset_of!(Frame, $field)));)*
+    };
+}
+
+fields! {
+    JUMP_TABLE = jump_table;
+    SPACE = space;
+    HOST_STACK = host_stack;
+    TARGET = target;
+    EXIT = exit;
+    MISS = miss;
+    MISS_ADDRESS = miss_address;
+    RETURN_ADDRESS = return_address;
+    VECTORS_MISSING = vectors_missing;
+    VECTORS_WERE_MISSING = vectors_were_missing;
+    CALLOUT_OP = callout_op;
+    INDEX_MASK = index_mask;
+    PAGE_MASK = page_mask;
+    JUMP_MASK = jump_mask;
+    TEMPORARY = temporary;
+}
+
+pub const RIP: Mem = cpu_field(offset_of!(Cpu, rip));
+pub const ARITHMETIC: Mem = cpu_field(offset_of!(Cpu, arithmetic));
+
+/// The slot of a guest register in [`Cpu::gpr`].
+pub const fn register_slot(register: u8) -> Mem {
+    cpu_field(offset_of!(Cpu, gpr) + 8 * register as usize)
+}

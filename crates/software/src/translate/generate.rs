@@ -1,0 +1,572 @@
+//! From a unit's instructions to host code.
+//!
+//! Most instructions are emitted as themselves: registers are renamed to where they live ([`super::registers`]), a memory operand becomes a look-up
+//! followed by the same instruction on `[ADDRESS + ADDEND]`. An instruction that has no such form calls its handler of the
+//! interpreter ([`Generator::callout`]).
+//!
+//! Flags live in the host's. A look-up clobbers them where nobody needs them; where somebody does it is made of instructions that
+//! leave flags alone (BMI2, JRCXZ).
+
+use std::mem::offset_of;
+
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Register};
+
+use super::assembler::{Assembler, Binary, Label, Mem, RSP, Reg, condition};
+use super::frame::{
+    CALLOUT_OP, EXIT, INDEX_MASK, JUMP_TABLE, MISS, PAGE_MASK, RIP, SPACE, VECTORS_MISSING, cpu_field, exit,
+    register_slot,
+};
+use super::guest_code::{Item, item_at};
+use super::registers::{ADDEND, ADDRESS, SPARE, home};
+use super::thunks::Thunks;
+use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
+use crate::cpu_model::CpuModel;
+use crate::lower::{self, CodeContext};
+use crate::op::Op;
+use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb};
+
+/// Bit of [`super::frame::Frame::miss`] for a write.
+pub const MISS_WRITE: u32 = 1 << 31;
+
+/// Bit of [`super::frame::Frame::miss`]: after a store to a watched page RIP is set, and translated code may be left.
+pub const NOTED_LEAVES: u32 = 1 << 30;
+
+/// Code off the straight path, emitted after it.
+enum Cold {
+    /// A look-up missed: fill the table and try again, or leave the instruction at `rip` to the interpreter.
+    Miss {
+        entry: Label,
+        retry: Label,
+        miss: u32,
+        rip: u64,
+    },
+    /// A store to a watched page is done; `collapsed`: the host address is in ADDRESS alone.
+    Noted {
+        entry: Label,
+        resume: Label,
+        bytes: u32,
+        next: Option<u64>,
+        collapsed: bool,
+    },
+    Leave {
+        entry: Label,
+        exit: u32,
+        rip: u64,
+    },
+    Link {
+        entry: Label,
+        link: usize,
+    },
+    LoadVectors {
+        entry: Label,
+        resume: Label,
+    },
+    /// An indirect jump missed; RIP is stored.
+    Indirect {
+        entry: Label,
+    },
+}
+
+/// A way out of a unit to a known address.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkSite {
+    pub target: u64,
+    /// Place of the jump's distance, from the unit's start.
+    pub jump_at: usize,
+    /// Place of the number of the address space that is compared, negated; only for jumps out of the page.
+    pub space_at: Option<usize>,
+    /// Where the jump leads while it is not linked.
+    pub stub: usize,
+}
+
+/// Ops whose addresses are in generated code.
+pub type Ops = Vec<Box<Op>>;
+
+/// What generation gives.
+pub struct Generated {
+    pub code: Vec<u8>,
+    pub links: Vec<LinkSite>,
+    pub ops: Ops,
+    /// (place from the unit's start, guest address) of instructions that may raise exceptions on the host; ascending.
+    pub faults: Vec<(u32, u64)>,
+}
+
+/// What generation depends on beside the instructions.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    pub model: &'a CpuModel,
+    pub thunks: Thunks,
+    /// Where the code will be, as a distance from the cache's start.
+    pub position: usize,
+    /// The data table in use.
+    pub table: usize,
+    /// Number of the first link.
+    pub first_link: usize,
+}
+
+/// An instruction could not be generated; the unit is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GiveUp;
+
+pub type Result<T> = std::result::Result<T, GiveUp>;
+
+/// How a memory operand is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    Read,
+    Write,
+}
+
+pub struct Generator<'a> {
+    pub asm: Assembler,
+    pub context: Context<'a>,
+    pub items: &'a [Item],
+    pub info: InstructionInfoFactory,
+    encoder: Encoder,
+    labels: Vec<Label>,
+    cold: Vec<Cold>,
+    links: Vec<LinkSite>,
+    /// (link, label of its stub), to fill in `LinkSite::stub`.
+    link_stubs: Vec<Label>,
+    ops: Ops,
+    faults: Vec<(u32, u64)>,
+    /// The vector registers are surely loaded here.
+    pub vectors_loaded: bool,
+    /// Items that jumps inside the unit lead to.
+    is_target: Vec<bool>,
+}
+
+const TLB: usize = offset_of!(Cpu, tlb) + Tlb::DATA_OFFSET;
+
+impl<'a> Generator<'a> {
+    pub fn new(context: Context<'a>, items: &'a [Item]) -> Self {
+        let mut asm = Assembler::default();
+        let labels = items.iter().map(|_| asm.label()).collect();
+        let mut is_target = vec![false; items.len()];
+        for item in items {
+            let target = super::guest_code::branch_target(&item.instruction);
+            if let Some(index) = target.and_then(|target| item_at(items, target)) {
+                is_target[index] = true;
+            }
+        }
+        Generator {
+            asm,
+            context,
+            items,
+            info: InstructionInfoFactory::new(),
+            encoder: Encoder::new(64),
+            labels,
+            cold: Vec::new(),
+            links: Vec::new(),
+            link_stubs: Vec::new(),
+            ops: Ops::new(),
+            faults: Vec::new(),
+            vectors_loaded: false,
+            is_target,
+        }
+    }
+
+    /// Generates the unit.
+    pub fn run(mut self) -> Result<Generated> {
+        let mut ended = false;
+        for index in 0..self.items.len() {
+            if self.is_target[index] {
+                self.vectors_loaded = false;
+            }
+            self.asm.bind(self.labels[index]);
+            let item = self.items[index];
+            ended = self.instruction(&item)?;
+        }
+        if !ended && let Some(last) = self.items.last() {
+            let live = last.live_after != 0;
+            self.link(last.instruction.next_ip(), live);
+        }
+        self.emit_cold();
+        if !self.asm.resolve() {
+            return Err(GiveUp);
+        }
+        for (link, stub) in self.links.iter_mut().zip(&self.link_stubs) {
+            link.stub = self.asm.place(*stub);
+        }
+        Ok(Generated { code: self.asm.bytes, links: self.links, ops: self.ops, faults: self.faults })
+    }
+
+    /// A jump or call to a place of the code cache.
+    fn reach_thunk(&mut self, opcode: u8, thunk: usize) {
+        self.asm.byte(opcode);
+        let from = (self.context.position + self.asm.position() + 4) as i64;
+        self.asm.imm32((thunk as i64 - from) as i32);
+    }
+
+    fn jump_thunk(&mut self, thunk: usize) {
+        self.reach_thunk(0xe9, thunk);
+    }
+
+    fn call_thunk(&mut self, thunk: usize) {
+        self.reach_thunk(0xe8, thunk);
+    }
+
+    /// Stores a constant into RIP; may use SPARE, no flags.
+    fn store_rip(&mut self, rip: u64) {
+        self.store_constant(RIP, rip, SPARE);
+    }
+
+    /// Stores a 64-bit constant; `scratch` is used if it needs more than 32 bits.
+    pub fn store_constant(&mut self, to: Mem, value: u64, scratch: Reg) {
+        match i32::try_from(value as i64) {
+            Ok(short) => self.asm.store_imm(to, short),
+            Err(_) => {
+                self.asm.constant(scratch, value);
+                self.asm.store(to, scratch);
+            }
+        }
+    }
+
+    fn emit_cold(&mut self) {
+        for cold in std::mem::take(&mut self.cold) {
+            match cold {
+                Cold::Miss { entry, retry, miss, rip } => {
+                    self.asm.bind(entry);
+                    self.asm.store32_imm(MISS, miss);
+                    self.store_rip(rip);
+                    self.call_thunk(self.context.thunks.miss);
+                    self.asm.jump(retry);
+                }
+                Cold::Noted { entry, resume, bytes, next, collapsed } => {
+                    self.asm.bind(entry);
+                    if !collapsed {
+                        self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+                    }
+                    self.asm.store32_imm(MISS, bytes | if next.is_some() { NOTED_LEAVES } else { 0 });
+                    if let Some(next) = next {
+                        self.store_rip(next);
+                    }
+                    self.call_thunk(self.context.thunks.noted);
+                    self.asm.jump(resume);
+                }
+                Cold::Leave { entry, exit, rip } => {
+                    self.asm.bind(entry);
+                    self.store_rip(rip);
+                    self.asm.store32_imm(EXIT, exit);
+                    self.jump_thunk(self.context.thunks.exit);
+                }
+                Cold::Link { entry, link } => {
+                    self.asm.bind(entry);
+                    self.asm.store32_imm(EXIT, (self.context.first_link + link) as u32);
+                    self.jump_thunk(self.context.thunks.exit);
+                }
+                Cold::LoadVectors { entry, resume } => {
+                    self.asm.bind(entry);
+                    self.call_thunk(self.context.thunks.load_vectors);
+                    self.asm.jump(resume);
+                }
+                Cold::Indirect { entry } => {
+                    self.asm.bind(entry);
+                    self.asm.store32_imm(EXIT, exit::INDIRECT);
+                    self.jump_thunk(self.context.thunks.exit);
+                }
+            }
+        }
+    }
+
+    /// A label of cold code that leaves with RIP at `rip`.
+    pub fn leave_label(&mut self, exit: u32, rip: u64) -> Label {
+        let entry = self.asm.label();
+        self.cold.push(Cold::Leave { entry, exit, rip });
+        entry
+    }
+
+    /// Ends the unit: the instruction at `rip` is the interpreter's.
+    pub fn interpret(&mut self, rip: u64) {
+        let label = self.leave_label(exit::INTERPRET, rip);
+        self.asm.jump(label);
+    }
+
+    /// Notes that the host may fault in the instruction that is emitted next.
+    pub fn may_fault(&mut self, rip: u64) {
+        self.faults.push((self.asm.position() as u32, rip));
+    }
+
+    /// Whether two addresses lie in one page.
+    fn same_page(&self, target: u64) -> bool {
+        self.items.first().is_some_and(|first| first.instruction.ip() >> 12 == target >> 12)
+    }
+
+    /// Looks for attention before a jump backwards; SPARE is used.
+    pub fn poll(&mut self, target: u64, live: bool) {
+        let leave = self.leave_label(exit::ATTENTION, target);
+        if live {
+            let none = self.asm.label();
+            let some = self.asm.label();
+            self.asm.load32(SPARE, JUMP_TABLE);
+            self.asm.jump_if_rcx_zero(some);
+            self.asm.raw(&[0xeb, 5]);
+            self.asm.bind(some);
+            self.asm.jump(leave);
+            self.asm.bind(none);
+        } else {
+            self.asm.binary32_mem_imm(Binary::Cmp, JUMP_TABLE, 0);
+            self.asm.jump_if(condition::EQUAL, leave);
+        }
+    }
+
+    /// Jumps to a known address: inside the unit, or by a link.
+    pub fn link(&mut self, target: u64, live: bool) {
+        let inside = item_at(self.items, target);
+        if let Some(index) = inside {
+            if self.asm.is_bound(self.labels[index]) {
+                self.poll(target, live);
+            }
+            let label = self.labels[index];
+            self.asm.jump(label);
+            return;
+        }
+        let same_page = self.same_page(target);
+        let is_backward = self.items.first().is_some_and(|first| target <= first.instruction.ip());
+        if is_backward {
+            self.poll(target, live);
+        }
+        let link = self.links.len();
+        let entry = self.asm.label();
+        let mut space_at = None;
+        if !same_page {
+            // The way counts in one address space only.
+            let go = self.asm.label();
+            self.asm.load32(SPARE, SPACE);
+            // LEA ECX, [RCX + disp32]: always the long form, it is patched.
+            self.asm.raw(&[0x8d, 0x89]);
+            space_at = Some(self.asm.position());
+            self.asm.imm32(0);
+            self.asm.jump_if_rcx_zero(go);
+            self.asm.jump(entry);
+            self.asm.bind(go);
+        }
+        self.asm.jump(entry);
+        let jump_at = self.asm.position() - 4;
+        self.links.push(LinkSite { target, jump_at, space_at, stub: 0 });
+        self.link_stubs.push(entry);
+        self.cold.push(Cold::Link { entry, link });
+    }
+
+    /// Jcc to a known address.
+    pub fn link_if(&mut self, code: u8, target: u64, live: bool) {
+        if let Some(index) = item_at(self.items, target) {
+            let label = self.labels[index];
+            if !self.asm.is_bound(label) {
+                self.asm.jump_if(code, label);
+                return;
+            }
+        } else if self.same_page(target) && self.items.first().is_some_and(|first| target > first.instruction.ip()) {
+            let link = self.links.len();
+            let entry = self.asm.label();
+            self.asm.jump_if(code, entry);
+            let jump_at = self.asm.position() - 4;
+            self.links.push(LinkSite { target, jump_at, space_at: None, stub: 0 });
+            self.link_stubs.push(entry);
+            self.cold.push(Cold::Link { entry, link });
+            return;
+        }
+        let skip = self.asm.label();
+        self.asm.jump_if(code ^ 1, skip);
+        self.link(target, live);
+        self.asm.bind(skip);
+    }
+
+    /// Jumps to the guest address in ADDRESS.
+    pub fn jump_indirect(&mut self) {
+        use super::arena::{HOSTS, KEYS};
+        use super::frame::JUMP_MASK;
+        let miss = self.asm.label();
+        let hit = self.asm.label();
+        self.asm.store(RIP, ADDRESS);
+        self.asm.extract(ADDEND, ADDRESS, JUMP_MASK);
+        self.asm.load32(SPARE, JUMP_TABLE);
+        self.asm.lea(ADDEND, Mem::indexed(ADDEND, SPARE, 0, 0));
+        self.asm.load(SPARE, Mem::indexed(RSP, ADDEND, 3, KEYS));
+        self.asm.not(SPARE);
+        self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
+        self.asm.jump_if_rcx_zero(hit);
+        self.asm.jump(miss);
+        self.asm.bind(hit);
+        self.asm.jump_mem(Mem::indexed(RSP, ADDEND, 3, HOSTS));
+        self.cold.push(Cold::Indirect { entry: miss });
+    }
+
+    /// Loads a guest register into a host register, or tells where it is.
+    pub fn register(&mut self, guest: u8, scratch: Reg) -> Reg {
+        home(guest).unwrap_or_else(|| {
+            self.asm.load(scratch, register_slot(guest));
+            scratch
+        })
+    }
+
+    /// Puts a value into a guest register.
+    pub fn set_register(&mut self, guest: u8, from: Reg) {
+        match home(guest) {
+            Some(host) => self.asm.mov(host, from),
+            None => self.asm.store(register_slot(guest), from),
+        }
+    }
+
+    /// Puts the effective address of the instruction's memory operand into `to`, without a segment's base. Uses ADDRESS and ADDEND.
+    pub fn effective_address(&mut self, instruction: &Instruction, to: Reg) -> Result<()> {
+        let base = instruction.memory_base();
+        let index = instruction.memory_index();
+        let displacement = instruction.memory_displacement64();
+        if base == Register::RIP || base == Register::None && index == Register::None {
+            self.asm.constant(to, displacement);
+            return Ok(());
+        }
+        let number = |register: Register| (register.is_gpr64()).then(|| register.full_register().number() as u8);
+        let base = match base {
+            Register::None => None,
+            base => Some(self.register(number(base).ok_or(GiveUp)?, ADDRESS)),
+        };
+        let index = match index {
+            Register::None => None,
+            index => {
+                let register = self.register(number(index).ok_or(GiveUp)?, ADDEND);
+                Some((register, instruction.memory_index_scale().trailing_zeros() as u8))
+            }
+        };
+        let displacement = i32::try_from(displacement as i64).map_err(|_| GiveUp)?;
+        match (base, index) {
+            (Some(base), None) if displacement == 0 => self.asm.mov(to, base),
+            _ => self.asm.lea(to, Mem { base, index, displacement }),
+        }
+        Ok(())
+    }
+
+    /// Adds the base of FS or GS to ADDRESS. Uses SPARE.
+    pub fn add_segment_base(&mut self, instruction: &Instruction) {
+        let segment = match instruction.memory_segment() {
+            Register::FS => crate::cpu::FS,
+            Register::GS => crate::cpu::GS,
+            _ => return,
+        };
+        self.asm.load(SPARE, segment_base(segment));
+        self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, SPARE, 0, 0));
+    }
+
+    /// The look-up of the guest address in ADDRESS: afterwards ADDRESS + ADDEND is the host address of `bytes` bytes; after one for writing
+    /// SPARE is the address of the page's note. `reload` puts the address into ADDRESS again, using ADDEND and flags no more than it did.
+    pub fn look_up(&mut self, item: &Item, bytes: u32, usage: Use, live: bool) {
+        let retry = self.asm.label();
+        let entry = self.asm.label();
+        let table = (TLB + self.context.table * DATA_ENTRIES * size_of::<DataEntry>()) as i32;
+        let tag = match usage {
+            Use::Read => offset_of!(DataEntry, read_tag),
+            Use::Write => offset_of!(DataEntry, write_tag),
+        } as i32;
+        let field = |offset: i32| Mem::indexed(RSP, ADDEND, 0, table + offset);
+        let generation = cpu_field(offset_of!(Cpu, tlb) + Tlb::generation_offset(self.context.table));
+        self.asm.bind(retry);
+        if !live {
+            self.asm.mov(ADDEND, ADDRESS);
+            self.asm.shift_right(ADDEND, 12 - ENTRY_SHIFT);
+            self.asm.binary32_imm(Binary::And, ADDEND, ((DATA_ENTRIES - 1) << ENTRY_SHIFT) as i32);
+            self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
+            self.asm.binary_imm(Binary::And, SPARE, -4096);
+            self.asm.binary_mem(Binary::Or, SPARE, generation);
+            self.asm.binary_mem(Binary::Cmp, SPARE, field(tag));
+            self.asm.jump_if(condition::NOT_EQUAL, entry);
+        } else {
+            use super::frame::TEMPORARY;
+            let hit = self.asm.label();
+            self.asm.store(TEMPORARY, ADDRESS);
+            self.asm.extract(ADDEND, ADDRESS, INDEX_MASK);
+            self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 3)), displacement: 0 });
+            self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
+            self.asm.extract(SPARE, SPARE, PAGE_MASK);
+            self.asm.rotate_right(SPARE, SPARE, 52);
+            self.asm.load(ADDRESS, generation);
+            self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 0));
+            self.asm.load(ADDRESS, Mem::indexed(RSP, ADDEND, 2, table + tag));
+            self.asm.not(ADDRESS);
+            self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
+            self.asm.load(ADDRESS, TEMPORARY);
+            self.asm.jump_if_rcx_zero(hit);
+            self.asm.jump(entry);
+            self.asm.bind(hit);
+            self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 2)), displacement: 0 });
+        }
+        if usage == Use::Write {
+            self.asm.load(SPARE, field(offset_of!(DataEntry, note) as i32));
+        }
+        self.asm.load(ADDEND, field(offset_of!(DataEntry, addend) as i32));
+        let write = if usage == Use::Write { MISS_WRITE } else { 0 };
+        self.cold.push(Cold::Miss { entry, retry, miss: bytes | write, rip: item.instruction.ip() });
+    }
+
+    /// Looks at the note after a store, whose address is in SPARE.
+    pub fn check_note(&mut self, item: &Item, bytes: u32, collapsed: bool, next: Option<u64>) {
+        let entry = self.asm.label();
+        let resume = self.asm.label();
+        if item.live_after == 0 {
+            self.asm.compare8_imm(Mem::base(SPARE, 0), 0);
+            self.asm.jump_if(condition::NOT_EQUAL, entry);
+        } else {
+            self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
+            self.asm.jump_if_rcx_zero(resume);
+            self.asm.jump(entry);
+        }
+        self.asm.bind(resume);
+        self.cold.push(Cold::Noted { entry, resume, bytes, next, collapsed });
+    }
+
+    /// Makes sure that the vector registers are loaded. Uses SPARE.
+    pub fn need_vectors(&mut self, live: bool) {
+        if self.vectors_loaded {
+            return;
+        }
+        self.vectors_loaded = true;
+        let entry = self.asm.label();
+        let resume = self.asm.label();
+        if live {
+            self.asm.load32(SPARE, VECTORS_MISSING);
+            self.asm.jump_if_rcx_zero(resume);
+            self.asm.jump(entry);
+        } else {
+            self.asm.binary32_mem_imm(Binary::Cmp, VECTORS_MISSING, 0);
+            self.asm.jump_if(condition::NOT_EQUAL, entry);
+        }
+        self.asm.bind(resume);
+        self.cold.push(Cold::LoadVectors { entry, resume });
+    }
+
+    /// Encodes a host instruction.
+    pub fn encode(&mut self, instruction: &Instruction) -> Result<()> {
+        self.encoder.encode(instruction, 0).map_err(|_| GiveUp)?;
+        let mut bytes = self.encoder.take_buffer();
+        self.asm.raw(&bytes);
+        bytes.clear();
+        self.encoder.set_buffer(bytes);
+        Ok(())
+    }
+
+    /// Calls the interpreter's handler for an instruction. The call does not return where the handler did not just go on to the next one.
+    pub fn callout(&mut self, item: &Item) {
+        let instruction = &item.instruction;
+        let context = CodeContext { code: CodeSize::Bits64, block_rip: instruction.ip() };
+        let (op, _) = lower::lower_for(self.context.model, instruction, context);
+        let op = Box::new(op);
+        let pointer = &raw const *op as u64;
+        self.ops.push(op);
+        self.store_constant(register_slot(BLOCK_RIP as u8), instruction.ip(), SPARE);
+        self.store_constant(CALLOUT_OP, pointer, SPARE);
+        self.store_rip(instruction.ip());
+        self.call_thunk(self.context.thunks.callout);
+    }
+}
+
+/// Shift of an entry's size.
+const ENTRY_SHIFT: u8 = size_of::<DataEntry>().trailing_zeros() as u8;
+
+/// The base of a segment register.
+pub fn segment_base(segment: u8) -> Mem {
+    cpu_field(
+        offset_of!(Cpu, segments)
+            + usize::from(segment) * size_of::<polder_machine::state::SegmentState>()
+            + offset_of!(polder_machine::state::SegmentState, base),
+    )
+}

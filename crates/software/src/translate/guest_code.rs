@@ -1,0 +1,166 @@
+//! The guest's instructions that become one unit, and which flags they need.
+
+use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+
+use crate::cpu_model::CpuModel;
+
+/// Instructions of a unit.
+pub const ITEMS_MAX: usize = 96;
+/// Instructions looked at to find out whether code behind a jump needs the flags.
+const LOOK_AHEAD: usize = 8;
+/// The arithmetic flags.
+const ARITHMETIC: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+/// One instruction of a unit.
+#[derive(Debug, Clone, Copy)]
+pub struct Item {
+    pub instruction: Instruction,
+    /// Arithmetic flags that this instruction or what follows it may read, as they are before it.
+    pub live_before: u32,
+    pub live_after: u32,
+}
+
+/// What an instruction reads of the flags, and what it surely overwrites.
+fn flag_use(instruction: &Instruction) -> (u32, u32) {
+    let reads = instruction.rflags_read() & ARITHMETIC;
+    let kills = instruction.rflags_modified() & ARITHMETIC;
+    match instruction.mnemonic() {
+        // A count of zero leaves the flags alone.
+        Mnemonic::Shl
+        | Mnemonic::Shr
+        | Mnemonic::Sar
+        | Mnemonic::Sal
+        | Mnemonic::Rol
+        | Mnemonic::Ror
+        | Mnemonic::Rcl
+        | Mnemonic::Rcr
+        | Mnemonic::Shld
+        | Mnemonic::Shrd
+            if !has_nonzero_count(instruction) =>
+        {
+            (reads, 0)
+        }
+        // Left as they are on some processors where the manual calls them undefined.
+        Mnemonic::Bsf | Mnemonic::Bsr => (reads, RflagsBits::ZF),
+        Mnemonic::Pushf
+        | Mnemonic::Pushfq
+        | Mnemonic::Lahf
+        | Mnemonic::Syscall
+        | Mnemonic::Int
+        | Mnemonic::Int1
+        | Mnemonic::Int3 => (ARITHMETIC, 0),
+        _ if instruction.has_rep_prefix() || instruction.has_repne_prefix() => (reads, 0),
+        _ => (reads, kills),
+    }
+}
+
+fn has_nonzero_count(instruction: &Instruction) -> bool {
+    let last = instruction.op_count() - 1;
+    instruction.op_kind(last) == OpKind::Immediate8 && instruction.immediate8() & 0x1f != 0
+}
+
+/// Whether the host may be given this instruction as the guest has it, as far as the model is concerned.
+pub fn is_of_model(model: &CpuModel, instruction: &Instruction) -> bool {
+    !instruction.is_invalid() && instruction.cpuid_features().iter().all(|&kind| model.supports(kind))
+}
+
+/// Decodes a unit from bytes of one page, up to its first unconditional transfer.
+pub fn decode(bytes: &[u8], linear: u64, options: u32) -> Vec<Item> {
+    let mut decoder = Decoder::with_ip(64, bytes, linear, options);
+    let mut items = Vec::with_capacity(ITEMS_MAX);
+    while items.len() < ITEMS_MAX && decoder.can_decode() {
+        let instruction = decoder.decode();
+        if instruction.is_invalid() {
+            break;
+        }
+        items.push(Item { instruction, live_before: 0, live_after: 0 });
+        match instruction.flow_control() {
+            FlowControl::Next | FlowControl::ConditionalBranch => {}
+            _ => break,
+        }
+    }
+    find_live_flags(&mut items, bytes, linear, options);
+    items
+}
+
+/// Where in the unit an address is, if it is the start of an instruction.
+pub fn item_at(items: &[Item], linear: u64) -> Option<usize> {
+    items.binary_search_by(|item| item.instruction.ip().cmp(&linear)).ok()
+}
+
+fn find_live_flags(items: &mut [Item], bytes: &[u8], linear: u64, options: u32) {
+    let outside: Vec<u32> = items
+        .iter()
+        .map(|item| {
+            let target = branch_target(&item.instruction);
+            target.map_or(ARITHMETIC, |target| live_at(bytes, linear, target, options))
+        })
+        .collect();
+    let end = items.last().map_or(linear, |item| item.instruction.next_ip());
+    let behind = live_at(bytes, linear, end, options);
+    loop {
+        let mut changed = false;
+        for index in (0..items.len()).rev() {
+            let instruction = items[index].instruction;
+            let next = items.get(index + 1).map_or(behind, |next| next.live_before);
+            let to = || match branch_target(&instruction).and_then(|target| item_at(items, target)) {
+                Some(inside) => items[inside].live_before,
+                None => outside[index],
+            };
+            let live_after = match instruction.flow_control() {
+                FlowControl::Next => next,
+                FlowControl::ConditionalBranch => next | to(),
+                FlowControl::UnconditionalBranch | FlowControl::Call => to(),
+                _ => ARITHMETIC,
+            };
+            let (reads, kills) = flag_use(&instruction);
+            let live_before = reads | live_after & !kills;
+            let item = &mut items[index];
+            changed |= item.live_before != live_before || item.live_after != live_after;
+            (item.live_before, item.live_after) = (live_before, live_after);
+        }
+        if !changed {
+            return;
+        }
+    }
+}
+
+/// The target of a relative branch.
+pub fn branch_target(instruction: &Instruction) -> Option<u64> {
+    (instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64)
+        .then(|| instruction.near_branch_target())
+}
+
+/// Which flags the code at `target` may read before it overwrites them.
+fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
+    let Some(rest) = usize::try_from(target.wrapping_sub(linear)).ok().and_then(|offset| bytes.get(offset..)) else {
+        return ARITHMETIC;
+    };
+    let mut decoder = Decoder::with_ip(64, rest, target, options);
+    let mut unknown = ARITHMETIC;
+    for _ in 0..LOOK_AHEAD {
+        if !decoder.can_decode() {
+            break;
+        }
+        let instruction = decoder.decode();
+        let (reads, kills) = flag_use(&instruction);
+        if instruction.is_invalid() || reads & unknown != 0 {
+            return ARITHMETIC;
+        }
+        unknown &= !kills;
+        if unknown == 0 {
+            return 0;
+        }
+        if instruction.flow_control() != FlowControl::Next {
+            break;
+        }
+    }
+    ARITHMETIC
+}
+
+/// The number of a general-purpose register of any width, and whether it is one of AH, CH, DH, BH.
+pub fn general_register(register: Register) -> Option<(u8, bool)> {
+    let high = matches!(register, Register::AH | Register::CH | Register::DH | Register::BH);
+    register.is_gpr().then(|| (register.full_register().number() as u8, high))
+}

@@ -1,0 +1,40 @@
+//! Translation: hot guest code becomes host code.
+//!
+//! Guest and host speak the same instruction set, so most instructions are emitted as themselves, on registers and flags that stay in the
+//! host's. What has to be added is the look-up of each memory operand ([`generate`]) and the finding of code behind jumps. Cold code, and everything that
+//! is not 64-bit code with all vector units on, is interpreted: an instruction always means what its handler of the interpreter means.
+//!
+//! A *unit* is translated at a time: the instructions from one address to the first unconditional transfer, inside one page. A unit is a
+//! function of its bytes, their physical and their linear address, and of the data table in use. Ways out of a unit to known addresses are
+//! *links*: jumps that lead into cold code until they are taken for the first time and are then aimed at the other unit. A link out of the
+//! page counts in one address space only; it compares the number of the space. Other jumps go through a jump table for the address space.
+//!
+//! Invariants:
+//! - At each instruction's start all guest registers are at home ([`registers`]) and flags are in the host's, so that translated code may be left,
+//!   and jumped into, at any of them.
+//! - A cycle of translated code passes a poll: a jump backwards looks at [`frame::Frame::jump_table`], an indirect one indexes with it.
+//! - Translated code touches guest memory through a matching entry of the look-up tables only, and looks at the note after each store.
+//! - Units are dropped, links aimed and code written by the vCPU's own thread, while it runs no translated code.
+//!
+//! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
+//! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `units` (what is translated, and how it is found), `run`
+//! (the loop around), `signal` (exceptions on the host).
+
+mod arena;
+mod assembler;
+mod cache;
+mod frame;
+mod generate;
+mod guest_code;
+mod instruction;
+mod registers;
+mod run;
+mod signal;
+mod thunks;
+mod units;
+
+pub use arena::{ArenaMemory, CpuBox};
+pub use frame::Frame;
+pub use run::FUNCTIONS;
+pub(crate) use signal::redirect;
+pub use units::Translator;

@@ -1,0 +1,200 @@
+//! The loop around translated code.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::Translator;
+use super::arena::CpuBox;
+use super::frame::exit;
+use super::generate::{MISS_WRITE, NOTED_LEAVES};
+use super::thunks::{Enter, Functions};
+use crate::block_cache::Blocks;
+use crate::cpu::{Cpu, cr4};
+use crate::op::{Flow, Op};
+use crate::page_walk::{Access, Privilege};
+use crate::run::Outcome;
+use crate::tlb::WATCHED;
+use crate::vector::class;
+
+/// The functions that translated code calls.
+pub const FUNCTIONS: Functions = Functions { miss, noted, callout };
+
+/// A look-up missed: fills the table. Not 0: the access is the interpreter's.
+unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u32 {
+    // SAFETY: translated code passes the processor that runs it, to which nobody else has a reference meanwhile.
+    let cpu = unsafe { &mut *cpu };
+    cpu.counters.translated_misses += 1;
+    let write = cpu.frame.miss & MISS_WRITE != 0;
+    let bytes = u64::from(cpu.frame.miss & !MISS_WRITE);
+    let linear = cpu.frame.miss_address;
+    let access = if write { Access::Write } else { Access::Read };
+    let filled = cpu.check_access(linear, bytes, access, crate::cpu::DS, Privilege::Current).is_ok();
+    let entry = cpu.tlb.data_entry(linear);
+    let tag = if write { entry.write_tag } else { entry.read_tag };
+    if filled && tag == cpu.tlb.tag(linear, bytes) {
+        return 0;
+    }
+    cpu.frame.exit = exit::INTERPRET;
+    1
+}
+
+/// A store to a watched page is done.
+unsafe extern "sysv64" fn noted(cpu: *mut Cpu) -> u32 {
+    // SAFETY: as in `miss`.
+    let cpu = unsafe { &mut *cpu };
+    let bytes = u64::from(cpu.frame.miss & !NOTED_LEAVES);
+    cpu.stored_to_noted(cpu.frame.miss_address as *mut u8, bytes);
+    cpu.frame.exit = exit::ATTENTION;
+    u32::from(cpu.frame.miss & NOTED_LEAVES != 0 && cpu.frame_attention())
+}
+
+/// An instruction that the interpreter runs.
+unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
+    // SAFETY: as in `miss`; the op belongs to the unit that runs.
+    let (cpu, op) = unsafe { (&mut *cpu, &*op) };
+    cpu.counters.callouts += 1;
+    let tag = cpu.tlb.fetch_tag;
+    let table = cpu.tlb.data_table();
+    let flow = (op.handler.get())(cpu, op);
+    cpu.instructions = cpu.instructions.wrapping_add(1);
+    match flow {
+        Flow::Next => {
+            if cpu.tlb.fetch_tag == tag && cpu.tlb.data_table() == table && !cpu.frame_attention() {
+                return 0;
+            }
+            cpu.rip = op.next_rip(cpu);
+            cpu.frame.exit = exit::ATTENTION;
+        }
+        Flow::Jump => cpu.frame.exit = exit::INDIRECT,
+        Flow::Leave => cpu.frame.exit = exit::CALLOUT,
+        Flow::Fault => {
+            cpu.instructions = cpu.instructions.wrapping_sub(1);
+            cpu.rip = op.rip(cpu);
+            cpu.frame.exit = exit::FAULT;
+        }
+    }
+    1
+}
+
+impl Cpu {
+    /// Whether somebody has asked for attention since translated code was entered.
+    fn frame_attention(&self) -> bool {
+        // SAFETY: the word is only ever accessed atomically while other threads know of it.
+        let word: &std::sync::atomic::AtomicU32 = unsafe { &*(&raw const self.frame.jump_table).cast() };
+        word.load(Ordering::Relaxed) == 0
+    }
+
+    /// Whether the code at RIP may run translated: 64-bit code with everything on, nobody watching single accesses.
+    #[inline]
+    fn may_run_translated(&self) -> bool {
+        const ALL: u8 = class::X87 | class::MMX | class::SSE | class::AVX;
+        self.is_64_bit()
+            && self.vector.enabled & ALL == ALL
+            && self.tlb.data_table() != WATCHED
+            && self.cr4 & cr4::LA57 == 0
+    }
+}
+
+impl Translator {
+    /// Runs guest code from RIP on, translated where it is hot. As [`Blocks::run`]; `budget` counts interpreted blocks and returns from translated code.
+    pub fn run(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks, attention: &AtomicBool, budget: u32) -> Outcome {
+        super::signal::set_code(self.cache.executable_range(), self.cache.address(self.thunks.landing));
+        let mut left = budget;
+        loop {
+            if attention.load(Ordering::Relaxed) {
+                return Outcome::Attention;
+            }
+            if left == 0 {
+                return Outcome::Budget;
+            }
+            if !cpu.may_run_translated() {
+                return blocks.run(cpu, attention, left);
+            }
+            let (processor, jumps) = cpu.split();
+            self.select_space(processor, jumps);
+            let mut host = self.known(processor.rip, jumps);
+            if host.is_none() {
+                let mut unit = self.find(processor, jumps);
+                if unit.is_none() && self.threshold == 0 {
+                    unit = self.translate(processor, jumps).and_then(|_| self.find(processor, jumps));
+                }
+                host = unit.map(|unit| self.host_of(unit));
+            }
+            let Some(host) = host else {
+                match blocks.run_cold(cpu, attention, &mut left, self.threshold) {
+                    Outcome::Hot => {
+                        let (processor, jumps) = cpu.split();
+                        if self.translate(processor, jumps).is_none() {
+                            blocks.keep_cold(processor);
+                        }
+                    }
+                    outcome => return outcome,
+                }
+                continue;
+            };
+            left -= 1;
+            if let Some(outcome) = self.enter(cpu, blocks, host, attention) {
+                return outcome;
+            }
+        }
+    }
+
+    /// Runs translated code from `host` on until it comes back. `None`: go on.
+    fn enter(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks, host: u64, attention: &AtomicBool) -> Option<Outcome> {
+        let memory = cpu.memory().clone();
+        let word = memory.attention();
+        let (processor, jumps) = cpu.split();
+        let mut host = host;
+        loop {
+            let table = self.select_space(processor, jumps);
+            // Either this sees a request for attention, or whoever makes it clears the word after this.
+            word.swap(table, Ordering::SeqCst);
+            if attention.load(Ordering::SeqCst) {
+                return Some(Outcome::Attention);
+            }
+            // SAFETY: the thunk is code of the signature; the cache is executable.
+            let enter: Enter = unsafe { std::mem::transmute(self.cache.address(self.thunks.enter)) };
+            // SAFETY: `host` is the start of a valid unit for the processor's address space and mode.
+            unsafe { enter(processor, host) };
+            let exit = processor.frame.exit;
+            if exit < exit::FIRST {
+                let target = self.link_target(exit)?;
+                processor.rip = target;
+                let unit = self.find(processor, jumps);
+                match unit {
+                    Some(unit) if self.is_valid(unit) => {
+                        self.aim(exit, unit, processor.frame.space);
+                        host = self.host_of(unit);
+                        continue;
+                    }
+                    _ => return None,
+                }
+            }
+            match exit {
+                exit::INDIRECT => {
+                    self.statistics.indirect += 1;
+                    if !processor.may_run_translated() {
+                        return None;
+                    }
+                    self.select_space(processor, jumps);
+                    let unit = self.find(processor, jumps)?;
+                    host = self.host_of(unit);
+                }
+                exit::ATTENTION => return None,
+                exit::CALLOUT => return Some(Outcome::Leave),
+                exit::FAULT => return Some(Outcome::Fault),
+                exit::HOST_FAULT => {
+                    let rip = self.guest_of_fault(processor.frame.miss_address)?;
+                    processor.rip = rip;
+                    return self.interpret(cpu, blocks);
+                }
+                _ => return self.interpret(cpu, blocks),
+            }
+        }
+    }
+
+    /// Interprets the instruction at RIP.
+    fn interpret(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks) -> Option<Outcome> {
+        self.statistics.interpreted += 1;
+        Some(blocks.run_one(cpu))
+    }
+}

@@ -1,0 +1,411 @@
+//! What is translated, and how it is found.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::io;
+
+use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
+
+use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, NO_JUMP};
+use super::cache::CodeCache;
+use super::generate::{Context, Generator, LinkSite, Ops};
+use super::guest_code::{self};
+use super::thunks::{self, Functions, Thunks};
+use crate::block_cache;
+use crate::cpu::{Cpu, is_canonical};
+
+/// Memory for a vCPU's translated code.
+pub const CODE_BYTES: usize = 64 << 20;
+/// No unit's code is longer.
+const UNIT_BYTES_MAX: usize = 64 << 10;
+/// Links of a vCPU.
+const LINKS_MAX: usize = 4 << 20;
+/// Attempts to read bytes that another processor keeps changing.
+const READS_MAX: u32 = 4;
+const NO_UNIT: u32 = u32::MAX;
+
+/// A translated piece of guest code.
+struct Unit {
+    linear: u64,
+    physical: u64,
+    table: u8,
+    /// 64-byte granules of the page that its bytes lie in.
+    granules: u64,
+    /// Places in the code cache.
+    code: std::ops::Range<u32>,
+    links: std::ops::Range<u32>,
+    /// Links of other units that lead here.
+    incoming: Vec<u32>,
+    /// Handlers that its code calls with these ops.
+    _ops: Ops,
+    faults: Vec<(u32, u64)>,
+    valid: bool,
+}
+
+/// A way out of a unit.
+#[derive(Clone, Copy)]
+struct Link {
+    site: LinkSite,
+    /// Place of the unit's code.
+    base: u32,
+    from: u32,
+    to: u32,
+}
+
+/// Hashes integers by multiplication.
+#[derive(Default)]
+pub struct Multiply(u64);
+
+impl Hasher for Multiply {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(u64::from(value));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiply>>;
+
+/// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SpaceKey {
+    fetch_tag: u64,
+    table: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Space {
+    key: SpaceKey,
+    /// Number for links; never used twice.
+    number: u32,
+    used: u64,
+}
+
+/// The translated code of one vCPU.
+pub struct Translator {
+    pub(super) cache: CodeCache,
+    pub(super) thunks: Thunks,
+    first_position: usize,
+    units: Vec<Unit>,
+    by_address: Map<(u64, u64, u8), u32>,
+    pages: Map<u64, Vec<u32>>,
+    links: Vec<Link>,
+    spaces: [Option<Space>; JUMP_TABLES],
+    current: usize,
+    last_space: u32,
+    clock: u64,
+    /// Times that a block is interpreted before it is translated.
+    pub threshold: u32,
+    pub statistics: Statistics,
+}
+
+/// Counts of a translator.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Statistics {
+    pub units: u64,
+    pub code_bytes: u64,
+    pub flushes: u64,
+    pub interpreted: u64,
+    pub indirect: u64,
+    pub linked: u64,
+}
+
+impl std::fmt::Debug for Translator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Translator").field("units", &self.units.len()).finish_non_exhaustive()
+    }
+}
+
+impl Translator {
+    /// A translator without translations, or `None` on hosts whose CPU lacks what the generated code uses (BMI2, AVX).
+    pub fn new(functions: Functions, threshold: u32) -> io::Result<Option<Translator>> {
+        if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("avx")) {
+            return Ok(None);
+        }
+        super::signal::install()?;
+        let mut cache = CodeCache::new(CODE_BYTES)?;
+        let mut asm = super::assembler::Assembler::default();
+        let thunks = thunks::generate(&mut asm, functions, true);
+        if !asm.resolve() {
+            return Ok(None);
+        }
+        cache.add(&asm.bytes);
+        Ok(Some(Translator {
+            first_position: cache.position(),
+            cache,
+            thunks,
+            units: Vec::new(),
+            by_address: Map::default(),
+            pages: Map::default(),
+            links: Vec::new(),
+            spaces: [None; JUMP_TABLES],
+            current: 0,
+            last_space: 0,
+            clock: 0,
+            threshold,
+            statistics: Statistics::default(),
+        }))
+    }
+
+    /// Drops everything.
+    pub fn flush(&mut self, jumps: &mut Jumps) {
+        self.statistics.flushes += 1;
+        self.units.clear();
+        self.by_address.clear();
+        self.pages.clear();
+        self.links.clear();
+        self.cache.truncate(self.first_position);
+        for (slot, space) in self.spaces.iter_mut().enumerate() {
+            if space.take().is_some() {
+                jumps.keys[slot * JUMPS..(slot + 1) * JUMPS].fill(NO_JUMP);
+            }
+        }
+        self.current = 0;
+    }
+
+    /// Drops the units with bytes in the 64-byte granules (a bit mask) of a guest-physical page.
+    pub fn invalidate(&mut self, page_number: u64, granules: u64, jumps: &mut Jumps) {
+        let Some(on_page) = self.pages.get_mut(&page_number) else { return };
+        let mut dropped = Vec::new();
+        on_page.retain(|&id| {
+            let stale = self.units[id as usize].granules & granules != 0;
+            if stale {
+                dropped.push(id);
+            }
+            !stale
+        });
+        for id in dropped {
+            self.drop_unit(id, jumps);
+        }
+    }
+
+    fn drop_unit(&mut self, id: u32, jumps: &mut Jumps) {
+        let unit = &mut self.units[id as usize];
+        unit.valid = false;
+        let incoming = std::mem::take(&mut unit.incoming);
+        let key = (unit.linear, unit.physical, unit.table);
+        let (linear, range) = (unit.linear, unit.links.clone());
+        if self.by_address.get(&key) == Some(&id) {
+            self.by_address.remove(&key);
+        }
+        for link in incoming {
+            let Link { site, base, to, .. } = self.links[link as usize];
+            if to == id {
+                self.cache.aim(base as usize + site.jump_at, base as usize + site.stub);
+                self.links[link as usize].to = NO_UNIT;
+            }
+        }
+        // Its own ways out need no care: nobody comes here any more.
+        for link in range {
+            self.links[link as usize].from = NO_UNIT;
+        }
+        for slot in 1..JUMP_TABLES {
+            let at = slot * JUMPS + jump_index(linear);
+            if jumps.keys[at] == linear {
+                jumps.keys[at] = NO_JUMP;
+            }
+        }
+    }
+
+    /// Chooses the jump table for the processor's address space; gives its first index.
+    pub(super) fn select_space(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> u32 {
+        let key = SpaceKey { fetch_tag: cpu.tlb.fetch_tag, table: cpu.tlb.data_table() };
+        self.clock += 1;
+        let is_it = |space: &Option<Space>| space.is_some_and(|space| space.key == key);
+        if !is_it(&self.spaces[self.current]) {
+            self.current = match self.spaces.iter().position(is_it) {
+                Some(slot) => slot,
+                None => self.new_space(key, jumps),
+            };
+        }
+        if let Some(space) = &mut self.spaces[self.current] {
+            space.used = self.clock;
+            cpu.frame.space = space.number;
+        }
+        (self.current * JUMPS) as u32
+    }
+
+    fn new_space(&mut self, key: SpaceKey, jumps: &mut Jumps) -> usize {
+        if self.last_space == i32::MAX as u32 {
+            self.flush(jumps);
+            self.last_space = 0;
+        }
+        let used = |slot: &usize| self.spaces[*slot].map_or(0, |space| space.used);
+        let slot = (1..JUMP_TABLES).min_by_key(used).unwrap_or(1);
+        if self.spaces[slot].is_some() {
+            jumps.keys[slot * JUMPS..(slot + 1) * JUMPS].fill(NO_JUMP);
+        }
+        self.last_space += 1;
+        self.spaces[slot] = Some(Space { key, number: self.last_space, used: self.clock });
+        slot
+    }
+
+    /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.
+    pub(super) fn find(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
+        let linear = cpu.rip;
+        let at = self.current * JUMPS + jump_index(linear);
+        let id = self.unit_at(cpu)?;
+        let host = self.cache.address(self.units[id as usize].code.start as usize);
+        if self.current != 0 {
+            jumps.keys[at] = linear;
+            jumps.hosts[at] = host;
+        }
+        Some(id)
+    }
+
+    /// The address of code for RIP, if the jump table knows it.
+    #[inline]
+    pub(super) fn known(&self, linear: u64, jumps: &Jumps) -> Option<u64> {
+        let at = self.current * JUMPS + jump_index(linear);
+        (self.current != 0 && jumps.keys[at] == linear).then(|| jumps.hosts[at])
+    }
+
+    fn unit_at(&mut self, cpu: &mut Cpu) -> Option<u32> {
+        if !is_canonical(cpu.rip, 48) {
+            return None;
+        }
+        let page_number = block_cache::code_page(cpu, cpu.rip).ok()?;
+        let physical = page_number * PAGE_SIZE + cpu.rip % PAGE_SIZE;
+        // The jump table depends on this page's translation from here on.
+        cpu.tlb.note_way(cpu.rip);
+        self.by_address.get(&(cpu.rip, physical, cpu.tlb.data_table() as u8)).copied()
+    }
+
+    pub(super) fn host_of(&self, id: u32) -> u64 {
+        self.cache.address(self.units[id as usize].code.start as usize)
+    }
+
+    /// Where a link leads.
+    pub(super) fn link_target(&self, link: u32) -> Option<u64> {
+        self.links.get(link as usize).map(|link| link.site.target)
+    }
+
+    /// Aims a link at a unit in the address space in use.
+    pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
+        let Some(entry) = self.links.get_mut(link as usize) else { return };
+        if entry.from == NO_UNIT {
+            return;
+        }
+        let Link { site, base, .. } = *entry;
+        if entry.to != to {
+            entry.to = to;
+            self.units[to as usize].incoming.push(link);
+        }
+        if let Some(at) = site.space_at {
+            self.cache.patch(base as usize + at, (space as i32).wrapping_neg());
+        }
+        let target = self.units[to as usize].code.start as usize;
+        self.cache.aim(base as usize + site.jump_at, target);
+        self.statistics.linked += 1;
+    }
+
+    /// The guest address of the instruction that raised an exception at a host address.
+    pub(super) fn guest_of_fault(&self, host: u64) -> Option<u64> {
+        let position = self.cache.position_of(host)? as u32;
+        let index = self.units.partition_point(|unit| unit.code.end <= position);
+        let unit = self.units.get(index)?;
+        let inside = position - unit.code.start;
+        let found = unit.faults.partition_point(|&(at, _)| at <= inside);
+        unit.faults.get(found.checked_sub(1)?).map(|&(_, rip)| rip)
+    }
+
+    /// Translates the code at RIP. `None`: it stays with the interpreter.
+    pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
+        if let Some(id) = self.unit_at(cpu) {
+            return Some(id);
+        }
+        let linear = cpu.rip;
+        let page_number = block_cache::code_page(cpu, linear).ok()?;
+        let page = cpu.services.memory.page(page_number)?;
+        if page_number == cpu.apic_page {
+            return None;
+        }
+        let offset = (linear % PAGE_SIZE) as usize;
+        let readable = PAGE_SIZE as usize - offset;
+        let mut bytes = [0; PAGE_SIZE as usize];
+        // SAFETY: `readable` bytes from `offset` lie in the page.
+        let source = unsafe { page.pointer.add(offset) };
+        let mut items = Vec::new();
+        let mut len = 0;
+        for round in 0.. {
+            if round == READS_MAX {
+                return None;
+            }
+            // SAFETY: as above; the buffer is long enough.
+            unsafe { raw::copy(source, bytes.as_mut_ptr(), readable) };
+            items = guest_code::decode(&bytes[..readable], linear, cpu.model.decoder_options());
+            let end = items.last()?.instruction.next_ip();
+            len = end.wrapping_sub(linear) as usize;
+            let granules = GuestMemory::granules(offset as u64, len as u64);
+            if cpu.services.memory.notes().watch_code(page.page_index, granules) {
+                PageNotes::publish();
+            }
+            let mut again = [0; PAGE_SIZE as usize];
+            // SAFETY: as above.
+            unsafe { raw::copy(source, again.as_mut_ptr(), len) };
+            if again[..len] == bytes[..len] {
+                break;
+            }
+        }
+        if self.cache.free() < UNIT_BYTES_MAX || self.links.len() + 2 * items.len() > LINKS_MAX {
+            self.flush(jumps);
+            self.select_space(cpu, jumps);
+        }
+        let table = cpu.tlb.data_table();
+        let position = self.cache.position();
+        let context = Context { model: &cpu.model, thunks: self.thunks, position, table, first_link: self.links.len() };
+        let generated = Generator::new(context, &items).run().ok()?;
+        if generated.code.len() > UNIT_BYTES_MAX {
+            return None;
+        }
+        self.cache.add(&generated.code);
+        let id = self.units.len() as u32;
+        let first_link = self.links.len() as u32;
+        self.links.extend(generated.links.iter().map(|&site| Link {
+            site,
+            base: position as u32,
+            from: id,
+            to: NO_UNIT,
+        }));
+        let physical = page_number * PAGE_SIZE + offset as u64;
+        self.units.push(Unit {
+            linear,
+            physical,
+            table: table as u8,
+            granules: GuestMemory::granules(offset as u64, len as u64),
+            code: position as u32..(position + generated.code.len()) as u32,
+            links: first_link..self.links.len() as u32,
+            incoming: Vec::new(),
+            _ops: generated.ops,
+            faults: generated.faults,
+            valid: true,
+        });
+        self.by_address.insert((linear, physical, table as u8), id);
+        self.pages.entry(page_number).or_default().push(id);
+        self.statistics.units += 1;
+        self.statistics.code_bytes += generated.code.len() as u64;
+        Some(id)
+    }
+
+    pub(super) fn is_valid(&self, id: u32) -> bool {
+        self.units.get(id as usize).is_some_and(|unit| unit.valid)
+    }
+}
+
+fn jump_index(linear: u64) -> usize {
+    linear as usize & (JUMPS - 1)
+}
+
+const _: () = assert!(KEYS > 0 && HOSTS > KEYS);
