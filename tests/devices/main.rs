@@ -1,10 +1,14 @@
 //! Promise: Linux's own drivers find the machine's PCI and virtio devices sound, in ordinary use and in unusual one.
 
+mod held_file;
+mod network;
+
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use polder_tests::{Boot, Kernel, Scratch};
+use held_file::HeldFile;
+use polder_tests::{Boot, Kernel, Scratch, can_open, inside_namespaces};
 
 const MIB: u64 = 1 << 20;
 
@@ -79,4 +83,28 @@ fn the_last_sector_is_there_the_next_is_not_and_a_discard_is_taken() {
         blkdiscard -o 0 -l 65536 /dev/vda && echo DISCARDED";
     let outcome = Boot::linux(Kernel::Cloud, script).disk(&disk).timeout_s(300).run();
     outcome.expect_status(0).expect_console("BEFORE").expect_console("BEYOND").expect_console("DISCARDED");
+}
+
+/// The slow disk's reads are answered only when the guest has written to the other one that all else went on.
+#[test]
+fn a_slow_disk_does_not_starve_the_others() {
+    if !can_open("/dev/fuse") || !inside_namespaces("a_slow_disk_does_not_starve_the_others") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let other = scratch.sparse("other.raw", 8 * MIB);
+    fill_with_numbers(&other, 8 * MIB);
+    let written = other.clone();
+    // What is read at boot, to find partitions, is outside the held part.
+    let slow = HeldFile { len: 8 * MIB, held: MIB..7 * MIB }.mount(&scratch.path().join("slow.raw"), move || {
+        start_of(&written, 8 * MIB)[16383 * 512..].starts_with(b"all-else-went-on")
+    });
+    let script = "for i in 1 2 3 4 5 6; do dd if=/dev/vda of=/dev/null bs=64k skip=$((i * 16)) count=16 iflag=direct & slow=$slow' '$!; done; \
+        dd if=/dev/vdb of=/dev/null bs=64k iflag=direct && dd if=/dev/hwrng of=/dev/null bs=512 count=4 && hwclock -r && \
+        for p in $slow; do kill -0 $p && echo WAITING; done && \
+        echo all-else-went-on | dd of=/dev/vdb bs=512 seek=16383 conv=notrunc,fsync; wait; echo ANSWERED";
+    let boot = Boot::linux(Kernel::Cloud, script).read_only_disk(&slow).disk(&other);
+    let outcome = boot.timeout_s(120).run();
+    outcome.expect_status(0).expect_console("ANSWERED");
+    assert_eq!(outcome.console.matches("WAITING").count(), 6, "all readers of the slow disk wait\n{outcome}");
 }

@@ -30,6 +30,7 @@ pub struct Boot {
     initrd: Option<PathBuf>,
     append: String,
     disks: Vec<(PathBuf, bool)>,
+    tap: Option<String>,
     cpus: u32,
     memory_mib: u64,
     timeout: Duration,
@@ -61,6 +62,7 @@ impl Boot {
             initrd: None,
             append: String::new(),
             disks: Vec::new(),
+            tap: None,
             cpus: 1,
             memory_mib: 256,
             timeout: Duration::from_secs(120),
@@ -112,6 +114,12 @@ impl Boot {
         self
     }
 
+    /// A network card on a TAP interface that is there.
+    pub fn tap(mut self, name: &str) -> Self {
+        self.tap = Some(name.to_string());
+        self
+    }
+
     pub fn cpus(mut self, cpus: u32) -> Self {
         self.cpus = cpus;
         self
@@ -159,6 +167,9 @@ impl Boot {
         for (disk, read_only) in &self.disks {
             command.arg("--disk").arg(format!("{}{}", disk.display(), if *read_only { ",ro" } else { "" }));
         }
+        if let Some(tap) = &self.tap {
+            command.arg("--net").arg(format!("tap={tap}"));
+        }
         command.args(["--cpus", &self.cpus.to_string(), "--memory", &format!("{}M", self.memory_mib)]);
         command.args(["--timeout", &self.timeout.as_secs().to_string()]);
         if self.debug_exit {
@@ -191,6 +202,10 @@ impl Boot {
             command.arg("-drive");
             command.arg(format!("file={},if=none,id=d{index},format=raw,readonly={switch}", disk.display()));
             command.arg("-device").arg(format!("virtio-blk-pci,drive=d{index}"));
+        }
+        if let Some(tap) = &self.tap {
+            command.arg("-netdev").arg(format!("tap,id=n,ifname={tap},script=no,downscript=no"));
+            command.args(["-device", "virtio-net-pci,netdev=n"]);
         }
         if self.debug_exit {
             command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);

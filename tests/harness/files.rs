@@ -33,6 +33,11 @@ pub fn tiny(name: &str) -> PathBuf {
     found(guests().join("tiny").join(format!("{name}.elf")), "cargo xtask guests --tiny")
 }
 
+/// The busybox of the initramfs, which is linked statically: programs for the host's side of a test.
+pub fn busybox() -> PathBuf {
+    found(guests().join("busybox/bin/busybox"), "cargo xtask guests")
+}
+
 /// A state folder that holds the image `debian`.
 pub fn image_home() -> PathBuf {
     let home = guests().join("home");

@@ -6,6 +6,8 @@
 
 mod boot;
 mod files;
+mod namespaces;
 
 pub use boot::{Boot, Monitor, Outcome};
-pub use files::{Kernel, Scratch, image_home, nightly, polder, tiny};
+pub use files::{Kernel, Scratch, busybox, image_home, nightly, polder, tiny};
+pub use namespaces::{can_open, inside_namespaces};

@@ -95,7 +95,9 @@ impl Drop for Home {
 }
 
 fn kill(pid: u32) {
-    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    // It may have ended by itself meanwhile.
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
 fn quiet(command: &mut Command) -> Child {

@@ -29,6 +29,7 @@ const PACKAGES: &[Package] = &[
     Package { name: "uidmap", reason: "makes root file systems without being root" },
     Package { name: "fakeroot", reason: "owners of files in a disk made without being root" },
     Package { name: "zstd", reason: "unpacks packages and compresses initramfs images" },
+    Package { name: "iproute2", reason: "the network test makes a TAP interface in a namespace of its own" },
     Package { name: "acpica-tools", reason: "iasl judges our ACPI tables" },
     Package { name: "xz-utils", reason: "unpacks packages" },
 ];

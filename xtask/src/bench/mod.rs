@@ -1,5 +1,6 @@
 //! `cargo xtask bench NAME`: measurements with the peer beside us in the same run.
 
+mod boot;
 mod engine;
 mod report;
 
@@ -8,7 +9,7 @@ use clap::Args;
 
 #[derive(Args)]
 pub struct BenchArguments {
-    /// Which bench: engine (programs natively, in polder and in QEMU's TCG)
+    /// Which bench: engine (programs natively, in polder and in QEMU's TCG) or boot (a Debian to its login prompt, in polder and in TCG)
     name: String,
     /// How often each of the three runs everything; the medians are shown
     #[arg(long, default_value_t = 1)]
@@ -34,6 +35,7 @@ pub struct BenchArguments {
 pub fn bench(arguments: &BenchArguments) -> Result<()> {
     match arguments.name.as_str() {
         "engine" => engine::measure(arguments),
-        other => bail!("there is no bench {other}: the one there is is called engine"),
+        "boot" => boot::measure(arguments),
+        other => bail!("there is no bench {other}: there are engine and boot"),
     }
 }

@@ -174,10 +174,8 @@ impl Report {
                 entry
             })
             .collect();
-        let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let processor = processor.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
         let report = json!({
-            "format": 1, "bench": "engine", "processor": processor, "rows": rows,
+            "format": 1, "bench": "engine", "processor": processor(), "rows": rows,
             "failures": self.failures, "incomplete": self.incomplete,
         });
         if let Some(folder) = file.parent() {
@@ -197,6 +195,12 @@ impl Report {
         }
         Ok(())
     }
+}
+
+/// The model name of this machine's processor.
+pub fn processor() -> String {
+    let facts = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    facts.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_string()
 }
 
 fn shown_time(nanoseconds: f64) -> String {

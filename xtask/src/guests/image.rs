@@ -1,35 +1,61 @@
 //! Debian images for the whole-product tests, in a state folder of their own (`target/guests/home`).
 
+use super::Flavour;
 use crate::command::{run, step};
 use anyhow::Result;
+use std::path::PathBuf;
 use std::process::Command;
 
-/// The image of the normal tests, and of the long ones the image with programs whose right results are known.
-const NORMAL: (&str, &str) = ("debian", "");
-const WORK: (&str, &str) =
-    ("polder-test-work", "gcc,libc6-dev,openssl,stress-ng,python3,libpython3.11-testsuite,python3-distutils");
+/// An image and the options of its build.
+struct Image {
+    name: &'static str,
+    options: &'static [&'static str],
+}
+
+/// The image of the normal tests.
+const NORMAL: Image = Image { name: "debian", options: &[] };
+/// The image of the long ones, with programs whose right results are known.
+const WORK: Image = Image {
+    name: "polder-test-work",
+    options: &["--include", "gcc,libc6-dev,openssl,stress-ng,python3,libpython3.11-testsuite,python3-distutils"],
+};
+/// The normal image with Debian's other kernel, for the boot bench.
+const GENERIC: Image = Image { name: "debian-generic", options: &["--kernel", "generic"] };
 
 /// Makes the image of the normal tests, and with `long` the other one too. Needs the release binary and the agent.
 pub fn build(long: bool) -> Result<()> {
-    let home = crate::project::guests().join("home");
-    std::fs::create_dir_all(&home)?;
-    // An image is as its builder and its agent made it: another of these, another image.
-    let made_from = ingredients()?;
-    for (name, packages) in [NORMAL].into_iter().chain(long.then_some(WORK)) {
-        let stamp = home.join(format!("{name}.made-from"));
-        if home.join("images").join(name).exists() && std::fs::read(&stamp).is_ok_and(|used| used == made_from) {
-            continue;
-        }
-        step(&format!("polder image build debian --name {name}"));
-        let mut command = Command::new(crate::project::polder());
-        command.env("POLDER_HOME", &home).args(["image", "build", "debian", "--force", "--name", name]);
-        if !packages.is_empty() {
-            command.args(["--include", packages]);
-        }
-        run(&mut command)?;
-        std::fs::write(stamp, &made_from)?;
+    make(&NORMAL)?;
+    if long {
+        make(&WORK)?;
     }
     Ok(())
+}
+
+/// The folder of a Debian image with this kernel; it is made if it is missing.
+pub fn with_kernel(flavour: Flavour) -> Result<PathBuf> {
+    make(match flavour {
+        Flavour::Cloud => &NORMAL,
+        Flavour::Generic => &GENERIC,
+    })
+}
+
+fn make(image: &Image) -> Result<PathBuf> {
+    let name = image.name;
+    let home = crate::project::guests().join("home");
+    std::fs::create_dir_all(&home)?;
+    let folder = home.join("images").join(name);
+    // An image is as its builder and its agent made it: another of these, another image.
+    let made_from = ingredients()?;
+    let stamp = home.join(format!("{name}.made-from"));
+    if folder.exists() && std::fs::read(&stamp).is_ok_and(|used| used == made_from) {
+        return Ok(folder);
+    }
+    step(&format!("polder image build debian --name {name}"));
+    let mut command = Command::new(crate::project::polder());
+    command.env("POLDER_HOME", &home).args(["image", "build", "debian", "--force", "--name", name]);
+    run(command.args(image.options))?;
+    std::fs::write(stamp, &made_from)?;
+    Ok(folder)
 }
 
 /// The agent and the sources of the image builder.

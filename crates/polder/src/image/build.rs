@@ -154,8 +154,11 @@ fn make_root_file_system(arguments: &BuildArguments, agent: &Path, work: &Path) 
         .args([SUITE, "-"])
         .env("LC_ALL", "C.UTF-8")
         .env("SOURCE_DATE_EPOCH", now_seconds());
-    tools::run(&mut command, &work.join("build.log"))
-        .context("cannot make the root file system (is Debian's package archive within reach?)")?;
+    let log = work.join("build.log");
+    tools::run(&mut command, &log).with_context(|| {
+        let text = std::fs::read(&log).unwrap_or_default();
+        format!("cannot make the root file system{}", tools::apt_complaint(&String::from_utf8_lossy(&text)))
+    })?;
     disk.set_permissions(std::fs::Permissions::from_mode(0o644))?;
     Ok(disk)
 }

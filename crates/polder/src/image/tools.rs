@@ -62,3 +62,36 @@ pub fn run(command: &mut Command, log: &Path) -> Result<()> {
     let shown = &lines[lines.len().saturating_sub(SHOWN_LINES_MAX)..];
     bail!("{program} ended with {status}; its last lines were:\n  {}", shown.join("\n  "))
 }
+
+/// What apt's messages in a log mean for whoever asked for the packages, to follow a sentence; nothing if they mean nothing known.
+pub fn apt_complaint(log: &str) -> String {
+    let unknown: Vec<&str> = log
+        .lines()
+        .filter_map(|line| {
+            let line = line.strip_prefix("E: ")?;
+            let located = line.strip_prefix("Unable to locate package ");
+            located.or_else(|| line.strip_prefix("Package '")?.strip_suffix("' has no installation candidate"))
+        })
+        .collect();
+    if !unknown.is_empty() {
+        return format!(": Debian has no package {} (see --include)", unknown.join(" and no package "));
+    }
+    if log.lines().any(|line| line.starts_with("E: Failed to fetch")) {
+        return " (is Debian's package archive within reach?)".to_owned();
+    }
+    String::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_package_is_named_and_an_archive_out_of_reach_asked_about() {
+        let unknown = "Building dependency tree...\nE: Unable to locate package no-such\nE: Package 'gone' has no installation candidate\n";
+        assert_eq!(apt_complaint(unknown), ": Debian has no package no-such and no package gone (see --include)");
+        let unreachable = "E: Failed to fetch http://archive/InRelease  Could not connect\n";
+        assert!(apt_complaint(unreachable).contains("within reach"));
+        assert_eq!(apt_complaint("E: mmdebstrap failed to run\n"), "");
+    }
+}
