@@ -15,6 +15,7 @@ use std::sync::Arc;
 use polder_machine::state::{RunState, VcpuState};
 use polder_machine::{Vcpu, VcpuExit, VcpuHandle};
 
+use crate::alarm::Alarm;
 use crate::apic::{
     EVENT_INIT, EVENT_KICK, EVENT_NMI, EVENT_SECOND_NMI, EVENT_SIPI, EVENT_STOP, Inbox, LocalApic, Router,
 };
@@ -46,6 +47,8 @@ pub struct SoftwareVcpu {
     kicked: bool,
     /// The host's timer slack was set for this thread.
     slack_set: bool,
+    /// Interrupts translated code when the timer is due.
+    alarm: Option<Alarm>,
 }
 
 impl SoftwareVcpu {
@@ -70,6 +73,7 @@ impl SoftwareVcpu {
             nmis_pending: 0,
             kicked: false,
             slack_set: false,
+            alarm: None,
         })
     }
 
@@ -280,6 +284,16 @@ impl SoftwareVcpu {
         self.cpu.deliver_exception()
     }
 
+    /// Looks whether the timer is due, and sets the alarm for when it will be.
+    fn poll_timer(&mut self) {
+        let now = host_tsc();
+        self.cpu.apic.poll_timer(now);
+        if let Some(alarm) = &mut self.alarm {
+            let timer = &self.cpu.apic.timer;
+            alarm.set(timer.deadline(), now, timer.tsc_khz());
+        }
+    }
+
     /// Sleeps of this thread end when they should: Linux adds 50 microseconds unless told not to.
     fn set_timer_slack(&mut self) {
         if !self.slack_set {
@@ -293,13 +307,15 @@ impl SoftwareVcpu {
 impl Vcpu for SoftwareVcpu {
     fn run(&mut self) -> VcpuExit {
         self.set_timer_slack();
+        self.alarm = self.translator.is_some().then(Alarm::new).flatten();
+        Alarm::attach(Some(&self.inbox));
         self.cpu.vector.resume_floats();
         let exit = loop {
             if self.attend() {
                 break VcpuExit::Stopped;
             }
             if self.cpu.apic.timer.deadline() != NEVER {
-                self.cpu.apic.poll_timer(host_tsc());
+                self.poll_timer();
             }
             if self.waits_for_sipi {
                 self.sleep();
@@ -318,6 +334,8 @@ impl Vcpu for SoftwareVcpu {
             }
         };
         self.cpu.vector.retire();
+        self.alarm = None;
+        Alarm::attach(None);
         self.publish();
         exit
     }

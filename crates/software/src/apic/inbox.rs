@@ -96,12 +96,17 @@ impl Inbox {
         let _ = self.arena.set(arena);
     }
 
-    /// Makes the vCPU look at its inbox soon, asleep or not.
-    pub fn signal(&self) {
+    /// Makes the vCPU's thread look at its inbox soon; it is awake. Safe to call in a signal handler.
+    pub fn attract(&self) {
         self.attention.store(true, Ordering::SeqCst);
         if let Some(arena) = self.arena.get() {
             arena.attention().store(0, Ordering::SeqCst);
         }
+    }
+
+    /// Makes the vCPU look at its inbox soon, asleep or not.
+    pub fn signal(&self) {
+        self.attract();
         if self.sleep.load(Ordering::SeqCst) == SLEEPING && self.sleep.swap(AWAKE, Ordering::SeqCst) == SLEEPING {
             // Failing means that nobody waits any more.
             let _ = futex::wake(&self.sleep, futex::Flags::PRIVATE, 1);

@@ -561,7 +561,7 @@ fn is_known_integer(instruction: &Instruction) -> bool {
                 let register = instruction.op_register(operand);
                 instruction.op_kind(operand) == OpKind::Register && !register.is_gpr()
             };
-            !is_special(0) && !is_special(1) && instruction.memory_displ_size() != 8
+            !is_special(0) && !is_special(1) && !has_offset_operand(instruction)
         }
         M::Movzx
         | M::Movsx
@@ -657,6 +657,21 @@ fn is_known_integer(instruction: &Instruction) -> bool {
         | M::Movnti => true,
         _ => false,
     }
+}
+
+/// MOV between RAX and an address of 64 bits in the instruction.
+fn has_offset_operand(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    )
 }
 
 /// Whether the operand is CL because the opcode says so.
