@@ -11,6 +11,7 @@ mod system;
 mod vector;
 
 pub use integer::fuse;
+pub(crate) use vector::{leaves_pointers as x87_leaves_pointers, x87_opcode};
 
 use iced_x86::{Instruction, OpKind, Register};
 

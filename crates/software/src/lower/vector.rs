@@ -383,13 +383,13 @@ fn must_be_aligned(instruction: &Instruction) -> bool {
 }
 
 /// Whether an x87 instruction leaves its address in the environment: all but control instructions do (SDM vol. 1, 8.1.8).
-fn leaves_pointers(instruction: &Instruction) -> bool {
+pub(crate) fn leaves_pointers(instruction: &Instruction) -> bool {
     use Mnemonic::*;
     !matches!(instruction.mnemonic(), Fnclex | Fldcw | Fnstcw | Fnstsw | Fneni | Fndisi | Fnsetpm)
 }
 
 /// The opcode as the environment has it: the low 3 bits of the first byte, and the ModRM byte.
-fn x87_opcode(instruction: &Instruction, code: CodeSize) -> u16 {
+pub(crate) fn x87_opcode(instruction: &Instruction, code: CodeSize) -> u16 {
     let bitness = match code {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,

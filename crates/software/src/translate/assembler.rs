@@ -218,6 +218,13 @@ impl Assembler {
         self.imm32(value as i32);
     }
 
+    /// MOV r/m16, imm16
+    pub fn store16_imm(&mut self, to: Mem, value: u16) {
+        self.byte(0x66);
+        self.with_mem(false, &[0xc7], 0, to);
+        self.raw(&value.to_le_bytes());
+    }
+
     pub fn lea(&mut self, to: Reg, from: Mem) {
         self.with_mem(true, &[0x8d], to.0, from);
     }

@@ -19,11 +19,13 @@ use super::frame::{
 use super::guest_code::{Item, item_at};
 use super::registers::{ADDEND, ADDRESS, SPARE, home};
 use super::thunks::Thunks;
+use super::x87::X87Site;
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
 use crate::cpu_model::CpuModel;
 use crate::lower::{self, CodeContext};
 use crate::op::Op;
 use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb};
+use crate::vector::VectorState;
 
 /// Bit of [`super::frame::Frame::miss`] for a write.
 pub const MISS_WRITE: u32 = 1 << 31;
@@ -39,6 +41,7 @@ enum Cold {
         retry: Label,
         miss: u32,
         rip: u64,
+        x87: Option<X87Site>,
     },
     /// A store to a watched page is done; `collapsed`: the host address is in ADDRESS alone.
     Noted {
@@ -47,6 +50,7 @@ enum Cold {
         bytes: u32,
         next: Option<u64>,
         collapsed: bool,
+        x87: Option<X87Site>,
     },
     Leave {
         entry: Label,
@@ -56,6 +60,10 @@ enum Cold {
     Link {
         entry: Label,
         link: usize,
+    },
+    LoadX87 {
+        entry: Label,
+        resume: Label,
     },
     LoadVectors {
         entry: Label,
@@ -87,8 +95,19 @@ pub struct Generated {
     pub code: Vec<u8>,
     pub links: Vec<LinkSite>,
     pub ops: Ops,
-    /// (place from the unit's start, guest address) of instructions that may raise exceptions on the host; ascending.
-    pub faults: Vec<(u32, u64)>,
+    /// Instructions that may raise exceptions on the host; ascending.
+    pub faults: Vec<FaultSite>,
+}
+
+/// An instruction that may raise an exception on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct FaultSite {
+    /// Place from the unit's start.
+    pub at: u32,
+    /// Its guest address.
+    pub rip: u64,
+    /// The x87 instruction before it, if code has not stored that one's pointers yet.
+    pub x87: Option<X87Site>,
 }
 
 /// What generation depends on beside the instructions.
@@ -129,13 +148,18 @@ pub struct Generator<'a> {
     /// (link, label of its stub), to fill in `LinkSite::stub`.
     link_stubs: Vec<Label>,
     ops: Ops,
-    faults: Vec<(u32, u64)>,
+    faults: Vec<FaultSite>,
     /// The vector registers are surely loaded here.
     pub vectors_loaded: bool,
+    /// The x87 registers are surely in the host's here.
+    pub x87_loaded: bool,
+    /// The last x87 instruction, while its pointers are still to be stored.
+    pub last_x87: Option<X87Site>,
     /// Items that jumps inside the unit lead to.
     is_target: Vec<bool>,
 }
 
+const X87_MISSING: Mem = cpu_field(offset_of!(Cpu, vector) + VectorState::X87_MISSING_OFFSET);
 const TLB: usize = offset_of!(Cpu, tlb) + Tlb::DATA_OFFSET;
 
 impl<'a> Generator<'a> {
@@ -162,6 +186,8 @@ impl<'a> Generator<'a> {
             ops: Ops::new(),
             faults: Vec::new(),
             vectors_loaded: false,
+            x87_loaded: false,
+            last_x87: None,
             is_target,
         }
     }
@@ -170,15 +196,20 @@ impl<'a> Generator<'a> {
     pub fn run(mut self) -> Result<Generated> {
         let mut ended = false;
         for index in 0..self.items.len() {
+            let item = self.items[index];
+            if self.is_target[index] || !super::x87::leaves_pointers(&item.instruction) {
+                self.store_x87_pointers();
+            }
             if self.is_target[index] {
                 self.vectors_loaded = false;
+                self.x87_loaded = false;
             }
             self.asm.bind(self.labels[index]);
-            let item = self.items[index];
             ended = self.instruction(&item)?;
         }
         if !ended && let Some(last) = self.items.last() {
             let live = last.live_after != 0;
+            self.store_x87_pointers();
             self.link(last.instruction.next_ip(), live);
         }
         self.emit_cold();
@@ -225,19 +256,25 @@ impl<'a> Generator<'a> {
     fn emit_cold(&mut self) {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { entry, retry, miss, rip } => {
+                Cold::Miss { entry, retry, miss, rip, x87 } => {
                     self.asm.bind(entry);
+                    if let Some(site) = x87 {
+                        self.store_pointers_of(site);
+                    }
                     self.asm.store32_imm(MISS, miss);
                     self.store_rip(rip);
                     self.call_thunk(self.context.thunks.miss);
                     self.asm.jump(retry);
                 }
-                Cold::Noted { entry, resume, bytes, next, collapsed } => {
+                Cold::Noted { entry, resume, bytes, next, collapsed, x87 } => {
                     self.asm.bind(entry);
                     if !collapsed {
                         self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
                     }
                     self.asm.store32_imm(MISS, bytes | if next.is_some() { NOTED_LEAVES } else { 0 });
+                    if let Some(site) = x87 {
+                        self.store_pointers_of(site);
+                    }
                     if let Some(next) = next {
                         self.store_rip(next);
                     }
@@ -258,6 +295,11 @@ impl<'a> Generator<'a> {
                 Cold::LoadVectors { entry, resume } => {
                     self.asm.bind(entry);
                     self.call_thunk(self.context.thunks.load_vectors);
+                    self.asm.jump(resume);
+                }
+                Cold::LoadX87 { entry, resume } => {
+                    self.asm.bind(entry);
+                    self.call_thunk(self.context.thunks.load_x87);
                     self.asm.jump(resume);
                 }
                 Cold::Indirect { entry } => {
@@ -284,7 +326,7 @@ impl<'a> Generator<'a> {
 
     /// Notes that the host may fault in the instruction that is emitted next.
     pub fn may_fault(&mut self, rip: u64) {
-        self.faults.push((self.asm.position() as u32, rip));
+        self.faults.push(FaultSite { at: self.asm.position() as u32, rip, x87: self.last_x87 });
     }
 
     /// Whether two addresses lie in one page.
@@ -495,7 +537,13 @@ impl<'a> Generator<'a> {
         }
         self.asm.load(ADDEND, field(offset_of!(DataEntry, addend) as i32));
         let write = if usage == Use::Write { MISS_WRITE } else { 0 };
-        self.cold.push(Cold::Miss { entry, retry, miss: bytes | write, rip: item.instruction.ip() });
+        self.cold.push(Cold::Miss {
+            entry,
+            retry,
+            miss: bytes | write,
+            rip: item.instruction.ip(),
+            x87: self.last_x87,
+        });
     }
 
     /// Looks at the note after a store, whose address is in SPARE.
@@ -511,7 +559,7 @@ impl<'a> Generator<'a> {
             self.asm.jump(entry);
         }
         self.asm.bind(resume);
-        self.cold.push(Cold::Noted { entry, resume, bytes, next, collapsed });
+        self.cold.push(Cold::Noted { entry, resume, bytes, next, collapsed, x87: self.last_x87 });
     }
 
     /// Makes sure that the vector registers are loaded. Uses SPARE.
@@ -534,6 +582,26 @@ impl<'a> Generator<'a> {
         self.cold.push(Cold::LoadVectors { entry, resume });
     }
 
+    /// Makes sure that the x87 registers are in the host's. Uses SPARE, and in cold code ADDEND.
+    pub fn need_x87(&mut self, live: bool) {
+        if self.x87_loaded {
+            return;
+        }
+        self.x87_loaded = true;
+        let entry = self.asm.label();
+        let resume = self.asm.label();
+        if live {
+            self.asm.load_u8(SPARE, X87_MISSING);
+            self.asm.jump_if_rcx_zero(resume);
+            self.asm.jump(entry);
+        } else {
+            self.asm.compare8_imm(X87_MISSING, 0);
+            self.asm.jump_if(condition::NOT_EQUAL, entry);
+        }
+        self.asm.bind(resume);
+        self.cold.push(Cold::LoadX87 { entry, resume });
+    }
+
     /// Encodes a host instruction.
     pub fn encode(&mut self, instruction: &Instruction) -> Result<()> {
         self.encoder.encode(instruction, 0).map_err(|_| GiveUp)?;
@@ -546,6 +614,8 @@ impl<'a> Generator<'a> {
 
     /// Calls the interpreter's handler for an instruction. The call does not return where the handler did not just go on to the next one.
     pub fn callout(&mut self, item: &Item) {
+        // Handlers may take the x87 registers out of the host's.
+        self.x87_loaded = false;
         let instruction = &item.instruction;
         let context = CodeContext { code: CodeSize::Bits64, block_rip: instruction.ip() };
         let (op, _) = lower::lower_for(self.context.model, instruction, context);

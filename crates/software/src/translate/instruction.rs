@@ -115,7 +115,7 @@ impl Generator<'_> {
     }
 
     /// The linear address of the instruction's memory operand, in `to` (ADDRESS).
-    fn memory_address(&mut self, item: &Item, to: Reg) -> Result<()> {
+    pub(super) fn memory_address(&mut self, item: &Item, to: Reg) -> Result<()> {
         self.effective_address(&item.instruction, to)?;
         self.add_segment_base(&item.instruction);
         Ok(())
@@ -141,7 +141,7 @@ impl Generator<'_> {
             Mnemonic::Leave if instruction.code() == Code::Leaveq => return self.leave_frame(item),
             _ => {}
         }
-        if self.same_form(item)? {
+        if self.x87_form(item)? || self.same_form(item)? {
             return Ok(());
         }
         self.callout(item);
@@ -260,7 +260,8 @@ impl Generator<'_> {
             return Ok(false);
         }
         let vector = uses_vectors(guest);
-        if guest.encoding() == EncodingKind::Legacy && !vector && !is_known_integer(guest) {
+        let mmx = super::x87::uses_mmx(guest);
+        if guest.encoding() == EncodingKind::Legacy && !vector && !mmx && !is_known_integer(guest) {
             return Ok(false);
         }
         let memory = (0..guest.op_count()).find(|&operand| guest.op_kind(operand) == OpKind::Memory);
@@ -315,6 +316,9 @@ impl Generator<'_> {
             return Ok(false);
         }
         let live = item.live_before != 0;
+        if mmx {
+            self.need_x87(live);
+        }
         let mut host = *guest;
         // Scratch registers that operands may be put into.
         let mut free: Vec<Reg> = Vec::new();
@@ -385,7 +389,7 @@ impl Generator<'_> {
             }
             self.asm.mov(RCX, R9);
         }
-        if may_raise(guest) || memory.is_some() && vector {
+        if may_raise(guest) || mmx || memory.is_some() && vector {
             self.may_fault(guest.ip());
         }
         self.encode(&host)?;
@@ -432,7 +436,7 @@ fn condition_number(instruction: &Instruction) -> u8 {
 }
 
 /// Whether a memory operand has 64-bit address registers, or none.
-fn has_wide_address(instruction: &Instruction) -> bool {
+pub(super) fn has_wide_address(instruction: &Instruction) -> bool {
     let wide = |register: Register| register == Register::None || register.is_gpr64() || register == Register::RIP;
     wide(instruction.memory_base())
         && wide(instruction.memory_index())
@@ -465,7 +469,7 @@ fn is_plain(instruction: &Instruction) -> bool {
         known(instruction.op_kind(operand))
             && (instruction.op_kind(operand) != OpKind::Register || {
                 let register = instruction.op_register(operand);
-                register.is_gpr() || register.is_xmm() || register.is_ymm()
+                register.is_gpr() || register.is_xmm() || register.is_ymm() || register.is_mm()
             })
     });
     operands_known
@@ -489,6 +493,7 @@ fn is_excluded(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Vldmxcsr
             | Mnemonic::Vstmxcsr
             | Mnemonic::Maskmovdqu
+            | Mnemonic::Maskmovq
             | Mnemonic::Vmaskmovdqu
             | Mnemonic::Vmaskmovps
             | Mnemonic::Vmaskmovpd
@@ -536,7 +541,14 @@ fn uses_vectors(instruction: &Instruction) -> bool {
     );
     let from_memory = matches!(
         instruction.mnemonic(),
-        Mnemonic::Cvttsd2si | Mnemonic::Cvtsd2si | Mnemonic::Cvttss2si | Mnemonic::Cvtss2si
+        Mnemonic::Cvttsd2si
+            | Mnemonic::Cvtsd2si
+            | Mnemonic::Cvttss2si
+            | Mnemonic::Cvtss2si
+            | Mnemonic::Cvttps2pi
+            | Mnemonic::Cvtps2pi
+            | Mnemonic::Cvttpd2pi
+            | Mnemonic::Cvtpd2pi
     );
     from_memory
         || instruction.encoding() == EncodingKind::VEX && !is_integer

@@ -17,7 +17,7 @@
 //! - Units are dropped, links aimed and code written by the vCPU's own thread, while it runs no translated code.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `units` (what is translated, and how it is found), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `x87`, `units` (what is translated, and how it is found), `run`
 //! (the loop around), `signal` (exceptions on the host).
 
 mod arena;
@@ -32,6 +32,7 @@ mod run;
 mod signal;
 mod thunks;
 mod units;
+mod x87;
 
 pub use arena::{ArenaMemory, CpuBox};
 pub use frame::Frame;

@@ -16,7 +16,7 @@ use crate::tlb::WATCHED;
 use crate::vector::class;
 
 /// The functions that translated code calls.
-pub const FUNCTIONS: Functions = Functions { miss, noted, callout };
+pub const FUNCTIONS: Functions = Functions { miss, noted, callout, load_x87 };
 
 /// A look-up missed: fills the table. Not 0: the access is the interpreter's.
 unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u32 {
@@ -45,6 +45,14 @@ unsafe extern "sysv64" fn noted(cpu: *mut Cpu) -> u32 {
     cpu.stored_to_noted(cpu.frame.miss_address as *mut u8, bytes);
     cpu.frame.exit = exit::ATTENTION;
     u32::from(cpu.frame.miss & NOTED_LEAVES != 0 && cpu.frame_attention())
+}
+
+/// Translated code is about to use the x87 registers.
+unsafe extern "sysv64" fn load_x87(cpu: *mut Cpu) -> u32 {
+    // SAFETY: as in `miss`.
+    let cpu = unsafe { &mut *cpu };
+    cpu.vector.make_x87_live();
+    0
 }
 
 /// An instruction that the interpreter runs.
@@ -183,8 +191,11 @@ impl Translator {
                 exit::CALLOUT => return Some(Outcome::Leave),
                 exit::FAULT => return Some(Outcome::Fault),
                 exit::HOST_FAULT => {
-                    let rip = self.guest_of_fault(processor.frame.miss_address)?;
-                    processor.rip = rip;
+                    let site = self.guest_of_fault(processor.frame.miss_address)?;
+                    processor.rip = site.rip;
+                    if let Some(last) = site.x87 {
+                        processor.remember_x87(last);
+                    }
                     return self.interpret(cpu, blocks);
                 }
                 _ => return self.interpret(cpu, blocks),

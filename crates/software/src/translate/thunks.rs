@@ -29,6 +29,8 @@ pub struct Functions {
     pub noted: Miss,
     /// An instruction that has no translation.
     pub callout: Callout,
+    /// The x87 registers are wanted in the host's.
+    pub load_x87: Miss,
 }
 
 /// Places of the thunks in the code cache, as distances from its start.
@@ -40,6 +42,7 @@ pub struct Thunks {
     pub noted: usize,
     pub callout: usize,
     pub load_vectors: usize,
+    pub load_x87: usize,
     /// Where the signal handler goes on after an exception in translated code.
     pub landing: usize,
 }
@@ -68,6 +71,8 @@ pub fn generate(asm: &mut Assembler, functions: Functions, avx: bool) -> Thunks 
     call_out(asm, functions.noted as *const () as u64, leave, avx);
     thunks.callout = asm.position();
     call_out(asm, functions.callout as *const () as u64, leave, avx);
+    thunks.load_x87 = asm.position();
+    call_out(asm, functions.load_x87 as *const () as u64, leave, avx);
     thunks.load_vectors = asm.position();
     load_vectors(asm, avx);
     thunks.landing = asm.position();

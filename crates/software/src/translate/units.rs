@@ -8,7 +8,7 @@ use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
 use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, NO_JUMP};
 use super::cache::CodeCache;
-use super::generate::{Context, Generator, LinkSite, Ops};
+use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
 use super::guest_code::{self};
 use super::thunks::{self, Functions, Thunks};
 use crate::block_cache;
@@ -38,7 +38,7 @@ struct Unit {
     incoming: Vec<u32>,
     /// Handlers that its code calls with these ops.
     _ops: Ops,
-    faults: Vec<(u32, u64)>,
+    faults: Vec<FaultSite>,
     valid: bool,
 }
 
@@ -311,14 +311,14 @@ impl Translator {
         self.statistics.linked += 1;
     }
 
-    /// The guest address of the instruction that raised an exception at a host address.
-    pub(super) fn guest_of_fault(&self, host: u64) -> Option<u64> {
+    /// The guest's instruction that raised an exception at a host address.
+    pub(super) fn guest_of_fault(&self, host: u64) -> Option<FaultSite> {
         let position = self.cache.position_of(host)? as u32;
         let index = self.units.partition_point(|unit| unit.code.end <= position);
         let unit = self.units.get(index)?;
         let inside = position - unit.code.start;
-        let found = unit.faults.partition_point(|&(at, _)| at <= inside);
-        unit.faults.get(found.checked_sub(1)?).map(|&(_, rip)| rip)
+        let found = unit.faults.partition_point(|site| site.at <= inside);
+        unit.faults.get(found.checked_sub(1)?).copied()
     }
 
     /// Translates the code at RIP. `None`: it stays with the interpreter.

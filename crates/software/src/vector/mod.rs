@@ -68,6 +68,7 @@ pub struct X87Image(pub [u8; 512]);
 
 /// Where the last x87 instruction and its operand were.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
 pub struct Pointers {
     /// The low 3 bits of the first opcode byte and the ModRM byte.
     pub opcode: u16,
@@ -90,8 +91,8 @@ pub struct VectorState {
     host_mxcsr: u32,
     /// The [`class`]es that may run now; derived by [`Cpu::update_mode`].
     pub enabled: u8,
-    /// Whether the x87 registers are in the host's (else in `image`).
-    x87_live: bool,
+    /// 0: the x87 registers are in the host's; 1: they are in `image`.
+    x87_missing: u8,
     pub pointers: Pointers,
     image: X87Image,
 }
@@ -108,7 +109,7 @@ impl Default for VectorState {
             mxcsr_shared: 1,
             host_mxcsr: HOST_MXCSR,
             enabled: 0,
-            x87_live: false,
+            x87_missing: 1,
             pointers: Pointers::default(),
             image,
         }
@@ -119,11 +120,12 @@ impl VectorState {
     pub(crate) const MXCSR_OFFSET: usize = std::mem::offset_of!(VectorState, mxcsr);
     pub(crate) const MXCSR_SHARED_OFFSET: usize = std::mem::offset_of!(VectorState, mxcsr_shared);
     pub(crate) const HOST_MXCSR_OFFSET: usize = std::mem::offset_of!(VectorState, host_mxcsr);
+    pub(crate) const X87_MISSING_OFFSET: usize = std::mem::offset_of!(VectorState, x87_missing);
 
     /// Loads the x87 registers into the host's, if they are not there yet.
     #[inline(always)]
     pub fn make_x87_live(&mut self) {
-        if !self.x87_live {
+        if self.x87_missing != 0 {
             self.load_image();
         }
     }
@@ -141,12 +143,12 @@ impl VectorState {
         unsafe {
             asm!("fxrstor64 [{}]", in(reg) self.image.0.as_ptr(), clobber_abi("sysv64"), options(nostack, readonly))
         };
-        self.x87_live = true;
+        self.x87_missing = 0;
     }
 
     /// Takes the x87 registers into the image; they stay live if they were.
     pub fn x87_image(&mut self) -> &X87Image {
-        if self.x87_live {
+        if self.x87_missing == 0 {
             // SAFETY: the image is 512 bytes, aligned to 64; FXSAVE changes no register.
             unsafe { asm!("fxsave64 [{}]", in(reg) self.image.0.as_mut_ptr(), options(nostack, preserves_flags)) };
         }
@@ -161,8 +163,8 @@ impl VectorState {
     }
 
     fn forget_live(&mut self) {
-        if self.x87_live {
-            self.x87_live = false;
+        if self.x87_missing == 0 {
+            self.x87_missing = 1;
             // SAFETY: no Rust code depends on x87 registers; FNINIT leaves them as the ABI wants them.
             unsafe { asm!("fninit", options(nostack, nomem)) };
         }
@@ -203,7 +205,7 @@ impl VectorState {
     pub fn retire(&mut self) {
         self.pause_floats();
         self.resume_floats();
-        if self.x87_live {
+        if self.x87_missing == 0 {
             self.x87_image_mut();
         }
     }

@@ -278,6 +278,47 @@ fn translated_sequences_do_what_the_host_does() {
     compare_with_host(64, Unit::TranslatedSequence);
 }
 
+/// Processors store these pointers at different times; the interpreter is what translated code must agree with.
+#[test]
+fn translated_sequences_leave_the_x87_pointers_that_the_interpreter_leaves() {
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(translated) = TestBench::translating() else {
+        println!("the host lacks what translated code uses: not applicable");
+        return;
+    };
+    let model = CpuModel::named(CpuModel::NEWEST, &[]).expect("the newest model");
+    // The names of x87 codes start with it; a few others contain it.
+    let generator = Generator::new(&model, 64, "f");
+    let seed = number_from("POLDER_SEED").unwrap_or(1);
+    let cases = number_from("POLDER_CASES").unwrap_or(CASES) / 20;
+    println!("POLDER_SEED={seed:#x}, {cases} cases");
+    let mut benches = [TestBench::new(), translated];
+    for bench in &mut benches {
+        bench.enter_user_mode(CodeSize::Bits64, &native::pages(), GS_BASE);
+    }
+    let mut moved = 0;
+    for case in number_from("POLDER_CASE").map_or(0..cases, |case| case..case + 1) {
+        let mut random = Random::new(seed.wrapping_add(case.wrapping_mul(0xd134_2543_de82_ef95)));
+        let generated = generator.sequence(&mut random);
+        let state = random_state(&mut random, &generated);
+        let mut code = [0x90; 128];
+        code[..generated.bytes.len()].copy_from_slice(&generated.bytes);
+        code[generated.bytes.len()] = 0xf4;
+        let [interpreter, translator] = benches.each_mut().map(|bench| {
+            bench.write(CODE, &[0xcc; PAGE as usize]);
+            bench.write(START, &code);
+            set_engine(bench, &state);
+            bench.cpu.vector.pointers = Default::default();
+            let stop = bench.run(1000);
+            bench.cpu.vector.retire();
+            (stop, bench.cpu.rip, bench.cpu.vector.pointers)
+        });
+        assert_eq!(interpreter, translator, "POLDER_SEED={seed:#x} POLDER_CASE={case}: {:x?}", generated.bytes);
+        moved += u64::from(interpreter.2 != Default::default());
+    }
+    assert!(moved > cases / 4, "too few x87 instructions ran: {moved}");
+}
+
 /// What a case consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unit {
