@@ -39,6 +39,8 @@ pub struct Boot {
     /// Typed, in order, each when its prompt has been shown.
     typed: Vec<(String, String)>,
     stats: Option<PathBuf>,
+    /// Further options; polder only.
+    options: Vec<String>,
 }
 
 /// How a machine ended.
@@ -70,6 +72,7 @@ impl Boot {
             no_reboot: true,
             typed: Vec::new(),
             stats: None,
+            options: Vec::new(),
         }
     }
 
@@ -146,6 +149,12 @@ impl Boot {
         self
     }
 
+    /// An option of `polder boot` with its value; QEMU is not given it.
+    pub fn option(mut self, name: &str, value: &str) -> Self {
+        self.options.extend([name.to_string(), value.to_string()]);
+        self
+    }
+
     /// Runs the machine to its end.
     pub fn run(&self) -> Outcome {
         let mut command = match Monitor::chosen() {
@@ -181,6 +190,7 @@ impl Boot {
         if let Some(stats) = &self.stats {
             command.arg("--stats").arg(stats);
         }
+        command.args(&self.options);
         command
     }
 

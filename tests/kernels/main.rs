@@ -1,13 +1,15 @@
 //! Promise: Debian's stock cloud and generic kernels boot, with one and with several vCPUs.
 
-use polder_tests::{Boot, Kernel, Scratch};
+use polder_tests::{Boot, Kernel, Monitor, Scratch};
+
+/// What sha256sum prints for the numbers 1 to 1000 on any machine.
+const SUM: &str = "sum 67d4ff71d43921d5739f387da09746f405e425b07d727e4c69d029461d1f051f";
 
 /// Boots a kernel with the small initramfs, has it do a little work and power off.
 fn boots(kernel: Kernel, cpus: u32) {
     let outcome = Boot::linux(kernel, "echo sum $(seq 1 1000 | sha256sum)").cpus(cpus).timeout_s(300).run();
     outcome.expect_status(0).expect_console("POLDER-GUEST STATUS 0");
-    // What sha256sum prints for the numbers 1 to 1000 on any machine.
-    outcome.expect_console("sum 67d4ff71d43921d5739f387da09746f405e425b07d727e4c69d029461d1f051f");
+    outcome.expect_console(SUM);
     assert_eq!(outcome.ready("cpus"), cpus.to_string());
 }
 
@@ -19,6 +21,28 @@ fn the_cloud_kernel_boots_with_one_vcpu() {
 #[test]
 fn the_cloud_kernel_boots_with_four_vcpus() {
     boots(Kernel::Cloud, 4);
+}
+
+#[test]
+fn a_kernel_boots_with_a_code_cache_too_small_for_it() {
+    let scratch = Scratch::new();
+    let stats = scratch.path().join("stats.json");
+    let boot = Boot::linux(Kernel::Cloud, "echo sum $(seq 1 1000 | sha256sum)").cpus(2).timeout_s(300);
+    boot.option("--code-cache", "1M").stats(&stats).run().expect_status(0).expect_console(SUM);
+    if Monitor::chosen() == Monitor::Qemu {
+        return;
+    }
+    let facts: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&stats).expect("--stats writes its file")).expect("--stats writes JSON");
+    let counter = |name: &str| facts["counters"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {facts}"));
+    if counter("translated_units") == 0 {
+        // The host lacks what translated code uses.
+        return;
+    }
+    assert_eq!(counter("code_cache_bytes"), 2 << 20);
+    assert!(counter("code_cache_evicted") > 1000, "{facts}");
+    let pause_ns = counter("code_cache_pause_ns_max");
+    assert!((1..1_000_000).contains(&pause_ns), "{facts}");
 }
 
 #[test]

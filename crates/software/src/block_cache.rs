@@ -203,11 +203,11 @@ impl Blocks {
         Ok(block)
     }
 
-    /// The block at RIP stays with the interpreter.
-    pub(crate) fn keep_cold(&mut self, cpu: &mut Cpu) {
+    /// Sets how often the block at RIP counts as having run.
+    pub(crate) fn set_heat(&mut self, cpu: &mut Cpu, heat: u32) {
         if let Ok(block) = self.find(cpu) {
             // SAFETY: `find` gives a valid block.
-            unsafe { (*block).heat.set(COLD_FOR_EVER) };
+            unsafe { (*block).heat.set(heat) };
         }
     }
 

@@ -60,6 +60,18 @@ counters! {
     callouts
     /// Returns from the inner loop.
     leaves
+    /// Units that were translated.
+    translated_units
+    /// Bytes of their code.
+    translated_code_bytes
+    /// Size of the code cache.
+    code_cache_bytes
+    /// Units that were dropped to make room for others.
+    code_cache_evicted
+    /// Times that all translated code was dropped.
+    code_cache_flushes
+    /// Not a count: the longest that the vCPU made room, or dropped all code, in its thread's processor time.
+    code_cache_pause_ns_max
     /// Not a count: when this vCPU first fetched code at privilege level 3, on the machine's monotonic clock; zero if it never did.
     first_user_instruction_ns
 }

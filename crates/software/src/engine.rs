@@ -37,8 +37,29 @@ pub enum Translation {
 /// Times that a block is interpreted before it is translated.
 const HOT: u32 = 16;
 
+/// Sizes that a vCPU's code cache may have.
+pub const CODE_CACHE_BYTES_MIN: usize = 1 << 20;
+pub const CODE_CACHE_BYTES_MAX: usize = 1 << 30;
+/// The size that it has where nobody chose one.
+pub const CODE_CACHE_BYTES_DEFAULT: usize = 64 << 20;
+
+/// What can be chosen of the engine beside its CPU model.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineOptions {
+    pub translation: Translation,
+    /// Memory for the translated code of each vCPU, between [`CODE_CACHE_BYTES_MIN`] and [`CODE_CACHE_BYTES_MAX`] and in whole pages.
+    pub code_cache_bytes: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        EngineOptions { translation: Translation::default(), code_cache_bytes: CODE_CACHE_BYTES_DEFAULT }
+    }
+}
+
 impl Translation {
-    fn threshold(self) -> Option<u32> {
+    /// Times that a block is interpreted before it is translated; `None`: no translation.
+    pub(crate) fn threshold(self) -> Option<u32> {
         match self {
             Translation::Auto => Some(HOT),
             Translation::Never => None,
@@ -64,7 +85,7 @@ impl SoftwareEngine {
         services: EngineServices,
         vcpu_count: u32,
         model: CpuModel,
-        translation: Translation,
+        options: EngineOptions,
     ) -> Result<Arc<Self>, EngineError> {
         if !(1..=VCPUS_MAX).contains(&vcpu_count) {
             return Err(EngineError::VcpuCount { asked: vcpu_count, max: VCPUS_MAX });
@@ -84,7 +105,7 @@ impl SoftwareEngine {
             let cpu = Cpu::with_platform(services.clone(), model.clone(), apic, epoch_tsc);
             let published = Arc::new(Published::default());
             handles.push(Arc::new(SoftwareHandle { inbox: inbox.clone(), published: published.clone() }));
-            let vcpu = SoftwareVcpu::new(cpu, published, translation.threshold())
+            let vcpu = SoftwareVcpu::new(cpu, published, options)
                 .map_err(|source| EngineError::Host { what: "memory for translated code", source })?;
             vcpus.push(vcpu);
         }

@@ -53,4 +53,6 @@ mod vcpu_tests;
 mod vector;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
-pub use engine::{SoftwareEngine, Translation};
+pub use engine::{
+    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, EngineOptions, SoftwareEngine, Translation,
+};

@@ -96,11 +96,21 @@ impl TestBench {
         bench
     }
 
-    /// As [`TestBench::new`], with a translator that translates all code before it runs for the first time; `None` on a host that cannot.
-    pub fn translating() -> Option<TestBench> {
+    /// As [`TestBench::new`], with a translator that translates all code before it runs for the first time into a cache of that size; `None` on a host that cannot.
+    pub fn translating(code_cache_bytes: usize) -> Option<TestBench> {
         let mut bench = TestBench::new();
-        bench.translator = Translator::new(FUNCTIONS, 0).expect("memory for a test").map(Box::new);
+        bench.translator = Translator::new(FUNCTIONS, 0, code_cache_bytes).expect("memory for a test").map(Box::new);
         bench.translator.is_some().then_some(bench)
+    }
+
+    /// What the translator counted.
+    #[cfg(test)]
+    pub(crate) fn translation_counters(&self) -> crate::counters::Counters {
+        let mut counters = self.cpu.counters;
+        if let Some(translator) = &self.translator {
+            translator.report(&mut counters);
+        }
+        counters
     }
 
     /// Runs a while, by the tier that the bench has.

@@ -22,6 +22,7 @@ use crate::apic::{
 use crate::block_cache::Blocks;
 use crate::counters::Published;
 use crate::cpu::{CS, Cpu};
+use crate::engine::EngineOptions;
 use crate::flags;
 use crate::run::Outcome;
 use crate::system::Delivery;
@@ -53,12 +54,11 @@ pub struct SoftwareVcpu {
 
 impl SoftwareVcpu {
     /// A vCPU after power-on.
-    /// `threshold`: times that a block is interpreted before it is translated; `None`: no translation.
-    pub fn new(cpu: Cpu, published: Arc<Published>, threshold: Option<u32>) -> io::Result<Self> {
+    pub fn new(cpu: Cpu, published: Arc<Published>, options: EngineOptions) -> io::Result<Self> {
         let inbox = cpu.apic.inbox().clone();
         let cpu = CpuBox::new(cpu)?;
-        let translator = match threshold {
-            Some(threshold) => Translator::new(FUNCTIONS, threshold)?.map(Box::new),
+        let translator = match options.translation.threshold() {
+            Some(threshold) => Translator::new(FUNCTIONS, threshold, options.code_cache_bytes)?.map(Box::new),
             None => None,
         };
         inbox.set_arena(cpu.memory().clone());
@@ -204,7 +204,10 @@ impl SoftwareVcpu {
         self.inbox.sleep(timeout);
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        if let Some(translator) = &self.translator {
+            translator.report(&mut self.cpu.counters);
+        }
         self.published.publish(self.cpu.instructions, &self.cpu.counters);
     }
 

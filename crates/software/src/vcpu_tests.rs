@@ -44,7 +44,7 @@ impl Machine {
         }
         let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
         Machine {
-            engine: SoftwareEngine::new(services, vcpu_count, model, crate::Translation::default()).unwrap(),
+            engine: SoftwareEngine::new(services, vcpu_count, model, crate::EngineOptions::default()).unwrap(),
             memory,
         }
     }

@@ -83,7 +83,7 @@ pub struct Identity {
     pub mac: [u8; 6],
 }
 
-pub use polder_software::Translation;
+pub use polder_software::{CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, Translation};
 
 /// The CPU model of machines that ask for no other.
 pub const CPU_MODEL_NEWEST: &str = polder_software::CpuModel::NEWEST;
@@ -101,6 +101,8 @@ pub struct MachineConfig {
     pub engine: EngineChoice,
     /// Which code the software engine translates.
     pub translation: Translation,
+    /// Memory for the translated code of each vCPU, in whole pages.
+    pub code_cache_bytes: usize,
     /// Name of a CPU model, with features to add and to take away: `polder-v3,+pku,-avx2`.
     pub cpu_model: String,
     pub net: NetConfig,
@@ -126,6 +128,7 @@ impl MachineConfig {
             ram_bytes: 512 * MIB,
             engine: EngineChoice::default(),
             translation: Translation::default(),
+            code_cache_bytes: CODE_CACHE_BYTES_DEFAULT,
             cpu_model: CPU_MODEL_NEWEST.to_owned(),
             net: NetConfig::default(),
             vsock: None,
@@ -148,6 +151,14 @@ impl MachineConfig {
                 asked: ByteSize(self.ram_bytes),
                 min: ByteSize(RAM_BYTES_MIN),
                 max: ByteSize(RAM_BYTES_MAX),
+            });
+        }
+        let whole_pages = self.code_cache_bytes.is_multiple_of(PAGE_SIZE as usize);
+        if !(CODE_CACHE_BYTES_MIN..=CODE_CACHE_BYTES_MAX).contains(&self.code_cache_bytes) || !whole_pages {
+            return Err(VmmError::CodeCache {
+                asked: ByteSize(self.code_cache_bytes as u64),
+                min: ByteSize(CODE_CACHE_BYTES_MIN as u64),
+                max: ByteSize(CODE_CACHE_BYTES_MAX as u64),
             });
         }
         if self.disks.len() > DISKS_MAX {

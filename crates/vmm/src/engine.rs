@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use polder_machine::{Engine, EngineServices, MsiMessage, MsiSink};
-use polder_software::{CpuModel, SoftwareEngine};
+use polder_software::{CpuModel, EngineOptions, SoftwareEngine};
 
 use crate::{EngineChoice, MachineConfig, VmmError};
 
@@ -16,7 +16,8 @@ pub(crate) fn make(config: &MachineConfig, services: EngineServices, cpus: u32) 
         // Until the KVM engine is there, the software engine is the faster of those that work.
         EngineChoice::Auto | EngineChoice::Software => {
             let model = CpuModel::parse(&config.cpu_model)?;
-            Ok(SoftwareEngine::new(services, cpus, model, config.translation)?)
+            let options = EngineOptions { translation: config.translation, code_cache_bytes: config.code_cache_bytes };
+            Ok(SoftwareEngine::new(services, cpus, model, options)?)
         }
         EngineChoice::Kvm => Err(VmmError::NoKvmEngine),
     }

@@ -21,6 +21,8 @@ pub enum VmmError {
     Ram { asked: ByteSize, min: ByteSize, max: ByteSize },
     #[error("a machine has at most {max} disks, not {asked}")]
     Disks { asked: usize, max: usize },
+    #[error("a code cache has {min} to {max} in whole pages, not {asked}")]
+    CodeCache { asked: ByteSize, min: ByteSize, max: ByteSize },
     #[error("the {what} {} cannot be opened", path.display())]
     Open {
         what: &'static str,

@@ -32,8 +32,9 @@ mod vsock_socket;
 
 pub use calibration::{CalibrationGuest, SoftwareCalibration};
 pub use config::{
-    CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort, DiskAccess, DiskConfig, EngineChoice, Identity, MachineConfig, NetConfig,
-    RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices, Translation,
+    CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort, DiskAccess, DiskConfig,
+    EngineChoice, Identity, MachineConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices,
+    Translation,
 };
 pub use control::Control;
 pub use error::VmmError;

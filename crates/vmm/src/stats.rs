@@ -56,6 +56,8 @@ pub struct Stats {
 pub(crate) const STATS_VERSION: u32 = 1;
 /// The counter that is a time and not a count: when a vCPU ran its first user-space instruction.
 pub(crate) const FIRST_USER_NS: &str = "first_user_instruction_ns";
+/// Counters of this end are no counts but the longest of something.
+const LONGEST: &str = "_max";
 
 impl Stats {
     /// Takes in what the vCPUs counted.
@@ -72,7 +74,8 @@ impl Stats {
                     }
                 } else {
                     *one.entry(name).or_default() += value;
-                    *self.counters.entry(name).or_default() += value;
+                    let total = self.counters.entry(name).or_default();
+                    *total = if name.ends_with(LONGEST) { value.max(*total) } else { value + *total };
                 }
             }
             self.vcpus.push(one);
@@ -105,10 +108,10 @@ mod tests {
         let mut stats = Stats::default();
         stats.take_counters(vec![
             vec![("instructions", 5), (FIRST_USER_NS, 0)],
-            vec![("instructions", 7), (FIRST_USER_NS, 40)],
-            vec![(FIRST_USER_NS, 30)],
+            vec![("instructions", 7), (FIRST_USER_NS, 40), ("pause_ns_max", 9)],
+            vec![(FIRST_USER_NS, 30), ("pause_ns_max", 8)],
         ]);
-        assert_eq!(stats.counters, BTreeMap::from([("instructions", 12)]));
+        assert_eq!(stats.counters, BTreeMap::from([("instructions", 12), ("pause_ns_max", 9)]));
         assert_eq!(stats.times.first_user_instruction_ns, Some(30));
         assert_eq!(stats.vcpus.len(), 3);
     }

@@ -24,7 +24,7 @@ use polder_vmm::{
     NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
 };
 
-use options::{parse_disk, parse_net};
+use options::{parse_code_cache, parse_disk, parse_net};
 use stats_file::StatsFile;
 
 pub use input::{Escapes, Keys, Typed};
@@ -76,6 +76,9 @@ pub struct BootArguments {
     /// Which code the software engine translates: auto (what is hot), never (interpret all), always (before it first runs)
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     translate: TranslateName,
+    /// Memory for the translated code of each vCPU, 1M to 1G; when it is full the oldest code goes
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_code_cache)]
+    code_cache: ByteSize,
     /// What processor the guest sees: polder-v2 or polder-v3, then features to add or to take away, as in polder-v3,+pku,-avx2
     #[arg(long, value_name = "MODEL[,+FEATURE|,-FEATURE]...", default_value = CPU_MODEL_NEWEST)]
     cpu: String,
@@ -171,6 +174,7 @@ impl BootArguments {
             ram_bytes: self.memory.0,
             engine: self.engine.choice(),
             translation: self.translate.choice(),
+            code_cache_bytes: self.code_cache.0 as usize,
             cpu_model: self.cpu.clone(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use polder_basics::ByteSize;
-use polder_vmm::{DiskAccess, DiskConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN};
+use polder_vmm::{
+    CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, DiskAccess, DiskConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN,
+};
 
 /// Interface names have at most this many bytes (Linux, IFNAMSIZ less the NUL).
 const INTERFACE_NAME_LEN_MAX: usize = 15;
@@ -25,6 +27,19 @@ pub fn parse_memory(text: &str) -> Result<ByteSize, String> {
     let size: ByteSize = text.parse().map_err(|error: polder_basics::ParseSizeError| error.to_string())?;
     if !(RAM_BYTES_MIN..=RAM_BYTES_MAX).contains(&size.0) {
         return Err(format!("a machine has {} to {} of memory", ByteSize(RAM_BYTES_MIN), ByteSize(RAM_BYTES_MAX)));
+    }
+    if !size.0.is_multiple_of(4096) {
+        return Err("memory comes in whole pages of 4 KiB".to_owned());
+    }
+    Ok(size)
+}
+
+/// A size that a code cache can have.
+pub fn parse_code_cache(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text.parse().map_err(|error: polder_basics::ParseSizeError| error.to_string())?;
+    let (min, max) = (CODE_CACHE_BYTES_MIN as u64, CODE_CACHE_BYTES_MAX as u64);
+    if !(min..=max).contains(&size.0) {
+        return Err(format!("a code cache has {} to {}", ByteSize(min), ByteSize(max)));
     }
     if !size.0.is_multiple_of(4096) {
         return Err("memory comes in whole pages of 4 KiB".to_owned());
@@ -63,6 +78,14 @@ mod tests {
         assert_eq!(parse_memory("16G").unwrap().0, 16 << 30);
         for text in ["63M", "1M", "17G", "64T", "lots", "67108865"] {
             assert!(parse_memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_code_cache_outside_the_bounds_is_refused() {
+        assert_eq!(parse_code_cache("1M").unwrap().0, 1 << 20);
+        for text in ["1023K", "2G", "1048577", "big"] {
+            assert!(parse_code_cache(text).is_err(), "{text}");
         }
     }
 

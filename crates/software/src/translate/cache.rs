@@ -12,6 +12,8 @@ pub struct CodeCache {
     executable: *const u8,
     len: usize,
     used: usize,
+    /// Code has been written up to here.
+    filled: usize,
 }
 
 // SAFETY: the pointers are to mappings of this object's own; writes go through `&mut self` only.
@@ -27,12 +29,17 @@ impl CodeCache {
         };
         let executable = map(ProtFlags::READ | ProtFlags::EXEC)?.cast::<u8>().cast_const();
         let writable = map(ProtFlags::READ | ProtFlags::WRITE)?.cast();
-        Ok(CodeCache { writable, executable, len, used: 0 })
+        Ok(CodeCache { writable, executable, len, used: 0, filled: 0 })
     }
 
     /// Where the next code goes, as a distance from the start.
     pub fn position(&self) -> usize {
         self.used
+    }
+
+    /// The cache's size in bytes.
+    pub fn len(&self) -> usize {
+        self.len
     }
 
     pub fn free(&self) -> usize {
@@ -42,20 +49,21 @@ impl CodeCache {
     /// Appends code. The caller has checked that it fits; what does not is left out.
     pub fn add(&mut self, code: &[u8]) {
         if code.len() <= self.free() {
-            // SAFETY: the bytes lie inside the mapping, and no code that runs lies there yet.
+            // SAFETY: the bytes lie inside the mapping, and no code that runs lies there any more.
             unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len()) };
             self.used = (self.used + code.len()).next_multiple_of(16).min(self.len);
+            self.filled = self.filled.max(self.used);
         }
     }
 
-    /// Forgets everything from `position` on.
-    pub fn truncate(&mut self, position: usize) {
+    /// Code goes to `position` next, where code may lie that nobody comes to any more.
+    pub fn start_over(&mut self, position: usize) {
         self.used = position.min(self.used);
     }
 
     /// Replaces the 32-bit number at `at`.
     pub fn patch(&mut self, at: usize, value: i32) {
-        if at + 4 <= self.used {
+        if at + 4 <= self.filled {
             // SAFETY: inside the mapping; only the thread that patches runs this code, and not now.
             unsafe { self.writable.add(at).cast::<i32>().write_unaligned(value) };
         }

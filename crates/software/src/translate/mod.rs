@@ -23,6 +23,8 @@
 mod arena;
 mod assembler;
 mod cache;
+#[cfg(test)]
+mod eviction_tests;
 mod frame;
 mod generate;
 mod guest_code;

@@ -7,6 +7,7 @@ use super::arena::CpuBox;
 use super::frame::exit;
 use super::generate::{MISS_WRITE, NOTED_LEAVES};
 use super::thunks::{Enter, Functions};
+use crate::block::COLD_FOR_EVER;
 use crate::block_cache::Blocks;
 use crate::cpu::{Cpu, cr4};
 use crate::op::{Flow, Op};
@@ -125,14 +126,16 @@ impl Translator {
                 if unit.is_none() && self.threshold == 0 {
                     unit = self.translate(processor, jumps).and_then(|_| self.find(processor, jumps));
                 }
-                host = unit.map(|unit| self.host_of(unit));
+                host = unit.and_then(|unit| self.host_of(unit));
             }
             let Some(host) = host else {
                 match blocks.run_cold(cpu, attention, &mut left, self.threshold) {
                     Outcome::Hot => {
                         let (processor, jumps) = cpu.split();
-                        if self.translate(processor, jumps).is_none() {
-                            blocks.keep_cold(processor);
+                        if self.was_evicted_lately(processor) {
+                            blocks.set_heat(processor, 0);
+                        } else if self.translate(processor, jumps).is_none() {
+                            blocks.set_heat(processor, COLD_FOR_EVER);
                         }
                     }
                     outcome => return outcome,
@@ -171,7 +174,7 @@ impl Translator {
                 match unit {
                     Some(unit) if self.is_valid(unit) => {
                         self.aim(exit, unit, processor.frame.space);
-                        host = self.host_of(unit);
+                        host = self.host_of(unit)?;
                         continue;
                     }
                     _ => return None,
@@ -185,7 +188,7 @@ impl Translator {
                     }
                     self.select_space(processor, jumps);
                     let unit = self.find(processor, jumps)?;
-                    host = self.host_of(unit);
+                    host = self.host_of(unit)?;
                 }
                 exit::ATTENTION => return None,
                 exit::CALLOUT => return Some(Outcome::Leave),

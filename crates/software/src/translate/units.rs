@@ -1,6 +1,6 @@
 //! What is translated, and how it is found.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 
@@ -12,14 +12,20 @@ use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
 use super::guest_code::{self};
 use super::thunks::{self, Functions, Thunks};
 use crate::block_cache;
+use crate::counters::Counters;
 use crate::cpu::{Cpu, is_canonical};
 
-/// Memory for a vCPU's translated code.
-pub const CODE_BYTES: usize = 64 << 20;
 /// No unit's code is longer.
 const UNIT_BYTES_MAX: usize = 64 << 10;
 /// Links of a vCPU.
 const LINKS_MAX: usize = 4 << 20;
+/// Links are numbered round these; the exits that are no links' are beyond.
+const LINK_NUMBERS: u32 = 1 << 31;
+/// Units of a flush that are freed with each translation after it.
+const FREED_AT_A_TIME: usize = 64;
+/// Entries of [`Translator::evicted`], and what an eviction puts there.
+const EVICTED: usize = 1 << 16;
+const ROUNDS_AFTER_EVICTION: u8 = 4;
 /// Attempts to read bytes that another processor keeps changing.
 const READS_MAX: u32 = 4;
 const NO_UNIT: u32 = u32::MAX;
@@ -33,7 +39,8 @@ struct Unit {
     granules: u64,
     /// Places in the code cache.
     code: std::ops::Range<u32>,
-    links: std::ops::Range<u32>,
+    first_link: u32,
+    links: u32,
     /// Links of other units that lead here.
     incoming: Vec<u32>,
     /// Handlers that its code calls with these ops.
@@ -98,10 +105,19 @@ pub struct Translator {
     pub(super) cache: CodeCache,
     pub(super) thunks: Thunks,
     first_position: usize,
-    units: Vec<Unit>,
+    /// From the oldest to the newest, as their code lies in the cache; the first one's number is `first_unit`.
+    units: VecDeque<Unit>,
+    first_unit: u32,
     by_address: Map<(u64, u64, u8), u32>,
     pages: Map<u64, Vec<u32>>,
-    links: Vec<Link>,
+    /// From the oldest unit's to the newest's; the first one's number is `first_link`.
+    links: VecDeque<Link>,
+    first_link: u32,
+    /// Units of the last flush, freed little by little.
+    flushed: VecDeque<Unit>,
+    /// Times that evicted code must grow hot again before it is translated anew, by a hash of its address. A cache that is too small for
+    /// what runs would else be filled without end.
+    evicted: Box<[u8; EVICTED]>,
     spaces: [Option<Space>; JUMP_TABLES],
     current: usize,
     last_space: u32,
@@ -117,9 +133,19 @@ pub struct Statistics {
     pub units: u64,
     pub code_bytes: u64,
     pub flushes: u64,
+    /// Units dropped to make room for others.
+    pub evicted: u64,
+    /// The longest that making room or a flush took, in time of the thread.
+    pub pause_ns_max: u64,
     pub interpreted: u64,
     pub indirect: u64,
     pub linked: u64,
+}
+
+impl Statistics {
+    fn paused_since(&mut self, start: u64) {
+        self.pause_ns_max = self.pause_ns_max.max(thread_time().saturating_sub(start));
+    }
 }
 
 impl std::fmt::Debug for Translator {
@@ -130,12 +156,13 @@ impl std::fmt::Debug for Translator {
 
 impl Translator {
     /// A translator without translations, or `None` on hosts whose CPU lacks what the generated code uses (BMI2, AVX).
-    pub fn new(functions: Functions, threshold: u32) -> io::Result<Option<Translator>> {
+    /// `code_bytes` is the code cache's size.
+    pub fn new(functions: Functions, threshold: u32, code_bytes: usize) -> io::Result<Option<Translator>> {
         if !(is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("avx")) {
             return Ok(None);
         }
         super::signal::install()?;
-        let mut cache = CodeCache::new(CODE_BYTES)?;
+        let mut cache = CodeCache::new(code_bytes)?;
         let mut asm = super::assembler::Assembler::default();
         let thunks = thunks::generate(&mut asm, functions, true);
         if !asm.resolve() {
@@ -146,10 +173,14 @@ impl Translator {
             first_position: cache.position(),
             cache,
             thunks,
-            units: Vec::new(),
+            units: VecDeque::new(),
+            first_unit: 0,
             by_address: Map::default(),
             pages: Map::default(),
-            links: Vec::new(),
+            links: VecDeque::new(),
+            first_link: 0,
+            flushed: VecDeque::new(),
+            evicted: Box::new([0; EVICTED]),
             spaces: [None; JUMP_TABLES],
             current: 0,
             last_space: 0,
@@ -161,18 +192,32 @@ impl Translator {
 
     /// Drops everything.
     pub fn flush(&mut self, jumps: &mut Jumps) {
+        let start = thread_time();
         self.statistics.flushes += 1;
-        self.units.clear();
+        // Freeing all of them now would take long.
+        self.first_unit = self.first_unit.wrapping_add(self.units.len() as u32);
+        self.flushed.append(&mut self.units);
         self.by_address.clear();
         self.pages.clear();
         self.links.clear();
-        self.cache.truncate(self.first_position);
+        self.cache.start_over(self.first_position);
         for (slot, space) in self.spaces.iter_mut().enumerate() {
             if space.take().is_some() {
                 jumps.keys[slot * JUMPS..(slot + 1) * JUMPS].fill(NO_JUMP);
             }
         }
         self.current = 0;
+        self.statistics.paused_since(start);
+    }
+
+    /// Puts what there is to tell into the vCPU's counters.
+    pub fn report(&self, counters: &mut Counters) {
+        counters.translated_units = self.statistics.units;
+        counters.translated_code_bytes = self.statistics.code_bytes;
+        counters.code_cache_bytes = self.cache.len() as u64;
+        counters.code_cache_evicted = self.statistics.evicted;
+        counters.code_cache_flushes = self.statistics.flushes;
+        counters.code_cache_pause_ns_max = self.statistics.pause_ns_max;
     }
 
     /// Drops the units with bytes in the 64-byte granules (a bit mask) of a guest-physical page.
@@ -180,7 +225,10 @@ impl Translator {
         let Some(on_page) = self.pages.get_mut(&page_number) else { return };
         let mut dropped = Vec::new();
         on_page.retain(|&id| {
-            let stale = self.units[id as usize].granules & granules != 0;
+            let stale = match self.units.get(id.wrapping_sub(self.first_unit) as usize) {
+                Some(unit) => unit.granules & granules != 0,
+                None => true,
+            };
             if stale {
                 dropped.push(id);
             }
@@ -191,31 +239,110 @@ impl Translator {
         }
     }
 
+    fn unit(&self, id: u32) -> Option<&Unit> {
+        self.units.get(id.wrapping_sub(self.first_unit) as usize)
+    }
+
+    fn unit_mut(&mut self, id: u32) -> Option<&mut Unit> {
+        self.units.get_mut(id.wrapping_sub(self.first_unit) as usize)
+    }
+
+    fn link(&self, number: u32) -> Option<&Link> {
+        self.links.get((number.wrapping_sub(self.first_link) % LINK_NUMBERS) as usize)
+    }
+
+    fn link_mut(&mut self, number: u32) -> Option<&mut Link> {
+        self.links.get_mut((number.wrapping_sub(self.first_link) % LINK_NUMBERS) as usize)
+    }
+
+    /// Makes sure that nobody comes to a unit any more.
     fn drop_unit(&mut self, id: u32, jumps: &mut Jumps) {
-        let unit = &mut self.units[id as usize];
+        let Some(unit) = self.unit_mut(id) else { return };
         unit.valid = false;
         let incoming = std::mem::take(&mut unit.incoming);
         let key = (unit.linear, unit.physical, unit.table);
-        let (linear, range) = (unit.linear, unit.links.clone());
+        let (linear, first, count) = (unit.linear, unit.first_link, unit.links);
         if self.by_address.get(&key) == Some(&id) {
             self.by_address.remove(&key);
         }
-        for link in incoming {
-            let Link { site, base, to, .. } = self.links[link as usize];
-            if to == id {
+        for number in incoming {
+            // The number may be another link's by now: then it leads elsewhere, or has its own entry among the incoming ones.
+            if let Some(link) = self.link_mut(number)
+                && link.to == id
+            {
+                link.to = NO_UNIT;
+                let Link { site, base, .. } = *link;
                 self.cache.aim(base as usize + site.jump_at, base as usize + site.stub);
-                self.links[link as usize].to = NO_UNIT;
             }
         }
         // Its own ways out need no care: nobody comes here any more.
-        for link in range {
-            self.links[link as usize].from = NO_UNIT;
+        for number in 0..count {
+            if let Some(link) = self.link_mut(first.wrapping_add(number)) {
+                link.from = NO_UNIT;
+            }
         }
         for slot in 1..JUMP_TABLES {
             let at = slot * JUMPS + jump_index(linear);
             if jumps.keys[at] == linear {
                 jumps.keys[at] = NO_JUMP;
             }
+        }
+    }
+
+    /// Drops the oldest unit and forgets it.
+    fn evict_oldest(&mut self, jumps: &mut Jumps) {
+        let id = self.first_unit;
+        let Some(unit) = self.units.front() else { return };
+        let (linear, physical, is_valid) = (unit.linear, unit.physical, unit.valid);
+        if is_valid {
+            self.evicted[evicted_index(linear)] = ROUNDS_AFTER_EVICTION;
+            self.drop_unit(id, jumps);
+            if let Some(on_page) = self.pages.get_mut(&(physical / PAGE_SIZE)) {
+                on_page.retain(|&other| other != id);
+                if on_page.is_empty() {
+                    self.pages.remove(&(physical / PAGE_SIZE));
+                }
+            }
+        }
+        if let Some(unit) = self.units.pop_front() {
+            self.first_unit = self.first_unit.wrapping_add(1);
+            self.links.drain(..(unit.links as usize).min(self.links.len()));
+            self.first_link = self.first_link.wrapping_add(unit.links) % LINK_NUMBERS;
+            self.statistics.evicted += 1;
+        }
+    }
+
+    /// Whether the code at RIP, which is hot, should be interpreted for some time yet: it was evicted not long ago.
+    pub(super) fn was_evicted_lately(&mut self, cpu: &mut Cpu) -> bool {
+        let left = self.evicted[evicted_index(cpu.rip)];
+        if left == 0 || self.unit_at(cpu).is_some() {
+            return false;
+        }
+        self.evicted[evicted_index(cpu.rip)] -= 1;
+        true
+    }
+
+    /// Makes room for a unit with up to `links` links at the cache's position. The cache is a ring: the oldest units go, no more of them than must.
+    fn make_room(&mut self, links: usize, jumps: &mut Jumps) {
+        self.flushed.truncate(self.flushed.len().saturating_sub(FREED_AT_A_TIME));
+        let mut start = None;
+        if self.cache.free() < UNIT_BYTES_MAX {
+            let position = self.cache.position() as u32;
+            while self.units.front().is_some_and(|unit| unit.code.start >= position) {
+                start.get_or_insert_with(thread_time);
+                self.evict_oldest(jumps);
+            }
+            self.cache.start_over(self.first_position);
+        }
+        let position = self.cache.position() as u32;
+        let room = position..position + UNIT_BYTES_MAX as u32;
+        let is_in_the_way = |unit: &Unit| unit.code.start < room.end && unit.code.end > room.start;
+        while self.units.front().is_some_and(is_in_the_way) || self.links.len() + links > LINKS_MAX {
+            start.get_or_insert_with(thread_time);
+            self.evict_oldest(jumps);
+        }
+        if let Some(start) = start {
+            self.statistics.paused_since(start);
         }
     }
 
@@ -257,7 +384,7 @@ impl Translator {
         let linear = cpu.rip;
         let at = self.current * JUMPS + jump_index(linear);
         let id = self.unit_at(cpu)?;
-        let host = self.cache.address(self.units[id as usize].code.start as usize);
+        let host = self.host_of(id)?;
         if self.current != 0 {
             jumps.keys[at] = linear;
             jumps.hosts[at] = host;
@@ -283,30 +410,31 @@ impl Translator {
         self.by_address.get(&(cpu.rip, physical, cpu.tlb.data_table() as u8)).copied()
     }
 
-    pub(super) fn host_of(&self, id: u32) -> u64 {
-        self.cache.address(self.units[id as usize].code.start as usize)
+    pub(super) fn host_of(&self, id: u32) -> Option<u64> {
+        Some(self.cache.address(self.unit(id)?.code.start as usize))
     }
 
     /// Where a link leads.
     pub(super) fn link_target(&self, link: u32) -> Option<u64> {
-        self.links.get(link as usize).map(|link| link.site.target)
+        self.link(link).map(|link| link.site.target)
     }
 
     /// Aims a link at a unit in the address space in use.
     pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
-        let Some(entry) = self.links.get_mut(link as usize) else { return };
+        let Some(target) = self.unit(to).map(|unit| unit.code.start as usize) else { return };
+        let Some(entry) = self.link_mut(link) else { return };
         if entry.from == NO_UNIT {
             return;
         }
         let Link { site, base, .. } = *entry;
-        if entry.to != to {
-            entry.to = to;
-            self.units[to as usize].incoming.push(link);
+        if std::mem::replace(&mut entry.to, to) != to
+            && let Some(unit) = self.unit_mut(to)
+        {
+            unit.incoming.push(link);
         }
         if let Some(at) = site.space_at {
             self.cache.patch(base as usize + at, (space as i32).wrapping_neg());
         }
-        let target = self.units[to as usize].code.start as usize;
         self.cache.aim(base as usize + site.jump_at, target);
         self.statistics.linked += 1;
     }
@@ -314,9 +442,12 @@ impl Translator {
     /// The guest's instruction that raised an exception at a host address.
     pub(super) fn guest_of_fault(&self, host: u64) -> Option<FaultSite> {
         let position = self.cache.position_of(host)? as u32;
-        let index = self.units.partition_point(|unit| unit.code.end <= position);
+        // The oldest units lie from the cache's position to its end, the newest from its start on.
+        let head = self.cache.position() as u32;
+        let order = |position: u32| (position < head, position);
+        let index = self.units.partition_point(|unit| order(unit.code.end - 1) < order(position));
         let unit = self.units.get(index)?;
-        let inside = position - unit.code.start;
+        let inside = position.checked_sub(unit.code.start)?;
         let found = unit.faults.partition_point(|site| site.at <= inside);
         unit.faults.get(found.checked_sub(1)?).copied()
     }
@@ -359,20 +490,18 @@ impl Translator {
                 break;
             }
         }
-        if self.cache.free() < UNIT_BYTES_MAX || self.links.len() + 2 * items.len() > LINKS_MAX {
-            self.flush(jumps);
-            self.select_space(cpu, jumps);
-        }
+        self.make_room(2 * items.len(), jumps);
         let table = cpu.tlb.data_table();
         let position = self.cache.position();
-        let context = Context { model: &cpu.model, thunks: self.thunks, position, table, first_link: self.links.len() };
+        let first_link = (self.first_link + self.links.len() as u32) % LINK_NUMBERS;
+        let context =
+            Context { model: &cpu.model, thunks: self.thunks, position, table, first_link: first_link as usize };
         let generated = Generator::new(context, &items).run().ok()?;
         if generated.code.len() > UNIT_BYTES_MAX {
             return None;
         }
         self.cache.add(&generated.code);
-        let id = self.units.len() as u32;
-        let first_link = self.links.len() as u32;
+        let id = self.first_unit.wrapping_add(self.units.len() as u32);
         self.links.extend(generated.links.iter().map(|&site| Link {
             site,
             base: position as u32,
@@ -380,13 +509,14 @@ impl Translator {
             to: NO_UNIT,
         }));
         let physical = page_number * PAGE_SIZE + offset as u64;
-        self.units.push(Unit {
+        self.units.push_back(Unit {
             linear,
             physical,
             table: table as u8,
             granules: GuestMemory::granules(offset as u64, len as u64),
             code: position as u32..(position + generated.code.len()) as u32,
-            links: first_link..self.links.len() as u32,
+            first_link,
+            links: generated.links.len() as u32,
             incoming: Vec::new(),
             _ops: generated.ops,
             faults: generated.faults,
@@ -400,8 +530,18 @@ impl Translator {
     }
 
     pub(super) fn is_valid(&self, id: u32) -> bool {
-        self.units.get(id as usize).is_some_and(|unit| unit.valid)
+        self.unit(id).is_some_and(|unit| unit.valid)
     }
+}
+
+/// Processor time of this thread in nanoseconds: what others on the host do is no pause of ours.
+fn thread_time() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+fn evicted_index(linear: u64) -> usize {
+    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize & (EVICTED - 1)
 }
 
 fn jump_index(linear: u64) -> usize {

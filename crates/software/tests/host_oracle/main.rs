@@ -282,7 +282,7 @@ fn translated_sequences_do_what_the_host_does() {
 #[test]
 fn translated_sequences_leave_the_x87_pointers_that_the_interpreter_leaves() {
     let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let Some(translated) = TestBench::translating() else {
+    let Some(translated) = TestBench::translating(polder_software::CODE_CACHE_BYTES_DEFAULT) else {
         println!("the host lacks what translated code uses: not applicable");
         return;
     };
@@ -360,7 +360,11 @@ fn compare_with_host(bits: u32, unit: Unit) {
     // A sequence is worth several instructions.
     let cases = if unit.is_sequence() { cases / 4 } else { cases };
     println!("POLDER_SEED={seed:#x}, {cases} cases of {unit:?}, {} codes in {bits}-bit code", generator.codes());
-    let bench = if unit.is_translated() { TestBench::translating() } else { Some(TestBench::new()) };
+    let bench = if unit.is_translated() {
+        TestBench::translating(polder_software::CODE_CACHE_BYTES_DEFAULT)
+    } else {
+        Some(TestBench::new())
+    };
     let Some(mut bench) = bench else {
         println!("the host lacks what translated code uses: not applicable");
         return;
