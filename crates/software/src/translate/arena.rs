@@ -23,7 +23,7 @@ use crate::cpu::Cpu;
 const STACK_BYTES: usize = 2 << 20;
 const GUARD_BYTES: usize = 64 << 10;
 /// Entries of one address space's jump table.
-pub const JUMPS: usize = 4096;
+pub const JUMPS: usize = 16384;
 /// Jump tables; the first is never filled.
 pub const JUMP_TABLES: usize = 16;
 /// Key of an empty entry: no linear address that code is found at is not canonical.

@@ -315,6 +315,27 @@ impl Assembler {
         self.vex_mem(to.0, from.0, mask, 2, 2, 0xf5);
     }
 
+    /// PDEP to, from, [mask] (BMI2): spreads bits to the mask's places; changes no flag.
+    pub fn deposit(&mut self, to: Reg, from: Reg, mask: Mem) {
+        self.vex_mem(to.0, from.0, mask, 2, 3, 0xf5);
+    }
+
+    /// From AH and AL as [`Assembler::flags_to_ax`] leaves them, and the other flags in memory, to RFLAGS as PUSHF has it, in RCX. Changes flags.
+    pub fn compose_flags(&mut self, to: Reg, scratch: Reg, others: Mem) {
+        // MOVZX ECX, AH; MOVZX scratch, AL; SHL scratch, 11; OR ECX, scratch; AND ECX, 0x8d5
+        debug_assert_eq!(to, RCX);
+        self.raw(&[0x0f, 0xb6, 0xcc]);
+        self.with_reg(false, &[0x0f, 0xb6], scratch.0, 0);
+        self.with_reg(false, &[0xc1], 4, scratch.0);
+        self.byte(11);
+        self.binary(Binary::Or, to, scratch);
+        self.binary32_imm(Binary::And, to, 0x8d5);
+        self.binary_mem(Binary::Or, to, others);
+        // RF and VM read as 0, bit 1 as 1.
+        self.binary_imm(Binary::And, to, !0x3_0000);
+        self.binary_imm(Binary::Or, to, 2);
+    }
+
     /// RORX to, from, count (BMI2); changes no flag.
     pub fn rotate_right(&mut self, to: Reg, from: Reg, count: u8) {
         self.raw(&[0xc4, (!to.0 >> 3 & 1) << 7 | 0x40 | (!from.0 >> 3 & 1) << 5 | 3, 0xfb, 0xf0]);

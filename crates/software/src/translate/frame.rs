@@ -51,6 +51,13 @@ pub struct Frame {
     pub page_mask: u64,
     /// Bits of a linear address that choose an entry of a jump table.
     pub jump_mask: u64,
+    /// All bits but IF and AC, of RFLAGS.
+    pub without_interrupts: u64,
+    pub without_access: u64,
+    /// Not 0: an interrupt waits for IF, or for its turn.
+    pub deferred: u32,
+    /// Not 0: translated code has changed AC.
+    pub tables_stale: u32,
     pub temporary: [u64; 4],
     /// The translator, for calls out of translated code.
     pub translator: u64,
@@ -73,6 +80,10 @@ impl Default for Frame {
             index_mask: (crate::tlb::DATA_ENTRIES as u64 - 1) << 12,
             page_mask: !0xfff,
             jump_mask: JUMPS as u64 - 1,
+            without_interrupts: !crate::flags::IF,
+            without_access: !crate::flags::AC,
+            deferred: 0,
+            tables_stale: 0,
             temporary: [0; 4],
             translator: 0,
         }
@@ -105,6 +116,10 @@ fields! {
     INDEX_MASK = index_mask;
     PAGE_MASK = page_mask;
     JUMP_MASK = jump_mask;
+    WITHOUT_INTERRUPTS = without_interrupts;
+    WITHOUT_ACCESS = without_access;
+    DEFERRED = deferred;
+    TABLES_STALE = tables_stale;
     TEMPORARY = temporary;
 }
 

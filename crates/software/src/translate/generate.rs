@@ -119,6 +119,8 @@ pub struct Context<'a> {
     pub position: usize,
     /// The data table in use.
     pub table: usize,
+    /// CR4.SMAP is set.
+    pub guards_user_pages: bool,
     /// Number of the first link.
     pub first_link: usize,
 }
@@ -155,6 +157,10 @@ pub struct Generator<'a> {
     pub x87_loaded: bool,
     /// The last x87 instruction, while its pointers are still to be stored.
     pub last_x87: Option<X87Site>,
+    /// The data table at each item, where STAC and CLAC are translated.
+    tables: Option<Vec<usize>>,
+    /// The data table that the unit was entered with.
+    entry_table: usize,
     /// Items that jumps inside the unit lead to.
     is_target: Vec<bool>,
 }
@@ -188,6 +194,8 @@ impl<'a> Generator<'a> {
             vectors_loaded: false,
             x87_loaded: false,
             last_x87: None,
+            tables: super::system::tables(items, context.table, context.guards_user_pages),
+            entry_table: context.table,
             is_target,
         }
     }
@@ -203,6 +211,9 @@ impl<'a> Generator<'a> {
             if self.is_target[index] {
                 self.vectors_loaded = false;
                 self.x87_loaded = false;
+            }
+            if let Some(tables) = &self.tables {
+                self.context.table = tables[index];
             }
             self.asm.bind(self.labels[index]);
             ended = self.instruction(&item)?;
@@ -352,6 +363,16 @@ impl<'a> Generator<'a> {
         }
     }
 
+    /// Whether STAC and CLAC are translated in this unit.
+    pub fn switches_tables(&self) -> bool {
+        self.tables.is_some()
+    }
+
+    /// Whether the code that is run next has another data table than this unit's.
+    fn is_other_space(&self) -> bool {
+        self.context.table != self.entry_table
+    }
+
     /// Jumps to a known address: inside the unit, or by a link.
     pub fn link(&mut self, target: u64, live: bool) {
         let inside = item_at(self.items, target);
@@ -361,6 +382,11 @@ impl<'a> Generator<'a> {
             }
             let label = self.labels[index];
             self.asm.jump(label);
+            return;
+        }
+        if self.is_other_space() {
+            let leave = self.leave_label(exit::INDIRECT, target);
+            self.asm.jump(leave);
             return;
         }
         let same_page = self.same_page(target);
@@ -398,7 +424,10 @@ impl<'a> Generator<'a> {
                 self.asm.jump_if(code, label);
                 return;
             }
-        } else if self.same_page(target) && self.items.first().is_some_and(|first| target > first.instruction.ip()) {
+        } else if !self.is_other_space()
+            && self.same_page(target)
+            && self.items.first().is_some_and(|first| target > first.instruction.ip())
+        {
             let link = self.links.len();
             let entry = self.asm.label();
             self.asm.jump_if(code, entry);
@@ -421,6 +450,11 @@ impl<'a> Generator<'a> {
         let miss = self.asm.label();
         let hit = self.asm.label();
         self.asm.store(RIP, ADDRESS);
+        if self.is_other_space() {
+            self.asm.jump(miss);
+            self.cold.push(Cold::Indirect { entry: miss });
+            return;
+        }
         self.asm.extract(ADDEND, ADDRESS, JUMP_MASK);
         self.asm.load32(SPARE, JUMP_TABLE);
         self.asm.lea(ADDEND, Mem::indexed(ADDEND, SPARE, 0, 0));

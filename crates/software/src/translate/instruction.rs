@@ -62,8 +62,13 @@ impl Generator<'_> {
                 self.indirect(item)?;
             }
             _ => {
+                let goes_on = instruction.flow_control() == FlowControl::ConditionalBranch;
+                if !goes_on {
+                    // It comes back here only if it did nothing.
+                    self.callout(item);
+                }
                 self.interpret(instruction.ip());
-                return Ok(instruction.flow_control() != FlowControl::ConditionalBranch);
+                return Ok(!goes_on);
             }
         }
         Ok(true)
@@ -141,7 +146,7 @@ impl Generator<'_> {
             Mnemonic::Leave if instruction.code() == Code::Leaveq => return self.leave_frame(item),
             _ => {}
         }
-        if self.x87_form(item)? || self.same_form(item)? {
+        if self.system(item)? || self.x87_form(item)? || self.same_form(item)? {
             return Ok(());
         }
         self.callout(item);
@@ -230,7 +235,7 @@ impl Generator<'_> {
             }
             _ => None,
         };
-        let Some(number) = number.filter(|&number| number != RSP_NUMBER) else {
+        let Some(number) = number else {
             self.callout(item);
             return Ok(());
         };
@@ -239,7 +244,9 @@ impl Generator<'_> {
         let to = home(number).unwrap_or(ADDEND);
         self.asm.load(to, Mem::indexed(ADDRESS, ADDEND, 0, 0));
         self.set_register(number, to);
-        self.asm.lea(R15, Mem::base(R15, 8));
+        if number != RSP_NUMBER {
+            self.asm.lea(R15, Mem::base(R15, 8));
+        }
         Ok(())
     }
 

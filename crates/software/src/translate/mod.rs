@@ -32,6 +32,7 @@ mod instruction;
 mod registers;
 mod run;
 mod signal;
+mod system;
 mod thunks;
 mod units;
 mod x87;

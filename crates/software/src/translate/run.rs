@@ -24,6 +24,7 @@ unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u32 {
     // SAFETY: translated code passes the processor that runs it, to which nobody else has a reference meanwhile.
     let cpu = unsafe { &mut *cpu };
     cpu.counters.translated_misses += 1;
+    cpu.freshen_tables();
     let write = cpu.frame.miss & MISS_WRITE != 0;
     let bytes = u64::from(cpu.frame.miss & !MISS_WRITE);
     let linear = cpu.frame.miss_address;
@@ -61,6 +62,8 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
     // SAFETY: as in `miss`; the op belongs to the unit that runs.
     let (cpu, op) = unsafe { (&mut *cpu, &*op) };
     cpu.counters.callouts += 1;
+    cpu.freshen_tables();
+    let nmi_blocked = cpu.nmi_blocked;
     let tag = cpu.tlb.fetch_tag;
     let table = cpu.tlb.data_table();
     let flow = (op.handler.get())(cpu, op);
@@ -74,6 +77,7 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
             cpu.frame.exit = exit::ATTENTION;
         }
         Flow::Jump => cpu.frame.exit = exit::INDIRECT,
+        Flow::Leave if cpu.nothing_waits() && cpu.nmi_blocked == nmi_blocked => cpu.frame.exit = exit::INDIRECT,
         Flow::Leave => cpu.frame.exit = exit::CALLOUT,
         Flow::Fault => {
             cpu.instructions = cpu.instructions.wrapping_sub(1);
@@ -92,6 +96,32 @@ impl Cpu {
         word.load(Ordering::Relaxed) == 0
     }
 
+    /// Chooses the data table again after translated code has changed AC.
+    #[inline]
+    fn freshen_tables(&mut self) {
+        if self.frame.tables_stale != 0 {
+            self.frame.tables_stale = 0;
+            self.select_tables();
+        }
+    }
+
+    /// Whether an interrupt waits for IF or for its turn.
+    #[inline]
+    fn has_deferred(&self) -> bool {
+        let inbox = self.apic.inbox();
+        inbox.external().is_some() || inbox.highest_request().is_some()
+    }
+
+    /// Whether the outer loop would go on at once with the code at RIP.
+    fn nothing_waits(&self) -> bool {
+        !self.halted
+            && !self.interrupt_shadow
+            && !self.needs_single_step()
+            && !self.trap_pending()
+            && !self.has_deferred()
+            && !self.frame_attention()
+    }
+
     /// Whether the code at RIP may run translated: 64-bit code with everything on, nobody watching single accesses.
     #[inline]
     fn may_run_translated(&self) -> bool {
@@ -100,6 +130,7 @@ impl Cpu {
             && self.vector.enabled & ALL == ALL
             && self.tlb.data_table() != WATCHED
             && self.cr4 & cr4::LA57 == 0
+            && matches!(self.mode.cpl, 0 | 3)
     }
 }
 
@@ -119,6 +150,10 @@ impl Translator {
                 return blocks.run(cpu, attention, left);
             }
             let (processor, jumps) = cpu.split();
+            if self.guards_user_pages != (processor.cr4 & cr4::SMAP != 0) {
+                self.guards_user_pages = processor.cr4 & cr4::SMAP != 0;
+                self.flush(jumps);
+            }
             self.select_space(processor, jumps);
             let mut host = self.known(processor.rip, jumps);
             if host.is_none() {
@@ -162,11 +197,13 @@ impl Translator {
             if attention.load(Ordering::SeqCst) {
                 return Some(Outcome::Attention);
             }
+            processor.frame.deferred = u32::from(processor.has_deferred());
             // SAFETY: the thunk is code of the signature; the cache is executable.
             let enter: Enter = unsafe { std::mem::transmute(self.cache.address(self.thunks.enter)) };
             // SAFETY: `host` is the start of a valid unit for the processor's address space and mode.
             unsafe { enter(processor, host) };
             let exit = processor.frame.exit;
+            processor.freshen_tables();
             if exit < exit::FIRST {
                 let target = self.link_target(exit)?;
                 processor.rip = target;
@@ -183,7 +220,8 @@ impl Translator {
             match exit {
                 exit::INDIRECT => {
                     self.statistics.indirect += 1;
-                    if !processor.may_run_translated() {
+                    let guards_user_pages = processor.cr4 & cr4::SMAP != 0;
+                    if !processor.may_run_translated() || guards_user_pages != self.guards_user_pages {
                         return None;
                     }
                     self.select_space(processor, jumps);

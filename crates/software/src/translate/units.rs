@@ -13,7 +13,7 @@ use super::guest_code::{self};
 use super::thunks::{self, Functions, Thunks};
 use crate::block_cache;
 use crate::counters::Counters;
-use crate::cpu::{Cpu, is_canonical};
+use crate::cpu::{Cpu, cr4, is_canonical};
 
 /// No unit's code is longer.
 const UNIT_BYTES_MAX: usize = 64 << 10;
@@ -122,6 +122,8 @@ pub struct Translator {
     current: usize,
     last_space: u32,
     clock: u64,
+    /// CR4.SMAP, as the units that there are assume it.
+    pub(super) guards_user_pages: bool,
     /// Times that a block is interpreted before it is translated.
     pub threshold: u32,
     pub statistics: Statistics,
@@ -185,6 +187,7 @@ impl Translator {
             current: 0,
             last_space: 0,
             clock: 0,
+            guards_user_pages: false,
             threshold,
             statistics: Statistics::default(),
         }))
@@ -494,8 +497,14 @@ impl Translator {
         let table = cpu.tlb.data_table();
         let position = self.cache.position();
         let first_link = (self.first_link + self.links.len() as u32) % LINK_NUMBERS;
-        let context =
-            Context { model: &cpu.model, thunks: self.thunks, position, table, first_link: first_link as usize };
+        let context = Context {
+            model: &cpu.model,
+            thunks: self.thunks,
+            position,
+            table,
+            guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
+            first_link: first_link as usize,
+        };
         let generated = Generator::new(context, &items).run().ok()?;
         if generated.code.len() > UNIT_BYTES_MAX {
             return None;
