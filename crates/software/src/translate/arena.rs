@@ -26,14 +26,28 @@ const GUARD_BYTES: usize = 64 << 10;
 pub const JUMPS: usize = 16384;
 /// Jump tables; the first is never filled.
 pub const JUMP_TABLES: usize = 16;
-/// Key of an empty entry: no linear address that code is found at is not canonical.
-pub const NO_JUMP: u64 = 1 << 63;
+
+/// Key of an empty entry: an address whose entry is another one, so that no address finds it. Guests may jump anywhere, to addresses that are not
+/// canonical too.
+pub const fn no_jump(at: usize) -> u64 {
+    !(at as u64)
+}
 
 /// Where indirect jumps lead: from linear addresses to translated code.
 #[repr(C)]
 pub struct Jumps {
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],
+}
+
+impl Jumps {
+    /// Empties one table.
+    pub fn clear(&mut self, table: usize) {
+        let start = table * JUMPS;
+        for (at, key) in self.keys[start..start + JUMPS].iter_mut().enumerate() {
+            *key = no_jump(at);
+        }
+    }
 }
 
 /// What lies above the stack.
@@ -101,7 +115,9 @@ impl CpuBox {
         unsafe {
             (&raw mut (*memory.layout()).cpu).write(cpu);
             let jumps = &mut (*memory.layout()).jumps;
-            jumps.keys.fill(NO_JUMP);
+            for table in 0..JUMP_TABLES {
+                jumps.clear(table);
+            }
         }
         Ok(CpuBox { memory })
     }

@@ -33,6 +33,8 @@ mod registers;
 mod run;
 mod signal;
 mod system;
+#[cfg(test)]
+mod tests;
 mod thunks;
 mod units;
 mod x87;

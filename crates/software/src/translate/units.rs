@@ -6,7 +6,7 @@ use std::io;
 
 use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
-use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, NO_JUMP};
+use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::cache::CodeCache;
 use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
 use super::guest_code::{self};
@@ -206,7 +206,7 @@ impl Translator {
         self.cache.start_over(self.first_position);
         for (slot, space) in self.spaces.iter_mut().enumerate() {
             if space.take().is_some() {
-                jumps.keys[slot * JUMPS..(slot + 1) * JUMPS].fill(NO_JUMP);
+                jumps.clear(slot);
             }
         }
         self.current = 0;
@@ -287,7 +287,7 @@ impl Translator {
         for slot in 1..JUMP_TABLES {
             let at = slot * JUMPS + jump_index(linear);
             if jumps.keys[at] == linear {
-                jumps.keys[at] = NO_JUMP;
+                jumps.keys[at] = no_jump(at);
             }
         }
     }
@@ -375,7 +375,7 @@ impl Translator {
         let used = |slot: &usize| self.spaces[*slot].map_or(0, |space| space.used);
         let slot = (1..JUMP_TABLES).min_by_key(used).unwrap_or(1);
         if self.spaces[slot].is_some() {
-            jumps.keys[slot * JUMPS..(slot + 1) * JUMPS].fill(NO_JUMP);
+            jumps.clear(slot);
         }
         self.last_space += 1;
         self.spaces[slot] = Some(Space { key, number: self.last_space, used: self.clock });
@@ -385,9 +385,11 @@ impl Translator {
     /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.
     pub(super) fn find(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         let linear = cpu.rip;
-        let at = self.current * JUMPS + jump_index(linear);
         let id = self.unit_at(cpu)?;
         let host = self.host_of(id)?;
+        // That may have changed what the address space is to instruction fetch.
+        self.select_space(cpu, jumps);
+        let at = self.current * JUMPS + jump_index(linear);
         if self.current != 0 {
             jumps.keys[at] = linear;
             jumps.hosts[at] = host;
@@ -424,12 +426,15 @@ impl Translator {
 
     /// Aims a link at a unit in the address space in use.
     pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
-        let Some(target) = self.unit(to).map(|unit| unit.code.start as usize) else { return };
-        let Some(entry) = self.link_mut(link) else { return };
-        if entry.from == NO_UNIT {
+        let Some(unit) = self.unit(to) else { return };
+        let (target, table, page) = (unit.code.start as usize, unit.table, unit.physical / PAGE_SIZE);
+        let Some(&Link { site, base, from, .. }) = self.link(link) else { return };
+        let Some(source) = self.unit(from) else { return };
+        if source.table != table || site.space_at.is_none() && source.physical / PAGE_SIZE != page {
+            // The page was mapped anew while its old code ran on; another space may have it as it was.
             return;
         }
-        let Link { site, base, .. } = *entry;
+        let Some(entry) = self.link_mut(link) else { return };
         if std::mem::replace(&mut entry.to, to) != to
             && let Some(unit) = self.unit_mut(to)
         {

@@ -1,0 +1,179 @@
+//! Translated code where code, translations and targets change under it.
+
+use crate::cpu::{RAX, RBX, RCX};
+use crate::testbench::{CODE, CodeSize, DATA, Stop, TABLES, TestBench};
+
+/// As machines have by default.
+const CODE_CACHE_BYTES: usize = 64 << 20;
+
+/// A bench that translates all code before it runs first, in privileged 64-bit code with all vector units on.
+fn bench() -> Option<TestBench> {
+    let mut bench = TestBench::translating(CODE_CACHE_BYTES)?;
+    bench.cpu.xcr0 = 7;
+    bench.cpu.update_mode();
+    Some(bench)
+}
+
+fn vector(stop: Stop) -> u8 {
+    match stop {
+        Stop::Fault(exception) => exception.vector,
+        stop => panic!("{stop:?}"),
+    }
+}
+
+fn entry_of(page: u64) -> u64 {
+    TABLES + 0x3000 + 8 * (page >> 12)
+}
+
+#[test]
+fn indirect_jumps_to_addresses_that_are_not_canonical_fault() {
+    let Some(mut bench) = bench() else { return };
+    for privilege in [0, 3] {
+        bench.set_mode(CodeSize::Bits64, privilege);
+        bench.cpu.xcr0 = 7;
+        bench.cpu.update_mode();
+        // Also every value that an empty entry of a jump table might hold.
+        for target in
+            [1u64 << 63, 1 << 47, !0 << 47, !0, !1, !0xfff, !0x7ff, 0x8000_0000_0000_0123, 1 << 62, (1 << 63) - 1]
+        {
+            for code in [&[0xff, 0xe0][..], &[0xff, 0xd0], &[0x50, 0xc3]] {
+                bench.cpu.gpr[RAX] = target;
+                let stop = bench.run_code(code, 10);
+                let canonical = target as i64 >> 47 == 0 || target as i64 >> 47 == -1;
+                assert_eq!(vector(stop), if canonical { 14 } else { 13 }, "{target:#x} {code:x?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_into_the_running_unit_takes_effect_at_the_next_instruction() {
+    let Some(mut bench) = bench() else { return };
+    // add byte [rip+3], 0x40 (turns the second add's immediate from 1 to 0x41); add eax, 1; ud2
+    let code = [0x80, 0x05, 2, 0, 0, 0, 0x40, 0x83, 0xc0, 1, 0x0f, 0x0b];
+    for _ in 0..3 {
+        bench.cpu.gpr[RAX] = 0;
+        assert_eq!(vector(bench.run_code(&code, 100)), 6);
+        assert_eq!((bench.cpu.gpr[RAX], bench.cpu.rip), (0x41, CODE + 10));
+    }
+}
+
+#[test]
+fn a_loop_that_rewrites_its_own_immediate_sees_every_value() {
+    let Some(mut bench) = bench() else { return };
+    // mov ecx, 100; l: add eax, imm32 (0 at first); inc dword [rip - 10]; dec ecx; jnz l; ud2
+    let mut code = vec![0xb9, 100, 0, 0, 0, 0x05, 0, 0, 0, 0];
+    code.extend([0xff, 0x05, (-10i8) as u8, 0xff, 0xff, 0xff]);
+    code.extend([0xff, 0xc9, 0x75, (-15i8) as u8, 0x0f, 0x0b]);
+    bench.cpu.gpr[RAX] = 0;
+    assert_eq!(vector(bench.run_code(&code, 100)), 6);
+    assert_eq!((bench.cpu.gpr[RAX], bench.cpu.gpr[RCX]), ((0..100).sum::<u64>(), 0));
+}
+
+#[test]
+fn a_push_and_a_store_over_two_pages_into_code_are_seen() {
+    let Some(mut bench) = bench() else { return };
+    let other = CODE + 0x1000;
+    // The end of one page stores over its end: the first bytes of the next page are code that has run.
+    bench.write(other, &[0xb8, 1, 0, 0, 0, 0xc3]);
+    // call other; mov rbx, [DATA]; mov [other - 1], rbx; call other; ud2
+    let mut code = vec![0xe8];
+    code.extend(((other - CODE - 5) as u32).to_le_bytes());
+    code.extend([0x48, 0x8b, 0x1c, 0x25]);
+    code.extend((DATA as u32).to_le_bytes());
+    code.extend([0x48, 0x89, 0x1c, 0x25]);
+    code.extend((other as u32 - 1).to_le_bytes());
+    code.push(0xe8);
+    let next = code.len() as u64 + 4;
+    code.extend(((other - CODE - next) as u32).to_le_bytes());
+    code.extend([0x0f, 0x0b]);
+    bench.write(DATA, &[0x90, 0xb8, 2, 0, 0, 0, 0xc3, 0x90]);
+    assert_eq!(vector(bench.run_code(&code, 100)), 6);
+    assert_eq!((bench.cpu.gpr[RAX], bench.cpu.rip), (2, CODE + next + 2 - 2));
+    // Now with the stack in the code's page: the pushed return address is what runs next.
+    // mov rsp, other + 8; mov rax, 0x0b0f...(ud2); push rax; jmp other
+    let mut code = vec![0xbc];
+    code.extend((other as u32 + 8).to_le_bytes());
+    code.extend([0x48, 0xb8, 0xb8, 7, 0, 0, 0, 0x0f, 0x0b, 0x90, 0x50, 0xe9]);
+    let next = code.len() as u64 + 4;
+    code.extend(((other - CODE - next) as u32).to_le_bytes());
+    assert_eq!(vector(bench.run_code(&code, 100)), 6);
+    assert_eq!((bench.cpu.gpr[RAX], bench.cpu.rip), (7, other + 5));
+}
+
+#[test]
+fn a_page_of_code_mapped_at_two_addresses_changes_at_both() {
+    let Some(mut bench) = bench() else { return };
+    let (first, second) = (CODE + 0x2000, CODE + 0x3000);
+    bench.write(entry_of(second), &(first | 7).to_le_bytes());
+    bench.write(first, &[0xb8, 1, 0, 0, 0, 0xc3]);
+    // call second; mov byte [first + 1], 5; call second; add eax, [..]: then call first; ud2
+    let mut code = Vec::new();
+    let call = |code: &mut Vec<u8>, target: u64| {
+        code.push(0xe8);
+        let next = CODE + code.len() as u64 + 4;
+        code.extend((target.wrapping_sub(next) as u32).to_le_bytes());
+    };
+    call(&mut code, second);
+    code.extend([0x89, 0xc3, 0xc6, 0x04, 0x25]);
+    code.extend((first as u32 + 1).to_le_bytes());
+    code.push(5);
+    call(&mut code, second);
+    code.extend([0xc1, 0xe3, 4, 0x01, 0xc3]);
+    call(&mut code, first);
+    code.extend([0xc1, 0xe3, 4, 0x01, 0xc3, 0x0f, 0x0b]);
+    assert_eq!(vector(bench.run_code(&code, 100)), 6);
+    assert_eq!(bench.cpu.gpr[RBX], 0x155);
+}
+
+#[test]
+fn code_that_maps_its_own_page_anew_goes_on_in_the_new_page() {
+    let Some(mut bench) = bench() else { return };
+    let (page, other) = (CODE + 0x4000, CODE + 0x5000);
+    for flush in [&[0x0f, 0x01, 0x3e][..], &[0x0f, 0x20, 0xda, 0x0f, 0x22, 0xda]] {
+        // mov [rdi], rax; invlpg [rsi] or mov rdx, cr3; mov cr3, rdx; jmp on; on: mov ebx, n; ud2
+        let mut code = vec![0x48, 0x89, 0x07];
+        code.extend(flush);
+        code.extend([0xeb, 0, 0xbb, 1, 0, 0, 0, 0x0f, 0x0b]);
+        bench.write(entry_of(page), &(page | 7).to_le_bytes());
+        bench.cpu.tlb.flush_all();
+        bench.write(page, &code);
+        let at = code.len() - 6;
+        code[at] = 2;
+        bench.write(other, &code);
+        for round in 0..2 {
+            bench.cpu.gpr[RAX] = other | 7;
+            bench.cpu.gpr[crate::cpu::RDI] = entry_of(page);
+            bench.cpu.gpr[crate::cpu::RSI] = page;
+            bench.cpu.rip = page;
+            assert_eq!(vector(bench.run(100)), 6, "{round}");
+            assert_eq!(bench.cpu.gpr[RBX], 2, "{round}");
+        }
+    }
+}
+
+#[test]
+fn a_unit_at_the_end_of_a_page_goes_on_in_the_next_and_faults_there() {
+    let Some(mut bench) = bench() else { return };
+    let end = CODE + 0x7000;
+    // mov eax, 1 | mov ebx, imm over the page's end | ud2
+    bench.write(end - 7, &[0xb8, 1, 0, 0, 0, 0xbb, 2, 0, 0, 0, 0x0f, 0x0b]);
+    for _ in 0..3 {
+        bench.cpu.gpr[RBX] = 0;
+        bench.cpu.rip = end - 7;
+        assert_eq!(vector(bench.run(100)), 6);
+        assert_eq!((bench.cpu.gpr[RAX], bench.cpu.gpr[RBX], bench.cpu.rip), (1, 2, end + 3));
+    }
+    // The next page goes: the instruction over the end faults, with nothing done.
+    bench.write(entry_of(end), &0u64.to_le_bytes());
+    bench.cpu.tlb.invalidate_page(end);
+    (bench.cpu.gpr[RAX], bench.cpu.gpr[RBX]) = (0, 0);
+    bench.cpu.rip = end - 7;
+    assert!(matches!(bench.run(100), Stop::Fault(exception) if exception.vector == 14 && exception.detail == end));
+    assert_eq!((bench.cpu.gpr[RAX], bench.cpu.gpr[RBX], bench.cpu.rip), (1, 0, end - 2));
+    // So does code that ends exactly there.
+    bench.write(end - 2, &[0x90, 0x90]);
+    bench.cpu.rip = end - 2;
+    assert!(matches!(bench.run(100), Stop::Fault(exception) if exception.vector == 14 && exception.detail == end));
+    assert_eq!(bench.cpu.rip, end);
+}
