@@ -11,7 +11,7 @@
 //! The supervisor tables have a generation of their own, which only a flush of everything changes: entries of global pages outlive
 //! switches of address spaces (SDM vol. 3, 4.10.2.4). Entries of other pages in these tables (copies to and from user memory, mostly) are noted in
 //! a bitmap and dropped one by one at a switch. A guest whose kernel pages are not global would lose by that: after
-//! [`LOCAL_KERNEL_PAGES_MAX`] such pages its supervisor tables follow the address space as the user's does, until everything is flushed.
+//! [`LOCAL_KERNEL_PAGES_MAX`] such pages between two switches its supervisor tables follow the address space as the user's does, until everything is flushed.
 //!
 //! The layout of [`DataEntry`], the place of a page in its table (bits 12 to 21 of the address) and [`Tlb::generations`] are what generated
 //! code looks up; nothing else is.
@@ -52,7 +52,7 @@ pub const WATCHED: usize = 3;
 const SUPERVISOR_TABLES: std::ops::Range<usize> = SUPERVISOR..SUPERVISOR_OPEN + 1;
 /// Words of the bitmap of entries of pages that are not global in the supervisor tables.
 const LOCAL_WORDS: usize = 2 * DATA_ENTRIES / 64;
-/// Supervisor pages that are not global, since everything was flushed, before the guest counts as one without global pages.
+/// Supervisor pages that are not global, filled between two switches of address spaces, before the guest counts as one without global pages.
 const LOCAL_KERNEL_PAGES_MAX: u32 = 64;
 
 /// How long a page's entry lives.
@@ -117,7 +117,7 @@ pub struct Tlb {
     last_generation: u64,
     /// Entries of the supervisor tables whose pages are not global.
     local: [u64; LOCAL_WORDS],
-    /// Supervisor pages filled that are not global, since everything was flushed.
+    /// Supervisor pages filled that are not global, since the last switch of address spaces.
     local_kernel_pages: u32,
     /// A way through a page that is not global was remembered for the supervisor in this address space.
     has_local_way: bool,
@@ -333,6 +333,9 @@ impl Tlb {
         if self.supervisor_follows() {
             // These entries have the generation of their address space.
             self.local.fill(0);
+        } else {
+            // A few such pages are no reason, however often they are filled.
+            self.local_kernel_pages = 0;
         }
         for (word, local) in self.local.iter_mut().enumerate() {
             while *local != 0 {

@@ -225,8 +225,13 @@ impl Translator {
                         return None;
                     }
                     self.select_space(processor, jumps);
-                    let unit = self.find(processor, jumps)?;
-                    host = self.host_of(unit)?;
+                    host = match self.known(processor.rip, jumps) {
+                        Some(host) => host,
+                        None => {
+                            let unit = self.find(processor, jumps)?;
+                            self.host_of(unit)?
+                        }
+                    };
                 }
                 exit::ATTENTION => return None,
                 exit::CALLOUT => return Some(Outcome::Leave),

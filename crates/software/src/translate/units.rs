@@ -120,6 +120,8 @@ pub struct Translator {
     evicted: Box<[u8; EVICTED]>,
     spaces: [Option<Space>; JUMP_TABLES],
     current: usize,
+    /// The one before.
+    previous: usize,
     last_space: u32,
     clock: u64,
     /// CR4.SMAP, as the units that there are assume it.
@@ -185,6 +187,7 @@ impl Translator {
             evicted: Box::new([0; EVICTED]),
             spaces: [None; JUMP_TABLES],
             current: 0,
+            previous: 0,
             last_space: 0,
             clock: 0,
             guards_user_pages: false,
@@ -355,10 +358,17 @@ impl Translator {
         self.clock += 1;
         let is_it = |space: &Option<Space>| space.is_some_and(|space| space.key == key);
         if !is_it(&self.spaces[self.current]) {
-            self.current = match self.spaces.iter().position(is_it) {
-                Some(slot) => slot,
-                None => self.new_space(key, jumps),
+            let before = self.current;
+            // Most often back to where it came from: from the kernel to the program.
+            self.current = if is_it(&self.spaces[self.previous]) {
+                self.previous
+            } else {
+                match self.spaces.iter().position(is_it) {
+                    Some(slot) => slot,
+                    None => self.new_space(key, jumps),
+                }
             };
+            self.previous = before;
         }
         if let Some(space) = &mut self.spaces[self.current] {
             space.used = self.clock;
