@@ -46,4 +46,11 @@ fn a_run_counts_what_it_did() {
     assert!(order.map(time).is_sorted(), "times are not in order: {text}");
     let instructions = facts["counters"]["instructions"].as_u64().expect("instructions are counted");
     assert!(instructions > 10_000_000, "a kernel boots with more than {instructions} instructions");
+    let counter = |name: &str| facts["counters"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {text}"));
+    let activities = ["interpreter_ns", "translator_ns", "translated_ns", "devices_ns", "asleep_ns", "engine_ns"];
+    let sum: u64 = activities.map(counter).iter().sum();
+    let ran = time("end_ns") - time("first_vcpu_entry_ns");
+    assert!(sum <= ran && sum > ran / 2, "{sum} ns of {ran} are accounted for: {text}");
+    let exits = ["exit_link", "exit_indirect", "exit_interpret", "exit_attention", "exit_callout"].map(counter);
+    assert!(counter("translated_units") == 0 || exits.iter().all(|&count| count > 0), "{text}");
 }

@@ -12,6 +12,7 @@ use polder_memory::{GuestAddress, PAGE_SIZE, raw};
 use crate::cpu::{Cpu, is_canonical};
 use crate::fault::{Exception, Fault, vector};
 use crate::page_walk::{Access, Privilege, Translation};
+use crate::stopwatch::Activity;
 use crate::tlb::WATCHED;
 
 /// An integer as wide as a guest access: `u8`, `u16`, `u32` or `u64`.
@@ -345,10 +346,12 @@ impl Cpu {
         }
         self.counters.mmio += 1;
         self.vector.pause_floats();
+        let before = self.stopwatch.turn_to(Activity::Devices);
         let value = match AccessSize::from_bytes(bytes as usize) {
             Some(size) => self.services.mmio.read(physical, size),
             None => u64::MAX,
         };
+        self.stopwatch.turn_to(before);
         self.vector.resume_floats();
         value
     }
@@ -360,7 +363,9 @@ impl Cpu {
         } else if let Some(size) = AccessSize::from_bytes(bytes as usize) {
             self.counters.mmio += 1;
             self.vector.pause_floats();
+            let before = self.stopwatch.turn_to(Activity::Devices);
             self.services.mmio.write(physical, size, value);
+            self.stopwatch.turn_to(before);
             self.vector.resume_floats();
         }
     }

@@ -5,6 +5,9 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::stopwatch::{Activity, Stopwatch};
+use crate::translate::exit;
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident)*) => {
         /// Counts of one vCPU's thread.
@@ -60,6 +63,34 @@ counters! {
     callouts
     /// Returns from the inner loop.
     leaves
+    /// Returns from translated code: over a jump that leads to no code yet,
+    exit_link
+    /// over an indirect jump that is not in the jump table,
+    exit_indirect
+    /// for an instruction that the interpreter runs,
+    exit_interpret
+    /// because somebody wants attention or the address space changed,
+    exit_attention
+    /// because a handler of the interpreter left,
+    exit_callout
+    /// because one faulted,
+    exit_fault
+    /// because the host raised an exception.
+    exit_host_fault
+    /// Instructions that the interpreter ran singly between two runs of translated code.
+    interpreted_singly
+    /// Not counts but nanoseconds of the vCPU's thread, if they are measured: in the interpreter,
+    interpreter_ns
+    /// making translations,
+    translator_ns
+    /// in translated code, in what it calls and finding the next of it,
+    translated_ns
+    /// in devices,
+    devices_ns
+    /// asleep in the host,
+    asleep_ns
+    /// and in the rest of the engine.
+    engine_ns
     /// Units that were translated.
     translated_units
     /// Bytes of their code.
@@ -74,4 +105,31 @@ counters! {
     code_cache_pause_ns_max
     /// Not a count: when this vCPU first fetched code at privilege level 3, on the machine's monotonic clock; zero if it never did.
     first_user_instruction_ns
+}
+
+impl Counters {
+    /// Counts why translated code came back: a number of [`exit`].
+    #[inline]
+    pub fn count_exit(&mut self, exit: u32) {
+        let counter = match exit {
+            exit::INDIRECT => &mut self.exit_indirect,
+            exit::ATTENTION => &mut self.exit_attention,
+            exit::CALLOUT => &mut self.exit_callout,
+            exit::FAULT => &mut self.exit_fault,
+            exit::HOST_FAULT => &mut self.exit_host_fault,
+            number if number < exit::FIRST => &mut self.exit_link,
+            _ => &mut self.exit_interpret,
+        };
+        *counter += 1;
+    }
+
+    /// Takes the times that a stopwatch measured.
+    pub fn take_times(&mut self, watch: &Stopwatch, tsc_khz: u64) {
+        self.interpreter_ns = watch.ns(Activity::Interpreter, tsc_khz);
+        self.translator_ns = watch.ns(Activity::Translator, tsc_khz);
+        self.translated_ns = watch.ns(Activity::Translated, tsc_khz);
+        self.devices_ns = watch.ns(Activity::Devices, tsc_khz);
+        self.asleep_ns = watch.ns(Activity::Asleep, tsc_khz);
+        self.engine_ns = watch.ns(Activity::Engine, tsc_khz);
+    }
 }

@@ -13,6 +13,7 @@ use crate::fault::Exception;
 use crate::flags::{self, ArithmeticFlags};
 use crate::msr::Msrs;
 use crate::paravirt::Paravirt;
+use crate::stopwatch::Stopwatch;
 use crate::time;
 use crate::tlb::Tlb;
 use crate::translate::Frame;
@@ -176,6 +177,7 @@ pub struct Cpu {
     pub msr: Msrs,
     pub paravirt: Paravirt,
     pub counters: Counters,
+    pub stopwatch: Stopwatch,
     /// x87, MMX, SSE and AVX.
     pub vector: VectorState,
     pub services: EngineServices,
@@ -269,6 +271,7 @@ impl Cpu {
             msr: Msrs::default(),
             paravirt: Paravirt::default(),
             counters: Counters::default(),
+            stopwatch: Stopwatch::default(),
             vector: VectorState::default(),
             services,
             frame: Frame::default(),

@@ -43,17 +43,32 @@ pub const CODE_CACHE_BYTES_MAX: usize = 1 << 30;
 /// The size that it has where nobody chose one.
 pub const CODE_CACHE_BYTES_DEFAULT: usize = 64 << 20;
 
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Measurements {
+    /// What costs nothing.
+    #[default]
+    Free,
+    /// Also where the time goes, and instructions in translated code.
+    All,
+}
+
 /// What can be chosen of the engine beside its CPU model.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
     pub translation: Translation,
     /// Memory for the translated code of each vCPU, between [`CODE_CACHE_BYTES_MIN`] and [`CODE_CACHE_BYTES_MAX`] and in whole pages.
     pub code_cache_bytes: usize,
+    pub measurements: Measurements,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        EngineOptions { translation: Translation::default(), code_cache_bytes: CODE_CACHE_BYTES_DEFAULT }
+        EngineOptions {
+            translation: Translation::default(),
+            code_cache_bytes: CODE_CACHE_BYTES_DEFAULT,
+            measurements: Measurements::default(),
+        }
     }
 }
 

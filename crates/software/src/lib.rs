@@ -40,6 +40,7 @@ mod paravirt;
 mod run;
 mod second_level;
 mod segmentation;
+mod stopwatch;
 mod system;
 #[doc(hidden)]
 pub mod testbench;
@@ -54,5 +55,6 @@ mod vector;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
 pub use engine::{
-    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, EngineOptions, SoftwareEngine, Translation,
+    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, EngineOptions, Measurements, SoftwareEngine,
+    Translation,
 };

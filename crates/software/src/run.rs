@@ -6,6 +6,7 @@ use crate::block::{Block, COLD_FOR_EVER};
 use crate::block_cache::Blocks;
 use crate::cpu::{BLOCK_RIP, Cpu};
 use crate::op::{Flow, Op};
+use crate::stopwatch::Activity;
 
 /// Why [`Blocks::run`] came back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +27,7 @@ impl Blocks {
     /// Runs guest code from `cpu.rip` on. The attention flag and the budget (in blocks) are looked at before every block. Interrupt shadow, trap flag
     /// and code breakpoints are the caller's concern: it uses [`Blocks::run_one`] while there are any.
     pub fn run(&mut self, cpu: &mut Cpu, attention: &AtomicBool, budget: u32) -> Outcome {
+        let before = cpu.stopwatch.turn_to(Activity::Interpreter);
         let mut left = budget;
         let mut last: *const Block = self.nowhere();
         let outcome = loop {
@@ -48,6 +50,7 @@ impl Blocks {
             }
         };
         self.finish(cpu);
+        cpu.stopwatch.turn_to(before);
         outcome
     }
 
@@ -59,6 +62,7 @@ impl Blocks {
         left: &mut u32,
         threshold: u32,
     ) -> Outcome {
+        let before = cpu.stopwatch.turn_to(Activity::Interpreter);
         let mut last: *const Block = self.nowhere();
         let outcome = loop {
             if attention.load(Ordering::Relaxed) {
@@ -87,12 +91,14 @@ impl Blocks {
             }
         };
         self.finish(cpu);
+        cpu.stopwatch.turn_to(before);
         outcome
     }
 
     /// Runs exactly one instruction (of a repeated string instruction as much as it does at a time). `Leave` is also the answer
     /// when it completed without anything special.
     pub fn run_one(&mut self, cpu: &mut Cpu) -> Outcome {
+        let before = cpu.stopwatch.turn_to(Activity::Interpreter);
         let outcome = match self.find_single(cpu) {
             Err(_) => Outcome::Fault,
             Ok(block) => {
@@ -115,6 +121,7 @@ impl Blocks {
             }
         };
         self.finish(cpu);
+        cpu.stopwatch.turn_to(before);
         outcome
     }
 }

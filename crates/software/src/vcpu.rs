@@ -22,9 +22,10 @@ use crate::apic::{
 use crate::block_cache::Blocks;
 use crate::counters::Published;
 use crate::cpu::{CS, Cpu};
-use crate::engine::EngineOptions;
+use crate::engine::{EngineOptions, Measurements};
 use crate::flags;
 use crate::run::Outcome;
+use crate::stopwatch::Activity;
 use crate::system::Delivery;
 use crate::time::{NEVER, host_tsc, ticks_to_ns};
 use crate::trace;
@@ -56,7 +57,10 @@ impl SoftwareVcpu {
     /// A vCPU after power-on.
     pub fn new(cpu: Cpu, published: Arc<Published>, options: EngineOptions) -> io::Result<Self> {
         let inbox = cpu.apic.inbox().clone();
-        let cpu = CpuBox::new(cpu)?;
+        let mut cpu = CpuBox::new(cpu)?;
+        if options.measurements == Measurements::All {
+            cpu.stopwatch.start();
+        }
         let translator = match options.translation.threshold() {
             Some(threshold) => Translator::new(FUNCTIONS, threshold, options.code_cache_bytes)?.map(Box::new),
             None => None,
@@ -201,13 +205,17 @@ impl SoftwareVcpu {
         };
         self.cpu.counters.sleeps += 1;
         self.publish();
+        self.cpu.stopwatch.turn_to(Activity::Asleep);
         self.inbox.sleep(timeout);
+        self.cpu.stopwatch.turn_to(Activity::Engine);
     }
 
     fn publish(&mut self) {
         if let Some(translator) = &self.translator {
             translator.report(&mut self.cpu.counters);
         }
+        let cpu = &mut *self.cpu;
+        cpu.counters.take_times(&cpu.stopwatch, cpu.apic.timer.tsc_khz());
         self.published.publish(self.cpu.instructions, &self.cpu.counters);
     }
 
@@ -313,6 +321,7 @@ impl Vcpu for SoftwareVcpu {
         self.alarm = self.translator.is_some().then(Alarm::new).flatten();
         Alarm::attach(Some(&self.inbox));
         self.cpu.vector.resume_floats();
+        self.cpu.stopwatch.skip();
         let exit = loop {
             if self.attend() {
                 break VcpuExit::Stopped;
@@ -337,6 +346,7 @@ impl Vcpu for SoftwareVcpu {
             }
         };
         self.cpu.vector.retire();
+        self.cpu.stopwatch.turn_to(Activity::Engine);
         self.alarm = None;
         Alarm::attach(None);
         self.publish();
@@ -387,6 +397,7 @@ impl Vcpu for SoftwareVcpu {
         let apic = LocalApic::new(router, index, old.apic.timer.tsc_khz());
         let mut cpu = Cpu::with_platform(old.services.clone(), old.model.clone(), apic, old.epoch_tsc);
         cpu.counters = old.counters;
+        cpu.stopwatch = old.stopwatch;
         cpu.instructions = old.instructions;
         *self.cpu = cpu;
         // The new look-up tables count their generations anew.

@@ -83,7 +83,9 @@ pub struct Identity {
     pub mac: [u8; 6],
 }
 
-pub use polder_software::{CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, Translation};
+pub use polder_software::{
+    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, Measurements, Translation,
+};
 
 /// The CPU model of machines that ask for no other.
 pub const CPU_MODEL_NEWEST: &str = polder_software::CpuModel::NEWEST;
@@ -103,6 +105,7 @@ pub struct MachineConfig {
     pub translation: Translation,
     /// Memory for the translated code of each vCPU, in whole pages.
     pub code_cache_bytes: usize,
+    pub measurements: Measurements,
     /// Name of a CPU model, with features to add and to take away: `polder-v3,+pku,-avx2`.
     pub cpu_model: String,
     pub net: NetConfig,
@@ -129,6 +132,7 @@ impl MachineConfig {
             engine: EngineChoice::default(),
             translation: Translation::default(),
             code_cache_bytes: CODE_CACHE_BYTES_DEFAULT,
+            measurements: Measurements::default(),
             cpu_model: CPU_MODEL_NEWEST.to_owned(),
             net: NetConfig::default(),
             vsock: None,

@@ -16,7 +16,11 @@ pub(crate) fn make(config: &MachineConfig, services: EngineServices, cpus: u32) 
         // Until the KVM engine is there, the software engine is the faster of those that work.
         EngineChoice::Auto | EngineChoice::Software => {
             let model = CpuModel::parse(&config.cpu_model)?;
-            let options = EngineOptions { translation: config.translation, code_cache_bytes: config.code_cache_bytes };
+            let options = EngineOptions {
+                translation: config.translation,
+                code_cache_bytes: config.code_cache_bytes,
+                measurements: config.measurements,
+            };
             Ok(SoftwareEngine::new(services, cpus, model, options)?)
         }
         EngineChoice::Kvm => Err(VmmError::NoKvmEngine),

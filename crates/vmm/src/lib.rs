@@ -33,8 +33,8 @@ mod vsock_socket;
 pub use calibration::{CalibrationGuest, SoftwareCalibration};
 pub use config::{
     CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort, DiskAccess, DiskConfig,
-    EngineChoice, Identity, MachineConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices,
-    Translation,
+    EngineChoice, Identity, MachineConfig, Measurements, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy,
+    TestDevices, Translation,
 };
 pub use control::Control;
 pub use error::VmmError;

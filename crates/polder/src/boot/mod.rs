@@ -21,7 +21,7 @@ use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
     CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, Identity, MachineConfig,
-    NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
+    Measurements, NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
 };
 
 use options::{parse_code_cache, parse_disk, parse_net};
@@ -175,6 +175,7 @@ impl BootArguments {
             engine: self.engine.choice(),
             translation: self.translate.choice(),
             code_cache_bytes: self.code_cache.0 as usize,
+            measurements: if self.stats.is_some() { Measurements::All } else { Measurements::Free },
             cpu_model: self.cpu.clone(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),

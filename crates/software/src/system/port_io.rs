@@ -8,6 +8,7 @@ use crate::fault::Fault;
 use crate::flags;
 use crate::op::{Flow, Op};
 use crate::page_walk::{Access, Privilege};
+use crate::stopwatch::Activity;
 
 /// Iterations of a repeated string instruction before interrupts are looked at.
 const REPEAT_MAX: u32 = 256;
@@ -51,7 +52,9 @@ impl Cpu {
         self.counters.port += 1;
         self.note_port_breakpoint(port, bytes);
         self.vector.pause_floats();
+        let before = self.stopwatch.turn_to(Activity::Devices);
         let value = self.services.ports.read(u64::from(port), Self::port_size(bytes));
+        self.stopwatch.turn_to(before);
         self.vector.resume_floats();
         value
     }
@@ -61,7 +64,9 @@ impl Cpu {
         self.note_port_breakpoint(port, bytes);
         let size = Self::port_size(bytes);
         self.vector.pause_floats();
+        let before = self.stopwatch.turn_to(Activity::Devices);
         self.services.ports.write(u64::from(port), size, value & size.all_ones());
+        self.stopwatch.turn_to(before);
         self.vector.resume_floats();
     }
 

@@ -9,7 +9,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Register};
+use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory, Register};
 
 use super::assembler::{Assembler, Binary, Label, Mem, RSP, Reg, condition};
 use super::frame::{
@@ -121,6 +121,8 @@ pub struct Context<'a> {
     pub table: usize,
     /// CR4.SMAP is set.
     pub guards_user_pages: bool,
+    /// The unit counts the instructions that it runs.
+    pub counts: bool,
     /// Number of the first link.
     pub first_link: usize,
 }
@@ -216,6 +218,9 @@ impl<'a> Generator<'a> {
                 self.context.table = tables[index];
             }
             self.asm.bind(self.labels[index]);
+            if self.context.counts {
+                self.count(index);
+            }
             ended = self.instruction(&item)?;
         }
         if !ended && let Some(last) = self.items.last() {
@@ -231,6 +236,22 @@ impl<'a> Generator<'a> {
             link.stub = self.asm.place(*stub);
         }
         Ok(Generated { code: self.asm.bytes, links: self.links, ops: self.ops, faults: self.faults })
+    }
+
+    /// Counts the instructions from one on to where code may next come from elsewhere or go elsewhere. Uses SPARE, no flags.
+    fn count(&mut self, first: usize) {
+        let begins = |index: usize| {
+            let before = index.checked_sub(1).map(|before| self.items[before].instruction.flow_control());
+            self.is_target[index] || before != Some(FlowControl::Next)
+        };
+        if !begins(first) {
+            return;
+        }
+        let len = 1 + (first + 1..self.items.len()).take_while(|&index| !begins(index)).count();
+        let counter = cpu_field(offset_of!(Cpu, instructions));
+        self.asm.load(SPARE, counter);
+        self.asm.lea(SPARE, Mem::base(SPARE, len as i32));
+        self.asm.store(counter, SPARE);
     }
 
     /// A jump or call to a place of the code cache.

@@ -24,6 +24,8 @@ mod arena;
 mod assembler;
 mod cache;
 #[cfg(test)]
+mod count_tests;
+#[cfg(test)]
 mod eviction_tests;
 mod frame;
 mod generate;
@@ -40,7 +42,7 @@ mod units;
 mod x87;
 
 pub use arena::{ArenaMemory, CpuBox};
-pub use frame::Frame;
+pub use frame::{Frame, exit};
 pub use run::FUNCTIONS;
 pub(crate) use signal::redirect;
 pub use units::Translator;

@@ -13,6 +13,7 @@ use crate::cpu::{Cpu, cr4};
 use crate::op::{Flow, Op};
 use crate::page_walk::{Access, Privilege};
 use crate::run::Outcome;
+use crate::stopwatch::Activity;
 use crate::tlb::WATCHED;
 use crate::vector::class;
 
@@ -67,7 +68,9 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
     let tag = cpu.tlb.fetch_tag;
     let table = cpu.tlb.data_table();
     let flow = (op.handler.get())(cpu, op);
-    cpu.instructions = cpu.instructions.wrapping_add(1);
+    // The unit counts it, if units count.
+    let uncounted = u64::from(!cpu.stopwatch.is_on());
+    cpu.instructions = cpu.instructions.wrapping_add(uncounted);
     match flow {
         Flow::Next => {
             if cpu.tlb.fetch_tag == tag && cpu.tlb.data_table() == table && !cpu.frame_attention() {
@@ -178,7 +181,10 @@ impl Translator {
                 continue;
             };
             left -= 1;
-            if let Some(outcome) = self.enter(cpu, blocks, host, attention) {
+            cpu.stopwatch.turn_to(Activity::Translated);
+            let outcome = self.enter(cpu, blocks, host, attention);
+            cpu.stopwatch.turn_to(Activity::Engine);
+            if let Some(outcome) = outcome {
                 return outcome;
             }
         }
@@ -204,6 +210,11 @@ impl Translator {
             unsafe { enter(processor, host) };
             let exit = processor.frame.exit;
             processor.freshen_tables();
+            processor.counters.count_exit(exit);
+            if exit == exit::INTERPRET && processor.stopwatch.is_on() {
+                // It is counted when it runs.
+                processor.instructions = processor.instructions.wrapping_sub(1);
+            }
             if exit < exit::FIRST {
                 let target = self.link_target(exit)?;
                 processor.rip = target;
@@ -219,7 +230,6 @@ impl Translator {
             }
             match exit {
                 exit::INDIRECT => {
-                    self.statistics.indirect += 1;
                     let guards_user_pages = processor.cr4 & cr4::SMAP != 0;
                     if !processor.may_run_translated() || guards_user_pages != self.guards_user_pages {
                         return None;
@@ -251,7 +261,7 @@ impl Translator {
 
     /// Interprets the instruction at RIP.
     fn interpret(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks) -> Option<Outcome> {
-        self.statistics.interpreted += 1;
+        cpu.counters.interpreted_singly += 1;
         Some(blocks.run_one(cpu))
     }
 }

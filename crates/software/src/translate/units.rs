@@ -14,6 +14,7 @@ use super::thunks::{self, Functions, Thunks};
 use crate::block_cache;
 use crate::counters::Counters;
 use crate::cpu::{Cpu, cr4, is_canonical};
+use crate::stopwatch::Activity;
 
 /// No unit's code is longer.
 const UNIT_BYTES_MAX: usize = 64 << 10;
@@ -141,8 +142,6 @@ pub struct Statistics {
     pub evicted: u64,
     /// The longest that making room or a flush took, in time of the thread.
     pub pause_ns_max: u64,
-    pub interpreted: u64,
-    pub indirect: u64,
     pub linked: u64,
 }
 
@@ -472,6 +471,13 @@ impl Translator {
 
     /// Translates the code at RIP. `None`: it stays with the interpreter.
     pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
+        let before = cpu.stopwatch.turn_to(Activity::Translator);
+        let unit = self.make_unit(cpu, jumps);
+        cpu.stopwatch.turn_to(before);
+        unit
+    }
+
+    fn make_unit(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         if let Some(id) = self.unit_at(cpu) {
             return Some(id);
         }
@@ -518,6 +524,7 @@ impl Translator {
             position,
             table,
             guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
+            counts: cpu.stopwatch.is_on(),
             first_link: first_link as usize,
         };
         let generated = Generator::new(context, &items).run().ok()?;
