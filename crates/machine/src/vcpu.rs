@@ -5,7 +5,7 @@ use std::sync::Arc;
 use polder_basics::Clock;
 use polder_memory::GuestMemory;
 
-use crate::{Bus, EoiListener, MsiSink, VcpuState};
+use crate::{Bus, DebugEvent, DebugVcpu, EoiListener, MsiSink, VcpuState};
 
 /// What a machine gives its engine.
 #[derive(Clone)]
@@ -27,6 +27,8 @@ pub enum VcpuExit {
     Stopped,
     /// A triple fault or shutdown: the machine resets or ends.
     TripleFault,
+    /// A debugger's order is carried out, or what it told the vCPU to look out for was met.
+    Debug(DebugEvent),
 }
 
 /// The engine cannot go on.
@@ -50,7 +52,7 @@ pub enum EngineError {
 /// One virtual processor. Owned by one thread.
 pub trait Vcpu: Send {
     /// Runs guest code until there is a reason to come back. Port and memory-mapped accesses, interrupts, HLT and start-up
-    /// messages are handled inside. May be called again after [`VcpuExit::Stopped`].
+    /// messages are handled inside. May be called again after [`VcpuExit::Stopped`] and [`VcpuExit::Debug`].
     fn run(&mut self) -> VcpuExit;
     /// The architectural state; only between runs.
     fn state(&self) -> VcpuState;
@@ -58,6 +60,10 @@ pub trait Vcpu: Send {
     fn set_state(&mut self, state: &VcpuState);
     /// Power-on state, local APIC included.
     fn reset(&mut self);
+    /// The vCPU as a debugger sees it, where the engine lets one in; only between runs.
+    fn debug(&mut self) -> Option<&mut dyn DebugVcpu> {
+        None
+    }
 }
 
 /// Reaches a vCPU from other threads.

@@ -245,6 +245,13 @@ impl Blocks {
         let page_number = code_page(cpu, linear)?;
         let physical = page_number * PAGE_SIZE + linear % PAGE_SIZE;
         let code = cpu.mode.code;
+        if cpu.debugger.cuts_at(linear) {
+            if cpu.debugger.stops_at(linear) {
+                return Err(cpu.raise_debugger());
+            }
+            let fetched = fetch(cpu, linear)?;
+            return self.decode_single(cpu, &fetched);
+        }
         // The usual reason to be here is that some translation has changed, but not this one.
         let jump = self.jumps[jump_index(linear)];
         if jump.linear == linear && !jump.block.is_null() {
@@ -259,7 +266,9 @@ impl Blocks {
         }
         let mut at = self.buckets[bucket(physical, code)];
         while let Some(block) = self.blocks.get(at as usize) {
-            if block.physical == physical && block.code == code && (cpu.is_64_bit() || inside_limit(cpu, block.bytes)) {
+            let is_whole = cpu.debugger.uncut(linear, block.bytes as usize) == block.bytes as usize;
+            let same = block.physical == physical && block.code == code && is_whole;
+            if same && (cpu.is_64_bit() || inside_limit(cpu, block.bytes)) {
                 let crosses = linear % PAGE_SIZE + u64::from(block.bytes) > PAGE_SIZE;
                 if !crosses || code_page(cpu, (linear | (PAGE_SIZE - 1)).wrapping_add(1))? == block.last_page {
                     let block: *const Block = block;
@@ -306,6 +315,7 @@ impl Blocks {
             let left = u64::from(cpu.segments[CS as usize].limit) - cpu.rip;
             readable = readable.min(usize::try_from(left).unwrap_or(usize::MAX).saturating_add(1));
         }
+        readable = cpu.debugger.uncut(linear, readable);
         let mut bytes = [0; BLOCK_BYTES_MAX];
         // SAFETY: `readable` bytes from `offset` lie in the page.
         let source = unsafe { page.pointer.add(offset) };
@@ -524,7 +534,7 @@ fn bitness(code: CodeSize) -> u32 {
 }
 
 #[inline(always)]
-fn linear_rip(cpu: &Cpu) -> u64 {
+pub(crate) fn linear_rip(cpu: &Cpu) -> u64 {
     if cpu.is_64_bit() { cpu.rip } else { cpu.segments[CS as usize].base.wrapping_add(cpu.rip) & 0xffff_ffff }
 }
 

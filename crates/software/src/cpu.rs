@@ -9,6 +9,7 @@ use crate::apic::LocalApic;
 use crate::block::RunningBlock;
 use crate::counters::Counters;
 use crate::cpu_model::{CpuModel, CpuidContext};
+use crate::debugger::Debugger;
 use crate::fault::Exception;
 use crate::flags::{self, ArithmeticFlags};
 use crate::msr::Msrs;
@@ -181,6 +182,7 @@ pub struct Cpu {
     /// x87, MMX, SSE and AVX.
     pub vector: VectorState,
     pub services: EngineServices,
+    pub debugger: Debugger,
     /// What translated code keeps here.
     pub(crate) frame: Frame,
 }
@@ -274,6 +276,7 @@ impl Cpu {
             stopwatch: Stopwatch::default(),
             vector: VectorState::default(),
             services,
+            debugger: Debugger::default(),
             frame: Frame::default(),
         };
         cpu.gpr[RDX] = 0x600;

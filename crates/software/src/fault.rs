@@ -21,6 +21,8 @@ pub mod vector {
     pub const X87: u8 = 16;
     pub const ALIGNMENT_CHECK: u8 = 17;
     pub const SIMD: u8 = 19;
+    /// No exception of the architecture and never delivered: the next instruction is at a debugger's breakpoint.
+    pub const DEBUGGER: u8 = 255;
 }
 
 /// An exception as it will be delivered.
@@ -44,6 +46,12 @@ impl Cpu {
     pub fn raise(&mut self, exception: Exception) -> Fault {
         self.fault = exception;
         Fault(())
+    }
+
+    /// The instruction at RIP is at a debugger's breakpoint.
+    #[cold]
+    pub(crate) fn raise_debugger(&mut self) -> Fault {
+        self.raise(Exception { vector: vector::DEBUGGER, error_code: None, detail: 0 })
     }
 
     /// #UD

@@ -15,7 +15,7 @@
 //! them), `op` (a decoded instruction), `tlb`, `page_walk`, `access` (guest memory at linear addresses), `segmentation`
 //! (from offsets to linear addresses), `lower` (from bytes to ops), `ops` (handlers of general-purpose instructions), `block` and
 //! `block_cache` (runs of ops and where they are found), `run` (the inner loop), `testbench` (a bare processor for tests). Around the core: `cpu_feature`, `cpu_model` and `msr` (what processor the guest sees), `time` (the TSC), `alarm` (what interrupts translated code in time), `apic`
-//! (local APICs and the inboxes by which threads reach each other), `paravirt` (KVM's clock and hypercalls), `vcpu` (the outer loop), `engine`, `trace`, `counters`.
+//! (local APICs and the inboxes by which threads reach each other), `paravirt` (KVM's clock and hypercalls), `vcpu` (the outer loop), `engine`, `debugger` (a debugger's breakpoints and steps), `trace`, `counters`.
 
 mod access;
 mod alarm;
@@ -28,6 +28,7 @@ mod counters;
 mod cpu;
 mod cpu_feature;
 mod cpu_model;
+mod debugger;
 mod engine;
 mod fault;
 mod flags;

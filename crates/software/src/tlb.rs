@@ -523,7 +523,7 @@ impl Cpu {
         // Data breakpoints: DR7 enables one whose type is a write or an access.
         let watched = self.debug[5] & 0xff != 0
             && (0..4).any(|n| self.debug[5] >> (2 * n) & 3 != 0 && self.debug[5] >> (16 + 4 * n) & 3 != 0);
-        let table = if alignment || watched {
+        let table = if alignment || watched || self.debugger.watches() {
             WATCHED
         } else if user {
             USER

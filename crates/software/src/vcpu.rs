@@ -13,7 +13,7 @@ use std::io;
 use std::sync::Arc;
 
 use polder_machine::state::{RunState, VcpuState};
-use polder_machine::{Vcpu, VcpuExit, VcpuHandle};
+use polder_machine::{DebugEvent, DebugVcpu, Vcpu, VcpuExit, VcpuHandle};
 
 use crate::alarm::Alarm;
 use crate::apic::{
@@ -117,8 +117,17 @@ impl SoftwareVcpu {
         events & EVENT_STOP != 0
     }
 
+    /// The processor, for the debugger.
+    pub(crate) fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    pub(crate) fn cpu_mut(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+
     /// Drops all decoded and translated code.
-    fn flush_code(&mut self) {
+    pub(crate) fn flush_code(&mut self) {
         self.blocks.flush();
         if let Some(translator) = &mut self.translator {
             translator.flush(self.cpu.split().1);
@@ -219,8 +228,8 @@ impl SoftwareVcpu {
         self.published.publish(self.cpu.instructions, &self.cpu.counters);
     }
 
-    /// Delivers what waits to be delivered before the next instruction.
-    fn deliver_pending(&mut self) -> Delivery {
+    /// Delivers what waits to be delivered before the next instruction. `traps_only`: interrupts stay out.
+    fn deliver_pending(&mut self, traps_only: bool) -> Delivery {
         let cpu = &mut *self.cpu;
         if cpu.trap_pending() {
             cpu.counters.exceptions += 1;
@@ -228,7 +237,7 @@ impl SoftwareVcpu {
                 return Delivery::TripleFault;
             }
         }
-        if cpu.interrupt_shadow {
+        if cpu.interrupt_shadow || traps_only {
             return Delivery::Done;
         }
         if self.nmis_pending > 0 && !cpu.nmi_blocked {
@@ -270,6 +279,9 @@ impl SoftwareVcpu {
             };
             return self.finish(outcome);
         }
+        if self.cpu.is_at_breakpoint() {
+            return Delivery::Done;
+        }
         if traced {
             trace::instruction(&self.cpu);
         }
@@ -285,11 +297,26 @@ impl SoftwareVcpu {
         self.finish(outcome)
     }
 
+    /// A debugger's step: one instruction, or what is delivered before it. Interrupts only where the vCPU was halted until one came.
+    fn step(&mut self, woken: bool) -> VcpuExit {
+        let rip = self.cpu.rip;
+        let delivery = match self.deliver_pending(!woken) {
+            Delivery::Done if self.cpu.rip == rip => self.advance(),
+            delivery => delivery,
+        };
+        if delivery == Delivery::TripleFault {
+            trace::triple_fault(&self.cpu);
+            return VcpuExit::TripleFault;
+        }
+        VcpuExit::Debug(self.cpu.debugger.take_event().unwrap_or(DebugEvent::Step))
+    }
+
     fn finish(&mut self, outcome: Outcome) -> Delivery {
         self.cpu.counters.leaves += 1;
-        if outcome != Outcome::Fault {
+        if outcome != Outcome::Fault || self.cpu.met_breakpoint() {
             return Delivery::Done;
         }
+        self.cpu.debugger.forget_event();
         self.cpu.counters.exceptions += 1;
         trace::exception(&self.cpu);
         self.cpu.deliver_exception()
@@ -333,16 +360,23 @@ impl Vcpu for SoftwareVcpu {
                 self.sleep();
                 continue;
             }
-            if self.cpu.halted {
+            let woken = self.cpu.halted;
+            if woken {
                 if !self.wakes() {
                     self.sleep();
                     continue;
                 }
                 self.cpu.halted = false;
             }
-            if self.deliver_pending() == Delivery::TripleFault || self.advance() == Delivery::TripleFault {
+            if self.cpu.debugger.steps() {
+                break self.step(woken);
+            }
+            if self.deliver_pending(false) == Delivery::TripleFault || self.advance() == Delivery::TripleFault {
                 trace::triple_fault(&self.cpu);
                 break VcpuExit::TripleFault;
+            }
+            if let Some(event) = self.cpu.debugger.take_event() {
+                break VcpuExit::Debug(event);
             }
         };
         self.cpu.vector.retire();
@@ -382,6 +416,10 @@ impl Vcpu for SoftwareVcpu {
         }
     }
 
+    fn debug(&mut self) -> Option<&mut dyn DebugVcpu> {
+        Some(self)
+    }
+
     fn set_state(&mut self, state: &VcpuState) {
         self.inbox.clear_requests();
         self.load(state);
@@ -399,6 +437,7 @@ impl Vcpu for SoftwareVcpu {
         cpu.counters = old.counters;
         cpu.stopwatch = old.stopwatch;
         cpu.instructions = old.instructions;
+        cpu.debugger = std::mem::take(&mut self.cpu.debugger);
         *self.cpu = cpu;
         // The new look-up tables count their generations anew.
         self.flush_code();

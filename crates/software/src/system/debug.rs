@@ -31,10 +31,13 @@ pub struct Step {
 }
 
 impl Cpu {
-    /// Whether instructions must run one by one: RFLAGS.TF or RF is set, or a breakpoint is enabled.
+    /// Whether instructions must run one by one: RFLAGS.TF or RF is set, a breakpoint is enabled, or a debugger steps or watches.
     #[inline]
     pub fn needs_single_step(&self) -> bool {
-        self.system_flags & (flags::TF | flags::RF) != 0 || self.debug[5] & 0xff != 0 || self.stack_shadow
+        self.system_flags & (flags::TF | flags::RF) != 0
+            || self.debug[5] & 0xff != 0
+            || self.stack_shadow
+            || self.debugger.needs_single_step()
     }
 
     /// Whether a debug trap, or a fault after a task switch, waits to be delivered before the next instruction.
@@ -88,6 +91,7 @@ impl Cpu {
 
     /// Notes that a data access may have met an enabled breakpoint.
     pub fn note_data_breakpoint(&mut self, linear: u64, bytes: u64, access: Access) {
+        self.debugger.note_access(linear, bytes, access);
         let hit = self.breakpoints(linear, bytes, |kind| kind == 3 || kind == 1 && access == Access::Write);
         if hit.enabled {
             self.pending_debug |= hit.bits;

@@ -414,7 +414,7 @@ impl Translator {
     }
 
     fn unit_at(&mut self, cpu: &mut Cpu) -> Option<u32> {
-        if !is_canonical(cpu.rip, 48) {
+        if !is_canonical(cpu.rip, 48) || cpu.debugger.cuts_at(cpu.rip) {
             return None;
         }
         let page_number = block_cache::code_page(cpu, cpu.rip).ok()?;
@@ -484,11 +484,11 @@ impl Translator {
         let linear = cpu.rip;
         let page_number = block_cache::code_page(cpu, linear).ok()?;
         let page = cpu.services.memory.page(page_number)?;
-        if page_number == cpu.apic_page {
+        if page_number == cpu.apic_page || cpu.debugger.cuts_at(linear) {
             return None;
         }
         let offset = (linear % PAGE_SIZE) as usize;
-        let readable = PAGE_SIZE as usize - offset;
+        let readable = cpu.debugger.uncut(linear, PAGE_SIZE as usize - offset);
         let mut bytes = [0; PAGE_SIZE as usize];
         // SAFETY: `readable` bytes from `offset` lie in the page.
         let source = unsafe { page.pointer.add(offset) };

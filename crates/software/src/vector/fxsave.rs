@@ -1,7 +1,7 @@
 //! FXSAVE, FXRSTOR, LDMXCSR and STMXCSR (SDM vol. 1, 10.5).
 
 use super::area::SaveArea;
-use super::{MXCSR_MASK, class};
+use super::{MXCSR_MASK, VectorState, class};
 use crate::cpu::Cpu;
 use crate::fault::Fault;
 use crate::op::{Flow, Op};
@@ -15,7 +15,38 @@ pub(super) const XMM_AT: u64 = 160;
 /// Where MXCSR is in the legacy area.
 pub(super) const MXCSR_AT: usize = 24;
 
+impl VectorState {
+    /// All registers as FXSAVE64 writes them, of a processor that does not run.
+    pub(crate) fn resting_fxsave(&self) -> [u8; 512] {
+        let mut bytes = [0; 512];
+        bytes[..X87_BYTES].copy_from_slice(&self.image.0[..X87_BYTES]);
+        bytes[6..8].copy_from_slice(&self.pointers.opcode.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.pointers.instruction.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.pointers.data.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.mxcsr.to_le_bytes());
+        bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
+        for (target, register) in bytes[XMM_AT as usize..].chunks_exact_mut(16).zip(&self.ymm) {
+            target[..8].copy_from_slice(&register.0[0].to_le_bytes());
+            target[8..].copy_from_slice(&register.0[1].to_le_bytes());
+        }
+        bytes
+    }
+}
+
 impl Cpu {
+    /// Sets all registers from what FXSAVE64 writes, while the processor does not run. Bits that no processor has are dropped.
+    pub(crate) fn set_resting_fxsave(&mut self, bytes: &[u8; 512]) {
+        let mut x87 = [0; X87_BYTES];
+        x87.copy_from_slice(&bytes[..X87_BYTES]);
+        self.set_legacy_x87(&x87, true);
+        self.vector.set_mxcsr(u32::from_le_bytes([bytes[24], bytes[25], bytes[26], bytes[27]]) & MXCSR_MASK);
+        for (source, register) in bytes[XMM_AT as usize..].as_chunks::<16>().0.iter().zip(&mut self.vector.ymm) {
+            let value = u128::from_le_bytes(*source);
+            register.0[0] = value as u64;
+            register.0[1] = (value >> 64) as u64;
+        }
+    }
+
     /// The first 160 bytes of a legacy save area. `wide`: pointers of 64 bits (REX.W).
     pub(super) fn legacy_x87(&mut self, wide: bool) -> [u8; X87_BYTES] {
         let pointers = self.vector.pointers;
