@@ -227,3 +227,23 @@ fn options_of_run_that_make_no_sense_are_wrong_usage() {
     }
     assert!(home.folders().is_empty());
 }
+
+#[test]
+fn gdb_attaches_to_an_instance_that_waits_for_it() {
+    let home = Home::new();
+    let socket = home.0.path().join("gdb").display().to_string();
+    let wait = format!("{socket},wait");
+    home.polder(&["run", "tiny", "-d", "--memory", "64M", "--name", "debugged", "--gdb", &wait]).expect_status(0);
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-nx", "-nh", "-q", "-batch", "-iex", "set debuginfod enabled off"]);
+    gdb.args(["-ex", "set architecture i386:x86-64", "-ex", &format!("target remote {socket}")]);
+    gdb.args(["-ex", "info threads", "-ex", "print $cr0 & 1", "-ex", "detach"]);
+    Outcome::of(&mut gdb, LIMIT).expect_status(0).expect_console("vCPU 0, runs").expect_console("= 1");
+    // A second one cannot have the same place; nothing is left of it.
+    let outcome = home.polder(&["run", "tiny", "-d", "--memory", "64M", "--name", "second", "--gdb", &socket]);
+    outcome.expect_status(1);
+    assert!(outcome.errors.contains("gdb cannot be served at the socket"), "{outcome}");
+    assert_eq!(home.folders().len(), 1);
+    home.polder(&["rm", "--force", "debugged"]).expect_status(0);
+    assert!(!std::path::Path::new(&socket).exists());
+}

@@ -31,6 +31,7 @@ const PACKAGES: &[Package] = &[
     Package { name: "zstd", reason: "unpacks packages and compresses initramfs images" },
     Package { name: "iproute2", reason: "the network test makes a TAP interface in a namespace of its own" },
     Package { name: "acpica-tools", reason: "iasl judges our ACPI tables" },
+    Package { name: "gdb", reason: "the judge of --gdb" },
     Package { name: "xz-utils", reason: "unpacks packages" },
 ];
 

@@ -31,6 +31,9 @@ fn vmm_hint(error: &VmmError) -> Option<&'static str> {
         VmmError::Vsock { source, .. } if source.kind() == ErrorKind::AddrInUse => {
             Some("another machine may use the socket; if none does, remove the file")
         }
+        VmmError::Gdb { source, .. } if source.kind() == ErrorKind::AddrInUse => {
+            Some("something else is there already: choose another port, or remove the file if nothing uses it")
+        }
         VmmError::Host { .. } => Some("see what limits processes and open files here: ulimit -a"),
         VmmError::VcpuDied { .. } => Some("please report it, with the lines above"),
         _ => None,

@@ -1,7 +1,7 @@
 //! Puts a machine together: memory, tables, engine, devices, kernel; then its vCPU threads.
 
 use std::fs::File;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,8 +22,8 @@ use polder_machine::acpi::AcpiConfig;
 use polder_machine::boot::{Boot, Initrd};
 use polder_machine::smbios::SmbiosConfig;
 use polder_machine::{
-    Bus, Engine, EngineServices, InterruptLine, IoApic, MsiSink, RequestSink, Vcpu, VcpuExit, VcpuHandle, acpi, boot,
-    layout, reset_code, smbios,
+    Bus, Engine, EngineServices, InterruptLine, IoApic, MsiSink, RequestSink, VcpuExit, VcpuHandle, acpi, boot, layout,
+    reset_code, smbios,
 };
 use polder_memory::{GuestAddress, GuestMemory};
 
@@ -31,6 +31,7 @@ use crate::control::{Control, Event, Keyboard, Running};
 use crate::engine::{EngineMaker, MessagePath};
 use crate::files::Files;
 use crate::gate::Gate;
+use crate::gdb::{Debuggee, Debugger, Finding, SharedVcpu, lock_vcpu};
 use crate::{ConsolePort, MachineConfig, TestDevices, VmmError, virtio};
 
 /// Serial output that waits for a slow reader at most; beyond it the port holds the guest's transmitter.
@@ -50,6 +51,7 @@ pub(crate) struct Surroundings<'a> {
     /// When the first vCPU of the first machine entered guest code.
     pub(crate) first_entry_ns: Arc<OnceLock<u64>>,
     pub(crate) make_engine: EngineMaker<'a>,
+    pub(crate) debugger: Option<&'a Arc<Debugger>>,
 }
 
 /// A machine whose vCPU threads wait at the gate. Dropping it without [`Machine::shut_down`] stops it as well.
@@ -136,9 +138,14 @@ impl Machine {
             _generation_id: generation_id,
             _devices: devices,
         };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
-            let thread = spawn_vcpu(around, index, vcpu, machine.gate.clone())?;
+        let vcpus: Vec<SharedVcpu> = vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        for (index, vcpu) in vcpus.iter().enumerate() {
+            let thread = spawn_vcpu(around, index, vcpu.clone(), machine.gate.clone())?;
             machine.threads.push(thread);
+        }
+        if let Some(debugger) = around.debugger {
+            let gate = machine.gate.clone();
+            debugger.adopt(Debuggee { gate, vcpus, memory }, machine.engine.name())?;
         }
         around.control.set_running(Running {
             gate: Arc::downgrade(&machine.gate),
@@ -191,18 +198,30 @@ impl Drop for DeathNotice<'_> {
 fn spawn_vcpu(
     around: &Surroundings<'_>,
     index: usize,
-    mut vcpu: Box<dyn Vcpu>,
+    vcpu: SharedVcpu,
     gate: Arc<Gate>,
 ) -> Result<JoinHandle<()>, VmmError> {
     let control = around.control.clone();
     let clock = around.clock.clone();
     let first_entry_ns = around.first_entry_ns.clone();
+    let debugger = around.debugger.cloned();
     let body = move || {
-        let pass = gate.pass();
+        let pass = gate.pass(index);
         let mut notice = DeathNotice { control: &control, index, expected: false };
         while pass.enter() {
             first_entry_ns.get_or_init(|| clock.monotonic_ns());
-            if vcpu.run() == VcpuExit::TripleFault {
+            let exit = lock_vcpu(&vcpu).run();
+            let finding = match exit {
+                VcpuExit::Stopped => continue,
+                VcpuExit::TripleFault => Finding::TripleFault,
+                VcpuExit::Debug(event) => Finding::Event(event),
+            };
+            if let Some(debugger) = debugger.as_ref().filter(|debugger| debugger.is_attached()) {
+                gate.hold(index);
+                debugger.report(index, finding);
+            }
+            // A debugger looks at the vCPU first.
+            if finding == Finding::TripleFault && pass.enter() {
                 control.push(Event::TripleFault);
                 pass.wait_for_end();
             }

@@ -75,6 +75,39 @@ pub enum TestDevices {
     Present,
 }
 
+/// Where gdb finds the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GdbPlace {
+    /// A TCP port of 127.0.0.1.
+    Port(u16),
+    /// A Unix socket.
+    Socket(PathBuf),
+}
+
+impl std::fmt::Display for GdbPlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            GdbPlace::Port(port) => write!(f, "port {port} of 127.0.0.1"),
+            GdbPlace::Socket(path) => write!(f, "the socket {}", path.display()),
+        }
+    }
+}
+
+/// When a machine that gdb may attach to starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GdbStart {
+    AtOnce,
+    /// No instruction runs before a gdb says so.
+    WithGdb,
+}
+
+/// A way in for gdb.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GdbConfig {
+    pub place: GdbPlace,
+    pub start: GdbStart,
+}
+
 /// Who the machine is. Random, and chosen by the caller: nothing here draws random numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Identity {
@@ -116,6 +149,8 @@ pub struct MachineConfig {
     pub timeout: Option<Duration>,
     pub reset: ResetPolicy,
     pub test_devices: TestDevices,
+    /// gdb's way in; none without.
+    pub gdb: Option<GdbConfig>,
     pub identity: Identity,
 }
 
@@ -140,6 +175,7 @@ impl MachineConfig {
             timeout: None,
             reset: ResetPolicy::default(),
             test_devices: TestDevices::default(),
+            gdb: None,
             identity: Identity::default(),
         }
     }

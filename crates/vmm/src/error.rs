@@ -59,6 +59,14 @@ pub enum VmmError {
         #[source]
         source: io::Error,
     },
+    #[error("gdb cannot be served at {place}")]
+    Gdb {
+        place: crate::GdbPlace,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the {engine} engine lets no debugger in")]
+    NoDebugger { engine: String },
     #[error("the KVM engine is not built yet")]
     NoKvmEngine,
     #[error("the engine cannot run this machine")]

@@ -10,7 +10,7 @@ use polder_machine::boot::KERNEL_LEN_MAX;
 
 use polder_devices::virtio::net::Tap;
 
-use crate::vsock_socket::VsockSocket;
+use crate::listening_socket::ListeningSocket;
 use crate::{DiskAccess, MachineConfig, NetConfig, VmmError};
 
 /// An open disk.
@@ -26,7 +26,7 @@ pub(crate) struct Files {
     initrd: Option<File>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) tap: Option<Arc<Tap>>,
-    pub(crate) vsock: Option<VsockSocket>,
+    pub(crate) vsock: Option<ListeningSocket>,
 }
 
 impl Files {
@@ -64,8 +64,8 @@ impl Files {
     }
 }
 
-fn bind_vsock(path: &Path) -> Result<VsockSocket, VmmError> {
-    VsockSocket::bind(path).map_err(|source| VmmError::Vsock { path: path.to_owned(), source })
+fn bind_vsock(path: &Path) -> Result<ListeningSocket, VmmError> {
+    ListeningSocket::bind(path).map_err(|source| VmmError::Vsock { path: path.to_owned(), source })
 }
 
 fn open(what: &'static str, path: &Path, access: DiskAccess) -> Result<File, VmmError> {

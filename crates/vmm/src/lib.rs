@@ -12,7 +12,7 @@
 //!
 //! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `calibration` (how fast one is), `gate` (vCPU
 //! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured),
-//! `virtio` (its virtio devices), `vsock_socket` (the host's way to the guest's ports), `agent_client` (the host's end of a session with the agent in the guest).
+//! `virtio` (its virtio devices), `listening_socket` (Unix sockets that the machine listens on), `gdb` (a debugger's way to the vCPUs), `agent_client` (the host's end of a session with the agent in the guest).
 
 pub mod agent_client;
 mod build;
@@ -23,12 +23,13 @@ mod engine;
 mod error;
 mod files;
 mod gate;
+mod gdb;
+mod listening_socket;
 mod run;
 mod stats;
 #[cfg(test)]
 mod tests;
 mod virtio;
-mod vsock_socket;
 
 pub use calibration::{CalibrationGuest, SoftwareCalibration};
 pub use config::{
@@ -36,6 +37,7 @@ pub use config::{
     EngineChoice, Identity, MachineConfig, Measurements, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy,
     TestDevices, Translation,
 };
+pub use config::{GdbConfig, GdbPlace, GdbStart};
 pub use control::Control;
 pub use error::VmmError;
 pub use run::{Console, Outcome, Report, run};

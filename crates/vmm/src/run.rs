@@ -11,6 +11,7 @@ use crate::build::{Machine, Surroundings};
 use crate::control::{Control, Event, Running};
 use crate::engine::{self, EngineMaker};
 use crate::files::Files;
+use crate::gdb::Server;
 use crate::stats::STATS_VERSION;
 use crate::{MachineConfig, ResetPolicy, Stats, VmmError};
 
@@ -84,6 +85,7 @@ pub(crate) fn run_with(
 ) -> Result<Report, VmmError> {
     config.check()?;
     let files = Files::open(config)?;
+    let gdb = config.gdb.as_ref().map(|gdb| Server::start(gdb, control)).transpose()?;
     let first_entry_ns = Arc::new(OnceLock::new());
     let around = Surroundings {
         config,
@@ -93,6 +95,7 @@ pub(crate) fn run_with(
         clock: clock.clone(),
         first_entry_ns: first_entry_ns.clone(),
         make_engine,
+        debugger: gdb.as_ref().map(Server::debugger),
     };
     let mut stats = Stats { version: STATS_VERSION, ..Stats::default() };
     stats.memory.guest_ram_bytes = config.ram_bytes;
@@ -113,11 +116,17 @@ pub(crate) fn run_with(
         machine.shut_down();
         stats.take_counters(machine.vcpus.iter().map(|vcpu| vcpu.counters()).collect());
         control.set_running(Running::default());
+        if let Some(gdb) = &gdb {
+            gdb.debugger().disown();
+        }
         match outcome? {
             Outcome::Reset if config.reset == ResetPolicy::Reboot => {}
             outcome => break outcome,
         }
     };
+    if let Some(gdb) = &gdb {
+        gdb.debugger().finish(Some(outcome));
+    }
     stats.times.end_ns = clock.monotonic_ns();
     stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
     stats.outcome = outcome.word().to_owned();

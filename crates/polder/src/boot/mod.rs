@@ -20,15 +20,15 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
-    CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, Identity, MachineConfig,
-    Measurements, NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
+    CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, GdbConfig, Identity,
+    MachineConfig, Measurements, NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
 };
 
 use options::{parse_code_cache, parse_disk, parse_net};
 use stats_file::StatsFile;
 
 pub use input::{Escapes, Keys, Typed};
-pub use options::parse_memory;
+pub use options::{parse_gdb, parse_memory};
 pub use signals::StopSignals;
 pub use terminal::RawTerminal;
 
@@ -103,6 +103,9 @@ pub struct BootArguments {
     /// Add the devices that test guests expect
     #[arg(long)]
     test_devices: bool,
+    /// Let gdb attach: at a port of 127.0.0.1 or at a Unix socket; with ",wait" nothing runs until gdb says so
+    #[arg(long, value_name = "PORT|SOCKET[,wait]", value_parser = parse_gdb)]
+    gdb: Option<GdbConfig>,
 }
 
 /// Names of engines.
@@ -186,6 +189,7 @@ impl BootArguments {
             timeout: self.timeout.map(Duration::from_secs),
             reset: if self.no_reboot { ResetPolicy::End } else { ResetPolicy::Reboot },
             test_devices: if self.test_devices { TestDevices::Present } else { TestDevices::Absent },
+            gdb: self.gdb.clone(),
             identity: random_identity()?,
         })
     }

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use polder_basics::ByteSize;
 use polder_vmm::{
-    CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, DiskAccess, DiskConfig, NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN,
+    CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, DiskAccess, DiskConfig, GdbConfig, GdbPlace, GdbStart, NetConfig,
+    RAM_BYTES_MAX, RAM_BYTES_MIN,
 };
 
 /// Interface names have at most this many bytes (Linux, IFNAMSIZ less the NUL).
@@ -59,6 +60,24 @@ pub fn parse_net(text: &str) -> Result<NetConfig, String> {
     }
 }
 
+/// `PORT` or `SOCKET`, and `,wait`. A number is a port; a path has no colon unless it has a slash too, so that no `HOST:PORT` becomes a file.
+pub fn parse_gdb(text: &str) -> Result<GdbConfig, String> {
+    let (place, start) = match text.strip_suffix(",wait") {
+        Some(place) => (place, GdbStart::WithGdb),
+        None => (text, GdbStart::AtOnce),
+    };
+    let is_number = !place.is_empty() && place.bytes().all(|byte| byte.is_ascii_digit());
+    let place = match place.parse() {
+        Ok(port @ 1..) if is_number => GdbPlace::Port(port),
+        _ if is_number => return Err("a port is a number from 1 to 65535".to_owned()),
+        _ if place.is_empty() || place.contains(':') && !place.contains('/') => {
+            return Err("write a port of 127.0.0.1 as a number, or the path of a Unix socket".to_owned());
+        }
+        _ => GdbPlace::Socket(PathBuf::from(place)),
+    };
+    Ok(GdbConfig { place, start })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +105,18 @@ mod tests {
         assert_eq!(parse_code_cache("1M").unwrap().0, 1 << 20);
         for text in ["1023K", "2G", "1048577", "big"] {
             assert!(parse_code_cache(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn gdb_has_a_port_or_a_socket() {
+        let gdb = |text: &str| parse_gdb(text).map(|gdb| (gdb.place, gdb.start));
+        assert_eq!(gdb("1234"), Ok((GdbPlace::Port(1234), GdbStart::AtOnce)));
+        assert_eq!(gdb("1234,wait"), Ok((GdbPlace::Port(1234), GdbStart::WithGdb)));
+        assert_eq!(gdb("./a:1,wait"), Ok((GdbPlace::Socket(PathBuf::from("./a:1")), GdbStart::WithGdb)));
+        assert_eq!(gdb("gdb.sock"), Ok((GdbPlace::Socket(PathBuf::from("gdb.sock")), GdbStart::AtOnce)));
+        for text in ["", ",wait", "0", "65536", "99999999999999999999", ":1234", "localhost:1234", "tcp::1234"] {
+            assert!(parse_gdb(text).is_err(), "{text}");
         }
     }
 

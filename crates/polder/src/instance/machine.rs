@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use polder_basics::SystemClock;
-use polder_vmm::{Console, Control, DiskAccess, DiskConfig, MachineConfig, Outcome};
+use polder_vmm::{Console, Control, DiskAccess, DiskConfig, GdbConfig, MachineConfig, Outcome};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::console_server::ConsoleServer;
@@ -22,7 +22,7 @@ use super::control_socket;
 use super::folder::InstanceFolder;
 use super::process::{READY, tell_starter};
 use super::record::{InstanceRecord, InstanceTable, Lifetime};
-use crate::boot::{EngineName, StopSignals, random_identity};
+use crate::boot::{EngineName, StopSignals, parse_gdb, random_identity};
 use crate::image::ImageRecord;
 use crate::state_folder::StateFolder;
 
@@ -33,6 +33,9 @@ const LOOK: Duration = Duration::from_millis(5);
 pub struct MachineArguments {
     /// Name of the instance
     name: String,
+    /// gdb's way in
+    #[arg(long, value_parser = parse_gdb)]
+    gdb: Option<GdbConfig>,
 }
 
 /// Whoever started this process, who hears once how that went.
@@ -51,7 +54,7 @@ impl Starter {
 /// Runs the machine of an instance.
 pub fn machine(arguments: &MachineArguments, process_start_ns: u64) -> Result<ExitCode> {
     let starter = Arc::new(Starter { told: AtomicBool::new(false) });
-    let result = run_instance(&arguments.name, process_start_ns, &starter);
+    let result = run_instance(arguments, process_start_ns, &starter);
     if let Err(error) = &result {
         let hint = crate::hint::hint(error).map_or(String::new(), |hint| format!(" ({hint})"));
         starter.tell(&format!("{error:#}{hint}"));
@@ -59,7 +62,8 @@ pub fn machine(arguments: &MachineArguments, process_start_ns: u64) -> Result<Ex
     result
 }
 
-fn run_instance(name: &str, process_start_ns: u64, starter: &Arc<Starter>) -> Result<ExitCode> {
+fn run_instance(arguments: &MachineArguments, process_start_ns: u64, starter: &Arc<Starter>) -> Result<ExitCode> {
+    let name = &arguments.name;
     // Fails only for a process that leads a session already.
     let _ = rustix::process::setsid();
     let signals = StopSignals::block().context("the signals that stop the machine cannot be caught")?;
@@ -67,7 +71,8 @@ fn run_instance(name: &str, process_start_ns: u64, starter: &Arc<Starter>) -> Re
     let table = InstanceTable::open(&state)?;
     let record = table.get(name)?;
     let folder = InstanceFolder::open(&state, name)?;
-    let config = config(&state, &folder, &record)?;
+    let mut config = config(&state, &folder, &record)?;
+    config.gdb.clone_from(&arguments.gdb);
 
     let control = Control::new();
     signals.stop_on_arrival(control.clone())?;

@@ -1,11 +1,13 @@
 //! The process of an instance: its name that is never used twice, and how one is started.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
+use polder_vmm::{GdbConfig, GdbPlace, GdbStart};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use super::folder::InstanceFolder;
@@ -63,11 +65,19 @@ pub struct MachineProcess {
 
 impl MachineProcess {
     /// Starts the process of an instance and waits until its machine runs.
-    pub fn start(state: &StateFolder, folder: &InstanceFolder, record: &InstanceRecord) -> Result<Self> {
+    pub fn start(
+        state: &StateFolder,
+        folder: &InstanceFolder,
+        record: &InstanceRecord,
+        gdb: Option<&GdbConfig>,
+    ) -> Result<Self> {
         let log = File::create(folder.log()).context("cannot make the instance's log")?;
         // The same binary, even if its file has been replaced since.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("polder").args(["machine-process", &record.name]).env("POLDER_HOME", state.path());
+        if let Some(gdb) = gdb {
+            command.arg("--gdb").arg(gdb_word(gdb));
+        }
         command.stdout(Stdio::piped()).stderr(log);
         command.stdin(if record.lifetime == Lifetime::Command { Stdio::piped() } else { Stdio::null() });
         let mut child = command.spawn().context("cannot start the machine's process")?;
@@ -108,6 +118,18 @@ impl MachineProcess {
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
+}
+
+/// gdb's way in as `--gdb` takes it.
+fn gdb_word(gdb: &GdbConfig) -> OsString {
+    let mut word = match &gdb.place {
+        GdbPlace::Port(port) => OsString::from(port.to_string()),
+        GdbPlace::Socket(path) => path.clone().into_os_string(),
+    };
+    if gdb.start == GdbStart::WithGdb {
+        word.push(",wait");
+    }
+    word
 }
 
 /// Tells whoever started this process that the machine runs, or why not; then standard output leads nowhere.

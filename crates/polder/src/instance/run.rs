@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use polder_basics::ByteSize;
-use polder_vmm::CPUS_MAX;
+use polder_vmm::{CPUS_MAX, GdbConfig};
 
 use super::console::{Detached, attach};
 use super::disk;
@@ -16,7 +16,7 @@ use super::process::MachineProcess;
 use super::record::{InstanceTable, Lifetime, NewInstance, Phase};
 use super::session::{self, TerminalWish};
 use super::stop::{self, STOP_TIMEOUT};
-use crate::boot::{EngineName, parse_memory};
+use crate::boot::{EngineName, parse_gdb, parse_memory};
 use crate::image::ImageRecord;
 use crate::state_folder::StateFolder;
 
@@ -48,6 +48,9 @@ pub struct RunArguments {
     /// What runs the guest: auto takes the faster engine that works here
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     engine: EngineName,
+    /// Let gdb attach: at a port of 127.0.0.1 or at a Unix socket; with ",wait" nothing runs until gdb says so
+    #[arg(long, value_name = "PORT|SOCKET[,wait]", value_parser = parse_gdb)]
+    gdb: Option<GdbConfig>,
     /// Give the command a terminal
     #[arg(short, long, requires = "command")]
     tty: bool,
@@ -74,7 +77,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
         engine: arguments.engine.word().to_owned(),
         lifetime: if kept { Lifetime::Kept } else { Lifetime::Command },
     };
-    let (folder, process) = start(&state, &table, &new)?;
+    let (folder, process) = start(&state, &table, &new, arguments.gdb.as_ref())?;
     if arguments.detach {
         println!("{}", new.name);
         return Ok(ExitCode::SUCCESS);
@@ -86,12 +89,17 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
 }
 
 /// Makes the instance and its machine; on an error nothing is left of it.
-fn start(state: &StateFolder, table: &InstanceTable, new: &NewInstance) -> Result<(InstanceFolder, MachineProcess)> {
+fn start(
+    state: &StateFolder,
+    table: &InstanceTable,
+    new: &NewInstance,
+    gdb: Option<&GdbConfig>,
+) -> Result<(InstanceFolder, MachineProcess)> {
     table.claim(new)?;
     let made = (|| {
         let folder = InstanceFolder::make(state, &new.name)?;
         disk::copy(&state.images().join(&new.image).join("disk.raw"), &folder.disk())?;
-        let process = MachineProcess::start(state, &folder, &table.get(&new.name)?)?;
+        let process = MachineProcess::start(state, &folder, &table.get(&new.name)?, gdb)?;
         Ok((folder, process))
     })();
     if made.is_err() {

@@ -1,4 +1,4 @@
-//! The Unix socket through which programs of the host reach the guest's vsock ports.
+//! A Unix socket that the machine listens on: the way to the guest's vsock ports, and the way of a debugger.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileTypeExt;
@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 /// A listening socket; dropping it removes the file.
 #[derive(Debug)]
-pub(crate) struct VsockSocket {
+pub(crate) struct ListeningSocket {
     listener: UnixListener,
     path: PathBuf,
 }
 
-impl VsockSocket {
+impl ListeningSocket {
     /// Listens at `path`. A socket file that nobody listens on, left by a process that died, is replaced.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         let listener = match UnixListener::bind(path) {
@@ -22,7 +22,7 @@ impl VsockSocket {
             }
             result => result?,
         };
-        Ok(VsockSocket { listener, path: path.to_owned() })
+        Ok(ListeningSocket { listener, path: path.to_owned() })
     }
 
     /// The listening end, for a device.
@@ -41,7 +41,7 @@ fn is_abandoned(path: &Path) -> bool {
     is_socket && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
-impl Drop for VsockSocket {
+impl Drop for ListeningSocket {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
@@ -53,19 +53,19 @@ mod tests {
 
     #[test]
     fn a_socket_left_behind_is_replaced_and_one_in_use_is_not() {
-        let path = std::env::temp_dir().join(format!("polder-vsock-socket-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("polder-listening-socket-{}", std::process::id()));
         drop(UnixListener::bind(&path).unwrap());
-        let first = VsockSocket::bind(&path).unwrap();
-        assert_eq!(VsockSocket::bind(&path).unwrap_err().kind(), ErrorKind::AddrInUse);
+        let first = ListeningSocket::bind(&path).unwrap();
+        assert_eq!(ListeningSocket::bind(&path).unwrap_err().kind(), ErrorKind::AddrInUse);
         drop(first);
         assert!(!path.exists());
     }
 
     #[test]
     fn a_file_that_is_no_socket_is_left_alone() {
-        let path = std::env::temp_dir().join(format!("polder-vsock-file-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("polder-listening-file-{}", std::process::id()));
         std::fs::write(&path, "precious").unwrap();
-        assert!(VsockSocket::bind(&path).is_err());
+        assert!(ListeningSocket::bind(&path).is_err());
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
         std::fs::remove_file(&path).unwrap();
     }
