@@ -8,6 +8,7 @@ pub struct Reg(pub u8);
 
 pub const RAX: Reg = Reg(0);
 pub const RCX: Reg = Reg(1);
+pub const RDX: Reg = Reg(2);
 pub const RBX: Reg = Reg(3);
 pub const RSP: Reg = Reg(4);
 pub const RBP: Reg = Reg(5);
@@ -45,6 +46,8 @@ const UNBOUND: usize = usize::MAX;
 
 /// Condition codes, as in Jcc's opcode.
 pub mod condition {
+    pub const BELOW: u8 = 2;
+    pub const ABOVE: u8 = 7;
     pub const EQUAL: u8 = 4;
     pub const NOT_EQUAL: u8 = 5;
 }
@@ -54,6 +57,7 @@ pub mod condition {
 pub enum Binary {
     Or = 1,
     And = 4,
+    Sub = 5,
     Cmp = 7,
 }
 
@@ -334,6 +338,33 @@ impl Assembler {
         // RF and VM read as 0, bit 1 as 1.
         self.binary_imm(Binary::And, to, !0x3_0000);
         self.binary_imm(Binary::Or, to, 2);
+    }
+
+    /// SARX to, from, count (BMI2); changes no flag.
+    pub fn shift_right_signed(&mut self, to: Reg, from: Reg, count: Reg, wide: bool) {
+        let second = (!to.0 >> 3 & 1) << 7 | 0x40 | (!from.0 >> 3 & 1) << 5 | 2;
+        self.raw(&[0xc4, second, u8::from(wide) << 7 | (!count.0 & 15) << 3 | 2, 0xf7]);
+        self.byte(0xc0 | (to.0 & 7) << 3 | from.0 & 7);
+    }
+
+    /// MOVSXD
+    pub fn extend_signed(&mut self, to: Reg, from: Reg) {
+        self.with_reg(true, &[0x63], to.0, from.0);
+    }
+
+    /// BT of a register by a register
+    pub fn test_bit(&mut self, value: Reg, bit: Reg, wide: bool) {
+        self.with_reg(wide, &[0x0f, 0xa3], bit.0, value.0);
+    }
+
+    /// CMOVcc
+    pub fn move_if(&mut self, condition: u8, to: Reg, from: Reg) {
+        self.with_reg(true, &[0x0f, 0x40 | condition], to.0, from.0);
+    }
+
+    /// NEG
+    pub fn negate(&mut self, to: Reg) {
+        self.with_reg(true, &[0xf7], 3, to.0);
     }
 
     /// RORX to, from, count (BMI2); changes no flag.

@@ -4,7 +4,8 @@ use std::mem::offset_of;
 
 use super::arena::{JUMPS, frame_offset};
 use super::assembler::{Mem, RSP};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, cr4};
+use crate::flags;
 
 /// Why translated code came back. Smaller values are numbers of links (see [`super::cache`]).
 pub mod exit {
@@ -59,6 +60,12 @@ pub struct Frame {
     /// Not 0: translated code has changed AC.
     pub tables_stale: u32,
     pub temporary: [u64; 4],
+    /// RFLAGS.DF.
+    pub direction_mask: u64,
+    /// CR4.TSD.
+    pub time_stamp_disable: u64,
+    pub bits_31: u64,
+    pub bits_63: u64,
     /// The translator, for calls out of translated code.
     pub translator: u64,
 }
@@ -85,6 +92,10 @@ impl Default for Frame {
             deferred: 0,
             tables_stale: 0,
             temporary: [0; 4],
+            direction_mask: flags::DF,
+            time_stamp_disable: cr4::TSD,
+            bits_31: 31,
+            bits_63: 63,
             translator: 0,
         }
     }
@@ -121,6 +132,10 @@ fields! {
     DEFERRED = deferred;
     TABLES_STALE = tables_stale;
     TEMPORARY = temporary;
+    DIRECTION_MASK = direction_mask;
+    TIME_STAMP_DISABLE = time_stamp_disable;
+    BITS_31 = bits_31;
+    BITS_63 = bits_63;
 }
 
 pub const RIP: Mem = cpu_field(offset_of!(Cpu, rip));

@@ -61,6 +61,9 @@ impl Generator<'_> {
             {
                 self.indirect(item)?;
             }
+            (FlowControl::ConditionalBranch, Some(target)) if self.count_branch(instruction, target, live) => {
+                return Ok(false);
+            }
             _ => {
                 let goes_on = instruction.flow_control() == FlowControl::ConditionalBranch;
                 if !goes_on {
@@ -72,6 +75,31 @@ impl Generator<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// JRCXZ, JECXZ and LOOP. `false`: another branch.
+    fn count_branch(&mut self, instruction: &Instruction, target: u64, live: bool) -> bool {
+        match instruction.code() {
+            Code::Jrcxz_rel8_64 => self.asm.mov(SPARE, R9),
+            Code::Jecxz_rel8_64 => self.asm.lea32(SPARE, Mem::base(R9, 0)),
+            Code::Loop_rel8_64_RCX => {
+                self.asm.lea(R9, Mem::base(R9, -1));
+                self.asm.mov(SPARE, R9);
+            }
+            _ => return false,
+        }
+        let (zero, end) = (self.asm.label(), self.asm.label());
+        self.asm.jump_if_rcx_zero(zero);
+        if instruction.code() == Code::Loop_rel8_64_RCX {
+            self.link(target, live);
+            self.asm.bind(zero);
+        } else {
+            self.asm.jump(end);
+            self.asm.bind(zero);
+            self.link(target, live);
+        }
+        self.asm.bind(end);
+        true
     }
 
     /// JMP and CALL through a register or memory.
@@ -146,7 +174,13 @@ impl Generator<'_> {
             Mnemonic::Leave if instruction.code() == Code::Leaveq => return self.leave_frame(item),
             _ => {}
         }
-        if self.system(item)? || self.x87_form(item)? || self.same_form(item)? {
+        if self.system(item)?
+            || self.x87_form(item)?
+            || self.string_form(item)
+            || self.bit_form(item)?
+            || self.state_form(item)?
+            || self.same_form(item)?
+        {
             return Ok(());
         }
         self.callout(item);
@@ -314,9 +348,11 @@ impl Generator<'_> {
                 slots.push((operand, number, access(operand)));
             }
         }
-        if has_high_byte && needs_prefix {
-            return Ok(false);
-        }
+        let turned = match (has_high_byte && needs_prefix).then(|| turned_homes(guest)) {
+            Some(None) => return Ok(false),
+            Some(Some(homes)) => homes,
+            None => Vec::new(),
+        };
         let is_exchange_16 = matches!(guest.mnemonic(), Mnemonic::Cmpxchg16b | Mnemonic::Cmpxchg8b);
         let wants_rcx = shifts_by_rcx || is_exchange_16;
         if wants_rcx && memory.is_some() && !is_exchange_16 {
@@ -386,7 +422,7 @@ impl Generator<'_> {
             let to = home(number)
                 .or_else(|| placed.iter().find(|placed| placed.0 == number).map(|placed| placed.1))
                 .ok_or(super::generate::GiveUp)?;
-            if to != Reg(number) {
+            if to != Reg(number) || !turned.is_empty() {
                 set_operand_register(&mut host, operand, renamed(register, to));
             }
         }
@@ -396,12 +432,21 @@ impl Generator<'_> {
             }
             self.asm.mov(RCX, R9);
         }
+        for &home in &turned {
+            self.asm.rotate_right(home, home, 8);
+        }
         if may_raise(guest) || mmx || memory.is_some() && vector {
             self.may_fault(guest.ip());
         }
         self.encode(&host)?;
+        for &home in &turned {
+            self.asm.rotate_right(home, home, 56);
+        }
         if is_exchange_16 {
             self.asm.load(SPARE, TEMPORARY);
+        }
+        if writes_rcx(guest) {
+            self.asm.mov(R9, RCX);
         }
         for &(number, scratch, writes) in &placed {
             if writes {
@@ -506,12 +551,6 @@ fn is_excluded(mnemonic: Mnemonic) -> bool {
             | Mnemonic::Vmaskmovpd
             | Mnemonic::Vpmaskmovd
             | Mnemonic::Vpmaskmovq
-            | Mnemonic::Pcmpestri
-            | Mnemonic::Pcmpestri64
-            | Mnemonic::Vpcmpestri64
-            | Mnemonic::Pcmpistri
-            | Mnemonic::Vpcmpestri
-            | Mnemonic::Vpcmpistri
             | Mnemonic::Rdrand
             | Mnemonic::Rdseed
             | Mnemonic::Rdpid
@@ -693,6 +732,19 @@ fn has_offset_operand(instruction: &Instruction) -> bool {
     )
 }
 
+/// Whether it puts an index into ECX.
+fn writes_rcx(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        Mnemonic::Pcmpestri
+            | Mnemonic::Pcmpestri64
+            | Mnemonic::Pcmpistri
+            | Mnemonic::Vpcmpestri
+            | Mnemonic::Vpcmpestri64
+            | Mnemonic::Vpcmpistri
+    )
+}
+
 /// Whether the operand is CL because the opcode says so.
 fn is_implied_count(instruction: &Instruction, operand: u32) -> bool {
     let is_shift = matches!(
@@ -728,8 +780,29 @@ fn set_operand_register(instruction: &mut Instruction, operand: u32, register: R
     }
 }
 
+/// Host registers to turn by 8 bits around an instruction whose operands are AH, CH, DH or BH but that needs a REX prefix on the host, which
+/// has no names for those. `None`: it does not work.
+fn turned_homes(instruction: &Instruction) -> Option<Vec<Reg>> {
+    if may_raise(instruction) || matches!(instruction.mnemonic(), Mnemonic::Cmpxchg | Mnemonic::Mul | Mnemonic::Imul) {
+        return None;
+    }
+    let operands = (0..instruction.op_count()).filter(|&operand| instruction.op_kind(operand) == OpKind::Register);
+    let registers: Vec<(u8, bool)> =
+        operands.filter_map(|operand| general_register(instruction.op_register(operand))).collect();
+    let mut homes = Vec::new();
+    for (index, &(number, high)) in registers.iter().enumerate() {
+        if registers[..index].iter().any(|&(other, _)| other == number) {
+            return None;
+        }
+        if high {
+            homes.push(home(number)?);
+        }
+    }
+    Some(homes)
+}
+
 /// A host register in the width of a guest register.
-fn renamed(register: Register, host: Reg) -> Register {
+pub(super) fn renamed(register: Register, host: Reg) -> Register {
     let first = match register.size() {
         8 => Register::RAX,
         4 => Register::EAX,

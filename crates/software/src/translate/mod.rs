@@ -17,11 +17,12 @@
 //! - Units are dropped, links aimed and code written by the vCPU's own thread, while it runs no translated code.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `x87`, `units` (what is translated, and how it is found), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `x87`, `bits`, `strings`, `processor_state` (host code for families), `units` (what is translated, and how it is found), `run`
 //! (the loop around), `signal` (exceptions on the host).
 
 mod arena;
 mod assembler;
+mod bits;
 mod cache;
 #[cfg(test)]
 mod count_tests;
@@ -31,9 +32,11 @@ mod frame;
 mod generate;
 mod guest_code;
 mod instruction;
+mod processor_state;
 mod registers;
 mod run;
 mod signal;
+mod strings;
 mod system;
 #[cfg(test)]
 mod tests;

@@ -33,7 +33,8 @@ const fn pointer(field: usize) -> Mem {
     cpu_field(offset_of!(Cpu, vector) + offset_of!(VectorState, pointers) + field)
 }
 
-fn selector(segment: u8) -> Mem {
+/// The selector of a segment register.
+pub fn selector(segment: u8) -> Mem {
     use polder_machine::state::SegmentState;
     cpu_field(
         offset_of!(Cpu, segments)

@@ -319,6 +319,39 @@ fn translated_sequences_leave_the_x87_pointers_that_the_interpreter_leaves() {
     assert!(moved > cases / 4, "too few x87 instructions ran: {moved}");
 }
 
+/// What the host may not show of itself: selectors and the time-stamp counter.
+#[test]
+fn translated_code_reads_selectors_and_the_time_as_the_interpreter_does() {
+    let Some(translated) = TestBench::translating(polder_software::CODE_CACHE_BYTES_DEFAULT) else {
+        println!("the host lacks what translated code uses: not applicable");
+        return;
+    };
+    // mov eax, cs; mov r10, ss; mov ecx, es; mov ebx, ecx; rdtsc; mov esi, eax; mov edi, edx; rdtscp; hlt
+    const PROGRAM: [u8; 20] = [
+        0x8c, 0xc8, 0x4d, 0x8c, 0xd2, 0x8c, 0xc1, 0x89, 0xcb, 0x0f, 0x31, 0x89, 0xc6, 0x89, 0xd7, 0x0f, 0x01, 0xf9,
+        0xf4, 0x90,
+    ];
+    let [interpreter, translator] = [TestBench::new(), translated].map(|mut bench| {
+        bench.cpu.tsc_aux = 0x8000_0007;
+        bench.cpu.gpr[..16].fill(!0);
+        let stop = bench.run_code(&PROGRAM, 1000);
+        assert_eq!(stop, Stop::Halted);
+        bench.cpu.gpr
+    });
+    let time = |high: u64, low: u64| {
+        assert!(high >> 32 == 0 && low >> 32 == 0, "{high:x} {low:x}");
+        high << 32 | low
+    };
+    let first = |gpr: &[u64; 32]| time(gpr[7], gpr[6]);
+    let second = |gpr: &[u64; 32]| time(gpr[2], gpr[0]);
+    for gpr in [interpreter, translator] {
+        assert_eq!((gpr[1], gpr[3], gpr[10]), (0x8000_0007, 8, 0x18));
+        assert!(first(&gpr) < second(&gpr));
+    }
+    // Each bench was switched on at its own time: both count from about zero.
+    assert!(second(&interpreter).abs_diff(second(&translator)) < 1 << 40);
+}
+
 /// What a case consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unit {
