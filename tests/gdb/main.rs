@@ -247,6 +247,36 @@ fn gdb_comes_and_goes_interrupts_and_kills() {
 }
 
 #[test]
+fn breakpoints_stay_over_a_reset_and_a_triple_fault_is_shown() {
+    let guest = Debuggee::start(Boot::tiny("reset").reboot().timeout_s(120), true);
+    let said = guest
+        .gdb(Some(&tiny("reset")), &["break main", "continue", "continue", "continue", "info breakpoints", "kill"]);
+    assert_eq!(said.matches("Breakpoint 1, 0x").count(), 3, "{said}");
+    expect(&said, &["already hit 3 times", "killed"]);
+    guest.end().expect_status(1);
+    let guest = Debuggee::start(Boot::tiny("triple").timeout_s(120), true);
+    let said = guest.gdb(None, &["continue", "x/i $pc", "continue"]);
+    expect(&said, &["SIGSEGV", "=> 0x", "exited with code 013"]);
+    guest.end().expect_status(11);
+}
+
+#[test]
+fn a_gdb_that_dies_takes_its_breakpoints_along() {
+    let guest = Debuggee::start(Boot::tiny("smp").cpus(2).append("cpus=2").timeout_s(120), true);
+    let mut child =
+        gdb(Some(&tiny("smp")), &guest.socket.display().to_string(), &["break work", "continue", "shell cat"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("gdb can be started");
+    let output = BufReader::new(child.stdout.take().expect("its output is a pipe"));
+    output.lines().map_while(Result::ok).find(|line| line.contains("Breakpoint 1, ")).expect("the breakpoint is met");
+    child.kill().expect("gdb lives");
+    child.wait().expect("gdb ends");
+    guest.end().expect_status(GOOD).expect_console("smp good 00000002");
+}
+
+#[test]
 fn a_port_of_the_host_serves_gdb_and_one_that_is_taken_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let port = taken.local_addr().expect("it has an address").port().to_string();

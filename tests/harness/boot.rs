@@ -155,6 +155,12 @@ impl Boot {
         self
     }
 
+    /// A guest's reset is followed by another boot.
+    pub fn reboot(mut self) -> Self {
+        self.no_reboot = false;
+        self
+    }
+
     /// Runs the machine to its end.
     pub fn run(&self) -> Outcome {
         let mut command = match Monitor::chosen() {
