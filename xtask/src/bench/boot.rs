@@ -57,8 +57,8 @@ pub fn measure(arguments: &BenchArguments) -> Result<()> {
         [] => vec![Runner::Polder, Runner::Tcg],
         names => names.iter().map(|name| name.parse()).collect::<Result<_>>()?,
     };
-    if runners.contains(&Runner::Native) {
-        bail!("a boot has no native form: choose from polder and tcg");
+    if runners.iter().any(|runner| matches!(runner, Runner::Native | Runner::Interpreter)) {
+        bail!("a boot has no such form: choose from polder and tcg");
     }
     if let Some(name) = arguments.rows.iter().find(|name| ROWS.iter().all(|row| row.name != **name)) {
         bail!("there is no row {name}: choose from cloud/1, cloud/4, generic/1 and generic/4");
@@ -74,9 +74,10 @@ pub fn measure(arguments: &BenchArguments) -> Result<()> {
     for row in rows {
         let image = guests::image::with_kernel(row.flavour)?;
         let mut seconds: Vec<(Runner, Vec<f64>)> = runners.iter().map(|runner| (*runner, Vec::new())).collect();
-        for round in 1..=arguments.rounds {
+        let rounds = arguments.rounds.unwrap_or(1);
+        for round in 1..=rounds {
             for (runner, times) in &mut seconds {
-                step(&format!("{}, round {round} of {}: {}", row.name, arguments.rounds, runner.name()));
+                step(&format!("{}, round {round} of {rounds}: {}", row.name, runner.name()));
                 let time = to_prompt(*runner, row, &image, arguments.timeout_s)?;
                 println!("{:.1} s", time.as_secs_f64());
                 times.push(time.as_secs_f64());

@@ -1,4 +1,4 @@
-//! The engine bench: the rows of `benches/engine` natively, in `polder boot` and in QEMU's TCG, in turn.
+//! The engine bench: the rows of `benches/engine` natively, in `polder boot` (translated; interpreted as well if asked for) and in QEMU's TCG, in turn.
 //!
 //! All three run the same root file system: natively as a chroot, in the guests from a read-only disk under Debian's cloud kernel
 //! with one vCPU and 2 GiB. A row's checksum must be the same everywhere.
@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 
 const PACKAGES: &str = "gcc,libc6-dev,python3-minimal,openssl,zstd,gzip";
 const DISK: &str = "2G";
+const ROUNDS: u32 = 5;
 
 /// Where the parts of the bench lie.
 struct Parts {
@@ -36,16 +37,18 @@ pub fn measure(arguments: &BenchArguments) -> Result<()> {
         bail!("the engine bench runs its rows in a chroot: run it as root");
     }
     let parts = prepare()?;
-    if runners.contains(&Runner::Polder) {
+    if runners.iter().any(|runner| matches!(runner, Runner::Polder | Runner::Interpreter)) {
         crate::build::build()?;
     }
     let mut report = Report::default();
-    for round in 1..=arguments.rounds {
+    let rounds = arguments.rounds.unwrap_or(ROUNDS);
+    for round in 1..=rounds {
         for runner in &runners {
-            step(&format!("round {round} of {}: {}", arguments.rounds, runner.name()));
+            step(&format!("round {round} of {rounds}: {}", runner.name()));
             let output = match runner {
                 Runner::Native => native(&parts, arguments)?,
-                Runner::Polder => guest(polder(&parts, arguments), arguments)?,
+                Runner::Polder => guest(polder(&parts, arguments, "auto"), arguments)?,
+                Runner::Interpreter => guest(polder(&parts, arguments, "never"), arguments)?,
                 Runner::Tcg => guest(tcg(&parts), arguments)?,
             };
             let measured = Measured::parse(&output);
@@ -136,9 +139,10 @@ fn native(parts: &Parts, arguments: &BenchArguments) -> Result<String> {
     )
 }
 
-fn polder(parts: &Parts, arguments: &BenchArguments) -> Command {
+fn polder(parts: &Parts, arguments: &BenchArguments, translate: &str) -> Command {
     let mut command = Command::new(crate::project::polder());
-    command.args(["boot", "--engine", "software", "--memory", "2G", "--cpus", "1", "--no-reboot", "--disk"]);
+    command.args(["boot", "--engine", "software", "--memory", "2G", "--cpus", "1", "--no-reboot"]);
+    command.args(["--translate", translate, "--disk"]);
     command.arg(format!("{},ro", parts.disk.display()));
     command.args(["--timeout", &arguments.timeout_s.to_string(), "--kernel"]).arg(&parts.kernel);
     command.arg("--initrd").arg(&parts.initramfs).arg("--append");

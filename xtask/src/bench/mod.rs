@@ -11,9 +11,9 @@ use clap::Args;
 pub struct BenchArguments {
     /// Which bench: engine (programs natively, in polder and in QEMU's TCG) or boot (a Debian to its login prompt, in polder and in TCG)
     name: String,
-    /// How often each of the three runs everything; the medians are shown
-    #[arg(long, default_value_t = 1)]
-    rounds: u32,
+    /// How often each runner runs everything; the medians are shown; 5 for engine and 1 for boot if not given
+    #[arg(long)]
+    rounds: Option<u32>,
     /// Length of a batch in milliseconds
     #[arg(long, default_value_t = 150)]
     batch_ms: u32,
@@ -23,7 +23,7 @@ pub struct BenchArguments {
     /// Only these rows, separated by commas
     #[arg(long, value_delimiter = ',')]
     rows: Vec<String>,
-    /// Only these runners, separated by commas: native, polder, tcg
+    /// Only these runners, separated by commas: native, polder, interpreter (polder without translation), tcg; all but interpreter if none is named
     #[arg(long, value_delimiter = ',')]
     runners: Vec<String>,
     /// Seconds after which a guest is given up

@@ -11,6 +11,8 @@ use std::str::FromStr;
 pub enum Runner {
     Native,
     Polder,
+    /// Polder without translation.
+    Interpreter,
     Tcg,
 }
 
@@ -19,6 +21,7 @@ impl Runner {
         match self {
             Self::Native => "native",
             Self::Polder => "polder",
+            Self::Interpreter => "interpreter",
             Self::Tcg => "tcg",
         }
     }
@@ -31,9 +34,39 @@ impl FromStr for Runner {
         match name {
             "native" => Ok(Self::Native),
             "polder" => Ok(Self::Polder),
+            "interpreter" => Ok(Self::Interpreter),
             "tcg" => Ok(Self::Tcg),
-            other => bail!("there is no runner {other}: choose from native, polder and tcg"),
+            other => bail!("there is no runner {other}: choose from native, polder, interpreter and tcg"),
         }
+    }
+}
+
+/// What a row spends its time in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Compute,
+    Kernel,
+}
+
+/// Rows that mostly run the guest's kernel: system calls, switches, processes, page tables, files.
+const KERNEL_ROWS: [&str; 12] = [
+    "getpid",
+    "read1",
+    "stat",
+    "pipe",
+    "yield",
+    "fork",
+    "forkexec",
+    "forkexecdyn",
+    "mmap1",
+    "fault256",
+    "file",
+    "sh_loop",
+];
+
+impl Kind {
+    fn of(row: &str) -> Kind {
+        if KERNEL_ROWS.contains(&row) { Kind::Kernel } else { Kind::Compute }
     }
 }
 
@@ -130,35 +163,53 @@ impl Report {
     }
 
     pub fn print(&self) {
-        println!("| row | native | polder | tcg | polder / native | tcg / native | tcg / polder |");
-        println!("|---|---|---|---|---|---|---|");
+        println!("| row | native | polder | interpreter | tcg | polder / native | tcg / native | tcg / polder |");
+        println!("|---|---|---|---|---|---|---|---|");
         for row in &self.order {
             let time = |runner| self.median(row, runner).map_or("-".to_string(), shown_time);
             let ratio = |a, b| self.ratio(row, a, b).map_or("-".to_string(), |ratio| format!("{ratio:.2}"));
             println!(
-                "| {row} | {} | {} | {} | {} | {} | {} |",
+                "| {row} | {} | {} | {} | {} | {} | {} | {} |",
                 time(Runner::Native),
                 time(Runner::Polder),
+                time(Runner::Interpreter),
                 time(Runner::Tcg),
                 ratio(Runner::Polder, Runner::Native),
                 ratio(Runner::Tcg, Runner::Native),
                 ratio(Runner::Tcg, Runner::Polder),
             );
         }
-        if let Some(mean) = self.geometric_mean() {
-            println!(
-                "Over all rows that both ran, polder needs {mean:.2} of the time that TCG needs (geometric mean)."
-            );
+        for (kind, name) in [(Some(Kind::Compute), "compute"), (Some(Kind::Kernel), "kernel"), (None, "all")] {
+            if let Some((mean, rows)) = self.geometric_mean(kind) {
+                println!(
+                    "Over the {name} rows, TCG needs {mean:.2} times polder's time (geometric mean of {rows} rows)."
+                );
+            }
+        }
+        let slower: Vec<&str> = self
+            .order
+            .iter()
+            .filter(|row| self.ratio(row, Runner::Tcg, Runner::Polder).is_some_and(|ratio| ratio < 1.0))
+            .map(String::as_str)
+            .collect();
+        if !slower.is_empty() {
+            println!("Slower than TCG: {}.", slower.join(", "));
         }
         for failure in &self.failures {
             println!("WRONG: {failure}");
         }
     }
 
-    fn geometric_mean(&self) -> Option<f64> {
-        let ratios: Vec<f64> =
-            self.order.iter().filter_map(|row| self.ratio(row, Runner::Polder, Runner::Tcg)).map(f64::ln).collect();
-        (!ratios.is_empty()).then(|| (ratios.iter().sum::<f64>() / ratios.len() as f64).exp())
+    /// The geometric mean of TCG's time by polder's over the rows of a kind that both ran, and how many these are.
+    fn geometric_mean(&self, kind: Option<Kind>) -> Option<(f64, usize)> {
+        let ratios: Vec<f64> = self
+            .order
+            .iter()
+            .filter(|row| kind.is_none_or(|kind| kind == Kind::of(row)))
+            .filter_map(|row| self.ratio(row, Runner::Tcg, Runner::Polder))
+            .map(f64::ln)
+            .collect();
+        (!ratios.is_empty()).then(|| ((ratios.iter().sum::<f64>() / ratios.len() as f64).exp(), ratios.len()))
     }
 
     pub fn write(&self, file: &Path) -> Result<()> {
@@ -176,6 +227,10 @@ impl Report {
             .collect();
         let report = json!({
             "format": 1, "bench": "engine", "processor": processor(), "rows": rows,
+            "tcg_by_polder": {
+                "compute": self.geometric_mean(Some(Kind::Compute)).map(|mean| mean.0),
+                "kernel": self.geometric_mean(Some(Kind::Kernel)).map(|mean| mean.0),
+            },
             "failures": self.failures, "incomplete": self.incomplete,
         });
         if let Some(folder) = file.parent() {
@@ -223,6 +278,18 @@ mod tests {
         report.add(Runner::Polder, Measured::parse("ROW fib 10.0 00ab\r\n"));
         assert!(report.verdict().is_err());
         assert_eq!(report.ratio("fib", Runner::Polder, Runner::Native), Some(0.1));
+    }
+
+    #[test]
+    fn means_are_of_compute_and_kernel_rows_apart() {
+        let mut report = Report::default();
+        report.add(Runner::Polder, Measured::parse("ROW fib 10.0 1\nROW sha256 10.0 2\nROW getpid 10.0 3\n"));
+        report.add(Runner::Tcg, Measured::parse("ROW fib 20.0 1\nROW sha256 80.0 2\nROW getpid 30.0 3\n"));
+        let (compute, rows) = report.geometric_mean(Some(Kind::Compute)).unwrap();
+        assert!((compute - 4.0).abs() < 1e-9 && rows == 2);
+        let (kernel, rows) = report.geometric_mean(Some(Kind::Kernel)).unwrap();
+        assert!((kernel - 3.0).abs() < 1e-9 && rows == 1);
+        assert_eq!(report.geometric_mean(None).map(|mean| mean.1), Some(3));
     }
 
     #[test]
