@@ -44,8 +44,13 @@ enum Command {
 
 fn main() -> ExitCode {
     let process_start_ns = SystemClock.monotonic_ns();
-    log_to_stderr();
-    match run(Arguments::parse().command, process_start_ns) {
+    let command = Arguments::parse().command;
+    let filter = match &command {
+        Command::Boot(arguments) => arguments.log_filter(),
+        _ => None,
+    };
+    log_to_stderr(filter);
+    match run(command, process_start_ns) {
         Ok(status) => status,
         Err(error) => {
             eprintln!("polder: {error:#}");
@@ -58,8 +63,10 @@ fn main() -> ExitCode {
 }
 
 /// Events of the libraries go to stderr when POLDER_LOG asks for them (`POLDER_LOG=debug`, `POLDER_LOG=polder::exceptions=trace`).
-fn log_to_stderr() {
-    if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env("POLDER_LOG") {
+/// `otherwise` is the filter if it does not.
+fn log_to_stderr(otherwise: Option<&str>) {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("POLDER_LOG").ok();
+    if let Some(filter) = filter.or_else(|| otherwise.map(tracing_subscriber::EnvFilter::new)) {
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     }
 }

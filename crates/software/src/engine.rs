@@ -53,6 +53,15 @@ pub enum Measurements {
     All,
 }
 
+/// Whether `perf` is told of translated code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PerfMap {
+    #[default]
+    Absent,
+    /// In `/tmp/perf-PID.map`, where `perf report` looks for it.
+    Written,
+}
+
 /// What can be chosen of the engine beside its CPU model.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
@@ -60,6 +69,9 @@ pub struct EngineOptions {
     /// Memory for the translated code of each vCPU, between [`CODE_CACHE_BYTES_MIN`] and [`CODE_CACHE_BYTES_MAX`] and in whole pages.
     pub code_cache_bytes: usize,
     pub measurements: Measurements,
+    /// Translations of code with this guest address are listed by an event of target `polder::translation`.
+    pub log_translation: Option<u64>,
+    pub perf_map: PerfMap,
 }
 
 impl Default for EngineOptions {
@@ -68,6 +80,8 @@ impl Default for EngineOptions {
             translation: Translation::default(),
             code_cache_bytes: CODE_CACHE_BYTES_DEFAULT,
             measurements: Measurements::default(),
+            log_translation: None,
+            perf_map: PerfMap::default(),
         }
     }
 }

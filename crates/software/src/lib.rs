@@ -56,6 +56,6 @@ mod vector;
 
 pub use cpu_model::{CpuModel, CpuModelError, Feature};
 pub use engine::{
-    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, EngineOptions, Measurements, SoftwareEngine,
-    Translation,
+    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, EngineOptions, Measurements, PerfMap,
+    SoftwareEngine, Translation,
 };

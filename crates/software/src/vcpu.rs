@@ -9,6 +9,7 @@
 //!
 //! While halted the thread sleeps in the host until the inbox is signalled or the timer is due.
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use crate::apic::{
 use crate::block_cache::Blocks;
 use crate::counters::Published;
 use crate::cpu::{CS, Cpu};
-use crate::engine::{EngineOptions, Measurements};
+use crate::engine::{EngineOptions, Measurements, PerfMap};
 use crate::flags;
 use crate::run::Outcome;
 use crate::stopwatch::Activity;
@@ -61,10 +62,17 @@ impl SoftwareVcpu {
         if options.measurements == Measurements::All {
             cpu.stopwatch.start();
         }
-        let translator = match options.translation.threshold() {
+        let mut translator = match options.translation.threshold() {
             Some(threshold) => Translator::new(FUNCTIONS, threshold, options.code_cache_bytes)?.map(Box::new),
             None => None,
         };
+        if let Some(translator) = &mut translator {
+            translator.listings.address = options.log_translation;
+            if options.perf_map == PerfMap::Written {
+                let path = format!("/tmp/perf-{}.map", std::process::id());
+                translator.listings.map = Some(File::options().append(true).create(true).open(path)?);
+            }
+        }
         inbox.set_arena(cpu.memory().clone());
         let waits_for_sipi = cpu.apic.id() != 0;
         Ok(SoftwareVcpu {

@@ -117,7 +117,7 @@ pub struct Identity {
 }
 
 pub use polder_software::{
-    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, Measurements, Translation,
+    CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, Measurements, PerfMap, Translation,
 };
 
 /// The CPU model of machines that ask for no other.
@@ -139,6 +139,9 @@ pub struct MachineConfig {
     /// Memory for the translated code of each vCPU, in whole pages.
     pub code_cache_bytes: usize,
     pub measurements: Measurements,
+    /// Translations of code with this guest address are logged.
+    pub log_translation: Option<u64>,
+    pub perf_map: PerfMap,
     /// Name of a CPU model, with features to add and to take away: `polder-v3,+pku,-avx2`.
     pub cpu_model: String,
     pub net: NetConfig,
@@ -168,6 +171,8 @@ impl MachineConfig {
             translation: Translation::default(),
             code_cache_bytes: CODE_CACHE_BYTES_DEFAULT,
             measurements: Measurements::default(),
+            log_translation: None,
+            perf_map: PerfMap::default(),
             cpu_model: CPU_MODEL_NEWEST.to_owned(),
             net: NetConfig::default(),
             vsock: None,

@@ -20,6 +20,8 @@ pub(crate) fn make(config: &MachineConfig, services: EngineServices, cpus: u32) 
                 translation: config.translation,
                 code_cache_bytes: config.code_cache_bytes,
                 measurements: config.measurements,
+                log_translation: config.log_translation,
+                perf_map: config.perf_map,
             };
             Ok(SoftwareEngine::new(services, cpus, model, options)?)
         }

@@ -21,10 +21,10 @@ use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
     CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, GdbConfig, Identity,
-    MachineConfig, Measurements, NetConfig, Outcome, ResetPolicy, TestDevices, Translation,
+    MachineConfig, Measurements, NetConfig, Outcome, PerfMap, ResetPolicy, TestDevices, Translation,
 };
 
-use options::{parse_code_cache, parse_disk, parse_net};
+use options::{parse_address, parse_code_cache, parse_disk, parse_net};
 use stats_file::StatsFile;
 
 pub use input::{Escapes, Keys, Typed};
@@ -79,6 +79,12 @@ pub struct BootArguments {
     /// Memory for the translated code of each vCPU, 1M to 1G; when it is full the oldest code goes
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_code_cache)]
     code_cache: ByteSize,
+    /// List on standard error what code with this guest address (hexadecimal) is translated to
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address, hide_short_help = true)]
+    log_translation: Option<u64>,
+    /// Write /tmp/perf-PID.map, so that `perf report` names translated code by its guest address
+    #[arg(long, hide_short_help = true)]
+    perf_map: bool,
     /// What processor the guest sees: polder-v2 or polder-v3, then features to add or to take away, as in polder-v3,+pku,-avx2
     #[arg(long, value_name = "MODEL[,+FEATURE|,-FEATURE]...", default_value = CPU_MODEL_NEWEST)]
     cpu: String,
@@ -106,6 +112,13 @@ pub struct BootArguments {
     /// Let gdb attach: at a port of 127.0.0.1 or at a Unix socket; with ",wait" nothing runs until gdb says so
     #[arg(long, value_name = "PORT|SOCKET[,wait]", value_parser = parse_gdb)]
     gdb: Option<GdbConfig>,
+}
+
+impl BootArguments {
+    /// What is logged to standard error for these arguments even if nobody asks for a log.
+    pub fn log_filter(&self) -> Option<&'static str> {
+        self.log_translation.map(|_| "polder::translation=info")
+    }
 }
 
 /// Names of engines.
@@ -179,6 +192,8 @@ impl BootArguments {
             translation: self.translate.choice(),
             code_cache_bytes: self.code_cache.0 as usize,
             measurements: if self.stats.is_some() { Measurements::All } else { Measurements::Free },
+            log_translation: self.log_translation,
+            perf_map: if self.perf_map { PerfMap::Written } else { PerfMap::Absent },
             cpu_model: self.cpu.clone(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),

@@ -35,6 +35,12 @@ pub fn parse_memory(text: &str) -> Result<ByteSize, String> {
     Ok(size)
 }
 
+/// A guest address in hexadecimal, with or without `0x`.
+pub fn parse_address(text: &str) -> Result<u64, String> {
+    u64::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16)
+        .map_err(|_| "an address is a hexadecimal number of up to 16 digits".to_owned())
+}
+
 /// A size that a code cache can have.
 pub fn parse_code_cache(text: &str) -> Result<ByteSize, String> {
     let size: ByteSize = text.parse().map_err(|error: polder_basics::ParseSizeError| error.to_string())?;
@@ -98,6 +104,13 @@ mod tests {
         for text in ["63M", "1M", "17G", "64T", "lots", "67108865"] {
             assert!(parse_memory(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn addresses_are_hexadecimal() {
+        assert_eq!(parse_address("0xffffffff81000000"), Ok(0xffff_ffff_8100_0000));
+        assert_eq!(parse_address("1f"), Ok(0x1f));
+        assert!(parse_address("main").is_err() && parse_address("").is_err());
     }
 
     #[test]

@@ -1,9 +1,8 @@
-//! Memory for translated code: one memfd, mapped twice, never writable and executable at one address.
+//! Memory for translated code: shared memory, mapped twice, never writable and executable at one address.
 
 use std::io;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags, mmap_anonymous, mprotect, mremap, munmap};
 
 /// A vCPU's translated code.
 #[derive(Debug)]
@@ -20,16 +19,20 @@ pub struct CodeCache {
 unsafe impl Send for CodeCache {}
 
 impl CodeCache {
+    /// Both mappings are of one anonymous object: `perf` looks into its map for such memory only, not for a memfd's.
     pub fn new(len: usize) -> io::Result<Self> {
-        let file = memfd_create("polder-code", MemfdFlags::CLOEXEC)?;
-        ftruncate(&file, len as u64)?;
-        let map = |protection| {
-            // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-            unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &file, 0) }
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let writable =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED)? };
+        // SAFETY: an old length of zero maps shared memory a second time and leaves the first alone (mremap(2)); the second mapping's rights are changed before
+        // anybody knows of it.
+        let executable = unsafe {
+            let second = mremap(writable, 0, len, MremapFlags::MAYMOVE)?;
+            mprotect(second, len, MprotectFlags::READ | MprotectFlags::EXEC)?;
+            second
         };
-        let executable = map(ProtFlags::READ | ProtFlags::EXEC)?.cast::<u8>().cast_const();
-        let writable = map(ProtFlags::READ | ProtFlags::WRITE)?.cast();
-        Ok(CodeCache { writable, executable, len, used: 0, filled: 0 })
+        let executable = executable.cast::<u8>().cast_const();
+        Ok(CodeCache { writable: writable.cast(), executable, len, used: 0, filled: 0 })
     }
 
     /// Where the next code goes, as a distance from the start.

@@ -92,6 +92,8 @@ pub type Ops = Vec<Box<Op>>;
 
 /// What generation gives.
 pub struct Generated {
+    /// Places of the items, if they are listed.
+    pub starts: Vec<usize>,
     pub code: Vec<u8>,
     pub links: Vec<LinkSite>,
     pub ops: Ops,
@@ -121,6 +123,8 @@ pub struct Context<'a> {
     pub table: usize,
     /// CR4.SMAP is set.
     pub guards_user_pages: bool,
+    /// Places of the items are wanted.
+    pub listed: bool,
     /// The unit counts the instructions that it runs.
     pub counts: bool,
     /// Number of the first link.
@@ -235,7 +239,12 @@ impl<'a> Generator<'a> {
         for (link, stub) in self.links.iter_mut().zip(&self.link_stubs) {
             link.stub = self.asm.place(*stub);
         }
-        Ok(Generated { code: self.asm.bytes, links: self.links, ops: self.ops, faults: self.faults })
+        let starts = if self.context.listed {
+            self.labels.iter().map(|label| self.asm.place(*label)).collect()
+        } else {
+            Vec::new()
+        };
+        Ok(Generated { code: self.asm.bytes, links: self.links, ops: self.ops, faults: self.faults, starts })
     }
 
     /// Counts the instructions from one on to where code may next come from elsewhere or go elsewhere. Uses SPARE, no flags.

@@ -32,6 +32,7 @@ mod frame;
 mod generate;
 mod guest_code;
 mod instruction;
+mod listing;
 mod processor_state;
 mod registers;
 mod run;

@@ -10,6 +10,7 @@ use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::cache::CodeCache;
 use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
 use super::guest_code::{self};
+use super::listing::Listings;
 use super::thunks::{self, Functions, Thunks};
 use crate::block_cache;
 use crate::counters::Counters;
@@ -130,6 +131,7 @@ pub struct Translator {
     /// Times that a block is interpreted before it is translated.
     pub threshold: u32,
     pub statistics: Statistics,
+    pub listings: Listings,
 }
 
 /// Counts of a translator.
@@ -192,6 +194,7 @@ impl Translator {
             guards_user_pages: false,
             threshold,
             statistics: Statistics::default(),
+            listings: Listings::default(),
         }))
     }
 
@@ -524,6 +527,7 @@ impl Translator {
             position,
             table,
             guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
+            listed: self.listings.wants(&items),
             counts: cpu.stopwatch.is_on(),
             first_link: first_link as usize,
         };
@@ -532,6 +536,9 @@ impl Translator {
             return None;
         }
         self.cache.add(&generated.code);
+        let host = self.cache.address(position);
+        self.listings.list(&items, &generated.starts, &generated.code, host);
+        self.listings.name(linear, host, generated.code.len());
         let id = self.first_unit.wrapping_add(self.units.len() as u32);
         self.links.extend(generated.links.iter().map(|&site| Link {
             site,
