@@ -1,4 +1,5 @@
-//! Instruction decode and execution from arbitrary bytes and state, in all modes: no panic, no hang, whatever the guest is.
+//! Instruction decode and execution from arbitrary bytes and state, in all modes: no panic, no hang, whatever the guest is. Interpreted, then translated
+//! and compared with the interpreter unit by unit.
 #![no_main]
 
 use std::cell::RefCell;
@@ -9,6 +10,15 @@ use polder_software::testbench::TestBench;
 thread_local! {
     /// One bench for all inputs: each input sets all of the state that it uses.
     static BENCH: RefCell<TestBench> = RefCell::new(TestBench::new());
+    static LOCKSTEP: RefCell<Option<TestBench>> = RefCell::new(TestBench::in_lockstep());
 }
 
-fuzz_target!(|bytes: &[u8]| BENCH.with(|bench| bench.borrow_mut().run_arbitrary(bytes)));
+fuzz_target!(|bytes: &[u8]| {
+    BENCH.with(|bench| bench.borrow_mut().run_arbitrary(bytes));
+    LOCKSTEP.with(|bench| {
+        if let Some(bench) = bench.borrow_mut().as_mut() {
+            bench.run_arbitrary(bytes);
+            assert!(bench.lockstep().1.is_empty(), "{:#?}", bench.lockstep().1);
+        }
+    });
+});

@@ -46,6 +46,38 @@ fn a_kernel_boots_with_a_code_cache_too_small_for_it() {
 }
 
 #[test]
+fn a_kernel_boots_with_all_code_translated_before_it_first_runs() {
+    let script = "echo sum $(seq 1 1000 | sha256sum)";
+    let boot = Boot::linux(Kernel::Cloud, script).cpus(4).timeout_s(300);
+    boot.option("--translate", "always").run().expect_status(0).expect_console(SUM);
+}
+
+#[test]
+fn a_booting_kernel_does_the_same_translated_and_interpreted() {
+    if Monitor::chosen() == Monitor::Qemu {
+        return;
+    }
+    let scratch = Scratch::new();
+    let stats = scratch.path().join("stats.json");
+    // At night long enough for a hundred million instructions.
+    let (seconds, least) = match std::env::var_os("POLDER_TEST_NIGHTLY") {
+        Some(_) => (280, 100_000_000),
+        None => (20, 1_000_000),
+    };
+    // It is too slow to get to its end.
+    Boot::linux(Kernel::Cloud, "true").option("--translate", "lockstep").timeout_s(seconds).stats(&stats).run();
+    let facts: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&stats).expect("--stats writes its file")).expect("--stats writes JSON");
+    let counter = |name: &str| facts["counters"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {facts}"));
+    if counter("translated_units") == 0 {
+        // The host lacks what translated code uses.
+        return;
+    }
+    assert!(counter("lockstep_instructions") > least, "{facts}");
+    assert_eq!(counter("lockstep_differences"), 0, "{facts}");
+}
+
+#[test]
 fn the_generic_kernel_boots_with_one_vcpu() {
     boots(Kernel::Generic, 1);
 }

@@ -265,7 +265,7 @@ impl TestBench {
                     }
                 }
             } else {
-                self.blocks.run(&mut self.cpu, &attention, 4)
+                self.advance(&attention, 4)
             };
             if outcome == Outcome::Fault && self.cpu.deliver_exception() == Delivery::TripleFault {
                 return;

@@ -103,6 +103,12 @@ counters! {
     code_cache_flushes
     /// Not a count: the longest that the vCPU made room, or dropped all code, in its thread's processor time.
     code_cache_pause_ns_max
+    /// In lockstep: units compared with the interpreter.
+    lockstep_units
+    /// In lockstep: instructions of those.
+    lockstep_instructions
+    /// In lockstep: units that did something else than the interpreter.
+    lockstep_differences
     /// Not a count: when this vCPU first fetched code at privilege level 3, on the machine's monotonic clock; zero if it never did.
     first_user_instruction_ns
 }

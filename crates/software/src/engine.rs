@@ -32,6 +32,8 @@ pub enum Translation {
     Never,
     /// All 64-bit code, before it runs for the first time. Slower than `Auto`; tests use it.
     Always,
+    /// As `Always`, and each piece is run by the interpreter too and compared; differences are logged and counted. For one vCPU; tests use it.
+    Lockstep,
 }
 
 /// Times that a block is interpreted before it is translated.
@@ -92,7 +94,7 @@ impl Translation {
         match self {
             Translation::Auto => Some(HOT),
             Translation::Never => None,
-            Translation::Always => Some(0),
+            Translation::Always | Translation::Lockstep => Some(0),
         }
     }
 }

@@ -103,6 +103,21 @@ impl TestBench {
         bench.translator.is_some().then_some(bench)
     }
 
+    /// As [`TestBench::translating`]; each unit is compared with the interpreter.
+    pub fn in_lockstep() -> Option<TestBench> {
+        let mut bench = TestBench::translating(crate::CODE_CACHE_BYTES_DEFAULT)?;
+        if let Some(translator) = &mut bench.translator {
+            translator.lockstep = Some(Box::default());
+        }
+        Some(bench)
+    }
+
+    /// Units compared so far, and the first differences, in words.
+    pub fn lockstep(&self) -> (u64, &[String]) {
+        let lockstep = self.translator.as_ref().and_then(|translator| translator.lockstep.as_ref());
+        lockstep.map_or((0, &[]), |lockstep| (lockstep.units, &lockstep.told))
+    }
+
     /// What the translator counted.
     #[cfg(test)]
     pub(crate) fn translation_counters(&self) -> crate::counters::Counters {
@@ -114,10 +129,10 @@ impl TestBench {
     }
 
     /// Runs a while, by the tier that the bench has.
-    fn advance(&mut self, stale: &Stale, budget: u32) -> Outcome {
+    pub(crate) fn advance(&mut self, attention: &AtomicBool, budget: u32) -> Outcome {
         match &mut self.translator {
-            Some(translator) => translator.run(&mut self.cpu, &mut self.blocks, &stale.attention, budget),
-            None => self.blocks.run(&mut self.cpu, &stale.attention, budget),
+            Some(translator) => translator.run(&mut self.cpu, &mut self.blocks, attention, budget),
+            None => self.blocks.run(&mut self.cpu, attention, budget),
         }
     }
 
@@ -214,7 +229,7 @@ impl TestBench {
         let stale = self.stale.clone();
         while self.cpu.instructions < end {
             self.drop_stale();
-            let outcome = self.advance(&stale, 1 << 16);
+            let outcome = self.advance(&stale.attention, 1 << 16);
             if let Some(stop) = self.stop(outcome) {
                 return stop;
             }
@@ -227,7 +242,7 @@ impl TestBench {
         let stale = self.stale.clone();
         for _ in 0..blocks {
             self.drop_stale();
-            let outcome = self.advance(&stale, 2);
+            let outcome = self.advance(&stale.attention, 2);
             if self.stop(outcome).is_some() {
                 return;
             }

@@ -23,7 +23,7 @@ use crate::apic::{
 use crate::block_cache::Blocks;
 use crate::counters::Published;
 use crate::cpu::{CS, Cpu};
-use crate::engine::{EngineOptions, Measurements, PerfMap};
+use crate::engine::{EngineOptions, Measurements, PerfMap, Translation};
 use crate::flags;
 use crate::run::Outcome;
 use crate::stopwatch::Activity;
@@ -72,6 +72,11 @@ impl SoftwareVcpu {
                 let path = format!("/tmp/perf-{}.map", std::process::id());
                 translator.listings.map = Some(File::options().append(true).create(true).open(path)?);
             }
+        }
+        if options.translation == Translation::Lockstep
+            && let Some(translator) = &mut translator
+        {
+            translator.lockstep = Some(Box::default());
         }
         inbox.set_arena(cpu.memory().clone());
         let waits_for_sipi = cpu.apic.id() != 0;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use polder_software::CODE_CACHE_BYTES_DEFAULT;
 use polder_software::testbench::TestBench;
 
 /// Guests of the fast slice.
@@ -48,11 +49,32 @@ fn guest(seed: u64) -> Vec<u8> {
 
 #[test]
 fn arbitrary_bytes_in_all_modes_neither_panic_nor_hang() {
+    run(TestBench::new(), 1);
+}
+
+#[test]
+fn arbitrary_bytes_translated_before_they_run_neither_panic_nor_hang() {
+    match TestBench::translating(CODE_CACHE_BYTES_DEFAULT) {
+        Some(bench) => run(bench, 2),
+        None => println!("the host lacks what translated code uses: not applicable"),
+    }
+}
+
+#[test]
+fn arbitrary_bytes_do_the_same_translated_and_interpreted() {
+    match TestBench::in_lockstep() {
+        Some(bench) => run(bench, 2),
+        None => println!("the host lacks what translated code uses: not applicable"),
+    }
+}
+
+/// Runs the guests, or a part of them.
+fn run(mut bench: TestBench, part: u64) {
     let seed = number_from("POLDER_SEED").unwrap_or_else(|| {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |now| now.as_secs())
     });
     let nightly = std::env::var_os("POLDER_TEST_NIGHTLY").is_some();
-    let cases = number_from("POLDER_CASES").unwrap_or(if nightly { NIGHTLY_CASES } else { CASES });
+    let cases = number_from("POLDER_CASES").unwrap_or(if nightly { NIGHTLY_CASES } else { CASES }) / part;
     println!("POLDER_SEED={seed:#x}, {cases} cases");
     let progress = Arc::new(AtomicU64::new(0));
     let watched = progress.clone();
@@ -68,12 +90,16 @@ fn arbitrary_bytes_in_all_modes_neither_panic_nor_hang() {
             before = now;
         }
     });
-    let mut bench = TestBench::new();
     for case in number_from("POLDER_CASE").map_or(0..cases, |case| case..case + 1) {
         progress.store(case, Ordering::Relaxed);
         let bytes = guest(seed.wrapping_add(case.wrapping_mul(0xd134_2543_de82_ef95)));
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| bench.run_arbitrary(&bytes)));
         assert!(result.is_ok(), "panics: POLDER_SEED={seed:#x} POLDER_CASE={case}");
+        let (_, differences) = bench.lockstep();
+        assert!(differences.is_empty(), "differs: POLDER_SEED={seed:#x} POLDER_CASE={case}: {differences:#?}");
+    }
+    if let (units @ 1.., _) = bench.lockstep() {
+        println!("{units} units compared");
     }
     drop(done);
     assert!(watchdog.join().is_ok());

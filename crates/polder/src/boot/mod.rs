@@ -73,7 +73,7 @@ pub struct BootArguments {
     /// What runs the guest: auto takes the faster engine that works here
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     engine: EngineName,
-    /// Which code the software engine translates: auto (what is hot), never (interpret all), always (before it first runs)
+    /// Which code the software engine translates: auto (what is hot), never (interpret all), always (before it first runs), lockstep (as always, and compared with the interpreter)
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     translate: TranslateName,
     /// Memory for the translated code of each vCPU, 1M to 1G; when it is full the oldest code goes
@@ -135,6 +135,7 @@ enum TranslateName {
     Auto,
     Never,
     Always,
+    Lockstep,
 }
 
 impl TranslateName {
@@ -143,6 +144,7 @@ impl TranslateName {
             TranslateName::Auto => Translation::Auto,
             TranslateName::Never => Translation::Never,
             TranslateName::Always => Translation::Always,
+            TranslateName::Lockstep => Translation::Lockstep,
         }
     }
 }

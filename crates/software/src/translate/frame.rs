@@ -4,6 +4,7 @@ use std::mem::offset_of;
 
 use super::arena::{JUMPS, frame_offset};
 use super::assembler::{Mem, RSP};
+use super::lockstep::Journal;
 use crate::cpu::{Cpu, cr4};
 use crate::flags;
 
@@ -68,6 +69,8 @@ pub struct Frame {
     pub bits_63: u64,
     /// The translator, for calls out of translated code.
     pub translator: u64,
+    /// In lockstep: what translated code has stored to.
+    pub journal: Option<Box<Journal>>,
 }
 
 impl Default for Frame {
@@ -97,6 +100,7 @@ impl Default for Frame {
             bits_31: 31,
             bits_63: 63,
             translator: 0,
+            journal: None,
         }
     }
 }

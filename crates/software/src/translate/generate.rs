@@ -127,6 +127,8 @@ pub struct Context<'a> {
     pub listed: bool,
     /// The unit counts the instructions that it runs.
     pub counts: bool,
+    /// Every look-up for writing misses first, so that what is stored to can be kept.
+    pub keeps_journal: bool,
     /// Number of the first link.
     pub first_link: usize,
 }
@@ -566,6 +568,9 @@ impl<'a> Generator<'a> {
         } as i32;
         let field = |offset: i32| Mem::indexed(RSP, ADDEND, 0, table + offset);
         let generation = cpu_field(offset_of!(Cpu, tlb) + Tlb::generation_offset(self.context.table));
+        if self.context.keeps_journal && usage == Use::Write {
+            self.asm.jump(entry);
+        }
         self.asm.bind(retry);
         if !live {
             self.asm.mov(ADDEND, ADDRESS);

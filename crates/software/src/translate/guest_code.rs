@@ -3,6 +3,7 @@
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
 use crate::cpu_model::CpuModel;
+use crate::flags;
 
 /// Instructions of a unit.
 pub const ITEMS_MAX: usize = 96;
@@ -133,7 +134,7 @@ pub fn branch_target(instruction: &Instruction) -> Option<u64> {
 }
 
 /// Which flags the code at `target` may read before it overwrites them.
-fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
+pub fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
     let Some(rest) = usize::try_from(target.wrapping_sub(linear)).ok().and_then(|offset| bytes.get(offset..)) else {
         return ARITHMETIC;
     };
@@ -157,6 +158,19 @@ fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
         }
     }
     ARITHMETIC
+}
+
+/// Flags as RFLAGS has them.
+pub fn rflags(live: u32) -> u64 {
+    let places = [
+        (RflagsBits::CF, flags::CF),
+        (RflagsBits::PF, flags::PF),
+        (RflagsBits::AF, flags::AF),
+        (RflagsBits::ZF, flags::ZF),
+        (RflagsBits::SF, flags::SF),
+        (RflagsBits::OF, flags::OF),
+    ];
+    places.into_iter().filter(|(bit, _)| live & bit != 0).fold(0, |flags, (_, place)| flags | place)
 }
 
 /// The number of a general-purpose register of any width, and whether it is one of AH, CH, DH, BH.

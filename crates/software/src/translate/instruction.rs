@@ -174,6 +174,13 @@ impl Generator<'_> {
             Mnemonic::Leave if instruction.code() == Code::Leaveq => return self.leave_frame(item),
             _ => {}
         }
+        // The clock goes on between the two runs of a comparison, and strings stop wherever attention finds them.
+        let is_incomparable =
+            instruction.is_string_instruction() || matches!(instruction.mnemonic(), Mnemonic::Rdtsc | Mnemonic::Rdtscp);
+        if self.context.keeps_journal && is_incomparable {
+            self.callout(item);
+            return Ok(());
+        }
         if self.system(item)?
             || self.x87_form(item)?
             || self.string_form(item)

@@ -18,7 +18,7 @@
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
 //! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `x87`, `bits`, `strings`, `processor_state` (host code for families), `units` (what is translated, and how it is found), `run`
-//! (the loop around), `signal` (exceptions on the host).
+//! (the loop around), `signal` (exceptions on the host), `lockstep` (each unit compared with the interpreter).
 
 mod arena;
 mod assembler;
@@ -33,6 +33,7 @@ mod generate;
 mod guest_code;
 mod instruction;
 mod listing;
+mod lockstep;
 mod processor_state;
 mod registers;
 mod run;

@@ -6,6 +6,7 @@ use super::Translator;
 use super::arena::CpuBox;
 use super::frame::exit;
 use super::generate::{MISS_WRITE, NOTED_LEAVES};
+use super::lockstep::Before;
 use super::thunks::{Enter, Functions};
 use crate::block::COLD_FOR_EVER;
 use crate::block_cache::Blocks;
@@ -33,7 +34,12 @@ unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u32 {
     let filled = cpu.check_access(linear, bytes, access, crate::cpu::DS, Privilege::Current).is_ok();
     let entry = cpu.tlb.data_entry(linear);
     let tag = if write { entry.write_tag } else { entry.read_tag };
+    let addend = entry.addend;
     if filled && tag == cpu.tlb.tag(linear, bytes) {
+        if let Some(journal) = cpu.frame.journal.as_mut().filter(|_| write) {
+            // SAFETY: the entry leads to guest RAM.
+            unsafe { journal.keep(addend.wrapping_add(linear) as *mut u8) };
+        }
         return 0;
     }
     cpu.frame.exit = exit::INTERPRET;
@@ -62,6 +68,12 @@ unsafe extern "sysv64" fn load_x87(cpu: *mut Cpu) -> u32 {
 unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
     // SAFETY: as in `miss`; the op belongs to the unit that runs.
     let (cpu, op) = unsafe { (&mut *cpu, &*op) };
+    if cpu.frame.journal.is_some() {
+        // What handlers do cannot be taken back.
+        cpu.rip = op.rip(cpu);
+        cpu.frame.exit = exit::INTERPRET;
+        return 1;
+    }
     cpu.counters.callouts += 1;
     cpu.freshen_tables();
     let nmi_blocked = cpu.nmi_blocked;
@@ -199,11 +211,13 @@ impl Translator {
         loop {
             let table = self.select_space(processor, jumps);
             // Either this sees a request for attention, or whoever makes it clears the word after this.
-            word.swap(table, Ordering::SeqCst);
+            // In lockstep it stays as if somebody had asked: jumps backwards and indirect ones leave.
+            word.swap(if self.lockstep.is_some() { 0 } else { table }, Ordering::SeqCst);
             if attention.load(Ordering::SeqCst) {
                 return Some(Outcome::Attention);
             }
             processor.frame.deferred = u32::from(processor.has_deferred());
+            let before = self.lockstep.is_some().then(|| Before::take(processor));
             // SAFETY: the thunk is code of the signature; the cache is executable.
             let enter: Enter = unsafe { std::mem::transmute(self.cache.address(self.thunks.enter)) };
             // SAFETY: `host` is the start of a valid unit for the processor's address space and mode.
@@ -214,6 +228,9 @@ impl Translator {
             if exit == exit::INTERPRET && processor.stopwatch.is_on() {
                 // It is counted when it runs.
                 processor.instructions = processor.instructions.wrapping_sub(1);
+            }
+            if let Some(before) = before {
+                return self.compare(cpu, blocks, &before);
             }
             if exit < exit::FIRST {
                 let target = self.link_target(exit)?;
@@ -260,7 +277,7 @@ impl Translator {
     }
 
     /// Interprets the instruction at RIP.
-    fn interpret(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks) -> Option<Outcome> {
+    pub(super) fn interpret(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks) -> Option<Outcome> {
         cpu.counters.interpreted_singly += 1;
         Some(blocks.run_one(cpu))
     }

@@ -11,6 +11,7 @@ use super::cache::CodeCache;
 use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
 use super::guest_code::{self};
 use super::listing::Listings;
+use super::lockstep::Lockstep;
 use super::thunks::{self, Functions, Thunks};
 use crate::block_cache;
 use crate::counters::Counters;
@@ -132,6 +133,8 @@ pub struct Translator {
     pub threshold: u32,
     pub statistics: Statistics,
     pub listings: Listings,
+    /// Units are compared with the interpreter; set before anything is translated.
+    pub lockstep: Option<Box<Lockstep>>,
 }
 
 /// Counts of a translator.
@@ -195,6 +198,7 @@ impl Translator {
             threshold,
             statistics: Statistics::default(),
             listings: Listings::default(),
+            lockstep: None,
         }))
     }
 
@@ -224,6 +228,11 @@ impl Translator {
         counters.translated_code_bytes = self.statistics.code_bytes;
         counters.code_cache_bytes = self.cache.len() as u64;
         counters.code_cache_evicted = self.statistics.evicted;
+        if let Some(lockstep) = &self.lockstep {
+            counters.lockstep_units = lockstep.units;
+            counters.lockstep_instructions = lockstep.instructions;
+            counters.lockstep_differences = lockstep.differences;
+        }
         counters.code_cache_flushes = self.statistics.flushes;
         counters.code_cache_pause_ns_max = self.statistics.pause_ns_max;
     }
@@ -529,6 +538,7 @@ impl Translator {
             guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
             listed: self.listings.wants(&items),
             counts: cpu.stopwatch.is_on(),
+            keeps_journal: self.lockstep.is_some(),
             first_link: first_link as usize,
         };
         let generated = Generator::new(context, &items).run().ok()?;
