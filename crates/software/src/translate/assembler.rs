@@ -61,10 +61,26 @@ pub enum Binary {
     Cmp = 7,
 }
 
+/// What a number in the code depends on beside the instructions: it changes when the code is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relocation {
+    /// 64 bits: a guest address.
+    Linear,
+    /// 32 bits, zero-extended: a guest address.
+    LinearLow,
+    /// 32 bits, sign-extended: a guest address.
+    LinearSigned,
+    /// 32 bits: the distance to a place outside the code.
+    Distance,
+    /// 32 bits: the number of a link.
+    Link,
+}
+
 /// Code in the making.
 #[derive(Default)]
 pub struct Assembler {
     pub bytes: Vec<u8>,
+    pub relocations: Vec<(u32, Relocation)>,
     labels: Vec<usize>,
     /// (place of a 32-bit distance, label)
     fixups: Vec<(usize, Label)>,
@@ -251,6 +267,23 @@ impl Assembler {
             self.byte(0xb8 | to.0 & 7);
             self.raw(&value.to_le_bytes());
         }
+    }
+
+    /// As [`Assembler::constant`], for a guest address near the code's own.
+    pub fn linear_constant(&mut self, to: Reg, value: u64) {
+        self.constant(to, value);
+        if u32::try_from(value).is_ok() {
+            self.relocate(4, Relocation::LinearLow);
+        } else if i32::try_from(value as i64).is_ok() {
+            self.relocate(4, Relocation::LinearSigned);
+        } else {
+            self.relocate(8, Relocation::Linear);
+        }
+    }
+
+    /// Notes that the last `bytes` bytes are such a number.
+    pub fn relocate(&mut self, bytes: usize, relocation: Relocation) {
+        self.relocations.push(((self.bytes.len() - bytes) as u32, relocation));
     }
 
     pub fn binary(&mut self, operation: Binary, to: Reg, from: Reg) {

@@ -64,6 +64,15 @@ impl CodeCache {
         self.used = position.min(self.used);
     }
 
+    /// Code that is there.
+    pub fn bytes(&self, range: std::ops::Range<usize>) -> &[u8] {
+        if range.start > range.end || range.end > self.len {
+            return &[];
+        }
+        // SAFETY: inside the mapping; writes go through `&mut self`.
+        unsafe { std::slice::from_raw_parts(self.writable.add(range.start), range.len()) }
+    }
+
     /// Replaces the 32-bit number at `at`.
     pub fn patch(&mut self, at: usize, value: i32) {
         if at + 4 <= self.filled {

@@ -11,7 +11,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory, Register};
 
-use super::assembler::{Assembler, Binary, Label, Mem, RSP, Reg, condition};
+use super::assembler::{Assembler, Binary, Label, Mem, RSP, Reg, Relocation, condition};
 use super::frame::{
     CALLOUT_OP, EXIT, INDEX_MASK, JUMP_TABLE, MISS, PAGE_MASK, RIP, SPACE, VECTORS_MISSING, cpu_field, exit,
     register_slot,
@@ -99,6 +99,7 @@ pub struct Generated {
     pub ops: Ops,
     /// Instructions that may raise exceptions on the host; ascending.
     pub faults: Vec<FaultSite>,
+    pub relocations: Vec<(u32, Relocation)>,
 }
 
 /// An instruction that may raise an exception on the host.
@@ -246,7 +247,14 @@ impl<'a> Generator<'a> {
         } else {
             Vec::new()
         };
-        Ok(Generated { code: self.asm.bytes, links: self.links, ops: self.ops, faults: self.faults, starts })
+        Ok(Generated {
+            code: self.asm.bytes,
+            links: self.links,
+            ops: self.ops,
+            faults: self.faults,
+            starts,
+            relocations: self.asm.relocations,
+        })
     }
 
     /// Counts the instructions from one on to where code may next come from elsewhere or go elsewhere. Uses SPARE, no flags.
@@ -270,6 +278,7 @@ impl<'a> Generator<'a> {
         self.asm.byte(opcode);
         let from = (self.context.position + self.asm.position() + 4) as i64;
         self.asm.imm32((thunk as i64 - from) as i32);
+        self.asm.relocate(4, Relocation::Distance);
     }
 
     fn jump_thunk(&mut self, thunk: usize) {
@@ -282,7 +291,21 @@ impl<'a> Generator<'a> {
 
     /// Stores a constant into RIP; may use SPARE, no flags.
     fn store_rip(&mut self, rip: u64) {
-        self.store_constant(RIP, rip, SPARE);
+        self.store_linear(RIP, rip);
+    }
+
+    /// Stores a guest address near the unit's own; may use SPARE.
+    pub fn store_linear(&mut self, to: Mem, value: u64) {
+        match i32::try_from(value as i64) {
+            Ok(short) => {
+                self.asm.store_imm(to, short);
+                self.asm.relocate(4, Relocation::LinearSigned);
+            }
+            Err(_) => {
+                self.asm.linear_constant(SPARE, value);
+                self.asm.store(to, SPARE);
+            }
+        }
     }
 
     /// Stores a 64-bit constant; `scratch` is used if it needs more than 32 bits.
@@ -333,6 +356,7 @@ impl<'a> Generator<'a> {
                 Cold::Link { entry, link } => {
                     self.asm.bind(entry);
                     self.asm.store32_imm(EXIT, (self.context.first_link + link) as u32);
+                    self.asm.relocate(4, Relocation::Link);
                     self.jump_thunk(self.context.thunks.exit);
                 }
                 Cold::LoadVectors { entry, resume } => {
@@ -521,7 +545,11 @@ impl<'a> Generator<'a> {
         let base = instruction.memory_base();
         let index = instruction.memory_index();
         let displacement = instruction.memory_displacement64();
-        if base == Register::RIP || base == Register::None && index == Register::None {
+        if base == Register::RIP {
+            self.asm.linear_constant(to, displacement);
+            return Ok(());
+        }
+        if base == Register::None && index == Register::None {
             self.asm.constant(to, displacement);
             return Ok(());
         }
@@ -691,7 +719,7 @@ impl<'a> Generator<'a> {
         let op = Box::new(op);
         let pointer = &raw const *op as u64;
         self.ops.push(op);
-        self.store_constant(register_slot(BLOCK_RIP as u8), instruction.ip(), SPARE);
+        self.store_linear(register_slot(BLOCK_RIP as u8), instruction.ip());
         self.store_constant(CALLOUT_OP, pointer, SPARE);
         self.store_rip(instruction.ip());
         self.call_thunk(self.context.thunks.callout);

@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Code, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
-use super::assembler::{Mem, R9, R15, RCX, Reg};
+use super::assembler::{Mem, R9, R15, RCX, Reg, Relocation};
 use super::frame::{TEMPORARY, register_slot};
 use super::generate::{Generator, Result, Use};
 use super::guest_code::{Item, branch_target, general_register, is_of_model};
@@ -45,7 +45,7 @@ impl Generator<'_> {
                 self.link(target, live);
             }
             (FlowControl::Call, Some(target)) => {
-                self.push_constant(item, instruction.next_ip(), Some(target))?;
+                self.push_constant(item, instruction.next_ip(), true, Some(target))?;
                 self.link(target, live);
             }
             (FlowControl::Return, _) if matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16) => {
@@ -118,24 +118,29 @@ impl Generator<'_> {
         }
         if is_call {
             self.asm.store(Mem { displacement: TEMPORARY.displacement + 8, ..TEMPORARY }, ADDRESS);
-            self.push_constant(item, instruction.next_ip(), None)?;
+            self.push_constant(item, instruction.next_ip(), true, None)?;
             self.asm.load(ADDRESS, Mem { displacement: TEMPORARY.displacement + 8, ..TEMPORARY });
         }
         self.jump_indirect();
         Ok(())
     }
 
-    /// Pushes a constant. `next`: where the guest goes on, if that is known; else a watched page is noticed at the jump that follows.
-    fn push_constant(&mut self, item: &Item, value: u64, next: Option<u64>) -> Result<()> {
+    /// Pushes a constant (`linear`: a guest address near the unit's own). `next`: where the guest goes on, if that is known; else a watched page is noticed at the jump that follows.
+    fn push_constant(&mut self, item: &Item, value: u64, linear: bool, next: Option<u64>) -> Result<()> {
         // Live before: the instruction itself changes no flag.
         self.asm.lea(ADDRESS, Mem::base(R15, -8));
         self.look_up(item, 8, Use::Write, item.live_before != 0);
         let host = Mem::indexed(ADDRESS, ADDEND, 0, 0);
         match i32::try_from(value as i64) {
-            Ok(short) => self.asm.store_imm(host, short),
+            Ok(short) => {
+                self.asm.store_imm(host, short);
+                if linear {
+                    self.asm.relocate(4, Relocation::LinearSigned);
+                }
+            }
             Err(_) => {
                 self.asm.lea(ADDRESS, host);
-                self.asm.constant(ADDEND, value);
+                self.asm.linear_constant(ADDEND, value);
                 self.asm.store(Mem::base(ADDRESS, 0), ADDEND);
                 self.asm.lea(R15, Mem::base(R15, -8));
                 self.check_note(item, 8, true, next);
@@ -241,10 +246,10 @@ impl Generator<'_> {
                 Ok(())
             }
             Code::Pushq_imm8 => {
-                self.push_constant(item, instruction.immediate8to64() as u64, Some(instruction.next_ip()))
+                self.push_constant(item, instruction.immediate8to64() as u64, false, Some(instruction.next_ip()))
             }
             Code::Pushq_imm32 => {
-                self.push_constant(item, instruction.immediate32to64() as u64, Some(instruction.next_ip()))
+                self.push_constant(item, instruction.immediate32to64() as u64, false, Some(instruction.next_ip()))
             }
             Code::Push_rm64 => {
                 self.memory_address(item, ADDRESS)?;

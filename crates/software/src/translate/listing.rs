@@ -23,6 +23,11 @@ impl Listings {
         self.address.is_some_and(|address| items.iter().any(|item| item.instruction.ip() == address))
     }
 
+    /// Whether the chosen address may lie in a unit from `linear` on.
+    pub fn address_is_near(&self, linear: u64) -> bool {
+        self.address.is_some_and(|address| address / polder_memory::PAGE_SIZE == linear / polder_memory::PAGE_SIZE)
+    }
+
     /// Lists a unit: each guest instruction (after `>`) and the host code that it became. `starts` are the places of the
     /// instructions in `code`, which lies at `host`.
     pub fn list(&self, items: &[Item], starts: &[usize], code: &[u8], host: u64) {

@@ -3,10 +3,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
 
 use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
 use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
+use super::assembler::Relocation;
 use super::cache::CodeCache;
 use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
 use super::guest_code::{self};
@@ -47,10 +50,18 @@ struct Unit {
     /// Links of other units that lead here.
     incoming: Vec<u32>,
     /// Handlers that its code calls with these ops.
-    _ops: Ops,
+    ops: SharedOps,
+    relocations: Arc<[(u32, Relocation)]>,
     faults: Vec<FaultSite>,
     valid: bool,
 }
+
+/// Ops of a unit and of its copies. They hold cells.
+#[derive(Clone)]
+struct SharedOps(#[expect(dead_code, reason = "kept for the code that calls handlers with them")] Rc<Ops>);
+
+// SAFETY: all copies belong to one translator, which one thread uses at a time.
+unsafe impl Send for SharedOps {}
 
 /// A way out of a unit.
 #[derive(Clone, Copy)]
@@ -112,6 +123,8 @@ pub struct Translator {
     units: VecDeque<Unit>,
     first_unit: u32,
     by_address: Map<(u64, u64, u8), u32>,
+    /// A unit for a physical address and data table, whatever its linear address.
+    templates: Map<(u64, u8), u32>,
     pages: Map<u64, Vec<u32>>,
     /// From the oldest unit's to the newest's; the first one's number is `first_link`.
     links: VecDeque<Link>,
@@ -141,6 +154,8 @@ pub struct Translator {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Statistics {
     pub units: u64,
+    /// Units that are copies of one at another linear address.
+    pub copies: u64,
     pub code_bytes: u64,
     pub flushes: u64,
     /// Units dropped to make room for others.
@@ -184,6 +199,7 @@ impl Translator {
             units: VecDeque::new(),
             first_unit: 0,
             by_address: Map::default(),
+            templates: Map::default(),
             pages: Map::default(),
             links: VecDeque::new(),
             first_link: 0,
@@ -210,6 +226,7 @@ impl Translator {
         self.first_unit = self.first_unit.wrapping_add(self.units.len() as u32);
         self.flushed.append(&mut self.units);
         self.by_address.clear();
+        self.templates.clear();
         self.pages.clear();
         self.links.clear();
         self.cache.start_over(self.first_position);
@@ -281,6 +298,9 @@ impl Translator {
         let (linear, first, count) = (unit.linear, unit.first_link, unit.links);
         if self.by_address.get(&key) == Some(&id) {
             self.by_address.remove(&key);
+        }
+        if self.templates.get(&(key.1, key.2)) == Some(&id) {
+            self.templates.remove(&(key.1, key.2));
         }
         for number in incoming {
             // The number may be another link's by now: then it leads elsewhere, or has its own entry among the incoming ones.
@@ -500,7 +520,14 @@ impl Translator {
             return None;
         }
         let offset = (linear % PAGE_SIZE) as usize;
+        let physical = page_number * PAGE_SIZE + offset as u64;
         let readable = cpu.debugger.uncut(linear, PAGE_SIZE as usize - offset);
+        // Only whole units that nobody wants to see made.
+        let is_whole = readable == PAGE_SIZE as usize - offset && !self.listings.address_is_near(linear);
+        let template = self.templates.get(&(physical, cpu.tlb.data_table() as u8)).copied().filter(|_| is_whole);
+        if let Some(copy) = template.and_then(|template| self.copy_unit(template, linear, jumps)) {
+            return Some(copy);
+        }
         let mut bytes = [0; PAGE_SIZE as usize];
         // SAFETY: `readable` bytes from `offset` lie in the page.
         let source = unsafe { page.pointer.add(offset) };
@@ -556,7 +583,6 @@ impl Translator {
             from: id,
             to: NO_UNIT,
         }));
-        let physical = page_number * PAGE_SIZE + offset as u64;
         self.units.push_back(Unit {
             linear,
             physical,
@@ -566,20 +592,99 @@ impl Translator {
             first_link,
             links: generated.links.len() as u32,
             incoming: Vec::new(),
-            _ops: generated.ops,
+            ops: SharedOps(Rc::new(generated.ops)),
+            relocations: generated.relocations.into(),
             faults: generated.faults,
             valid: true,
         });
         self.by_address.insert((linear, physical, table as u8), id);
+        self.templates.insert((physical, table as u8), id);
         self.pages.entry(page_number).or_default().push(id);
         self.statistics.units += 1;
         self.statistics.code_bytes += generated.code.len() as u64;
         Some(id)
     }
 
+    /// The same code at another linear address: that of another program, most often. `None` if its numbers do not fit.
+    fn copy_unit(&mut self, template: u32, linear: u64, jumps: &mut Jumps) -> Option<u32> {
+        let links = self.unit(template)?.links;
+        self.make_room(links as usize, jumps);
+        let unit = self.unit(template).filter(|unit| unit.valid)?;
+        let delta = linear.wrapping_sub(unit.linear);
+        let position = self.cache.position();
+        let first_link = (self.first_link + self.links.len() as u32) % LINK_NUMBERS;
+        let mut code = self.cache.bytes(unit.code.start as usize..unit.code.end as usize).to_vec();
+        let mut sites = Vec::with_capacity(links as usize);
+        for number in 0..links {
+            let mut site = self.link((unit.first_link + number) % LINK_NUMBERS)?.site;
+            put(&mut code, site.jump_at, (site.stub as i64 - (site.jump_at as i64 + 4)) as i32)?;
+            if let Some(at) = site.space_at {
+                put(&mut code, at, 0)?;
+            }
+            site.target = site.target.wrapping_add(delta);
+            sites.push(site);
+        }
+        for &(at, relocation) in unit.relocations.iter() {
+            let at = at as usize;
+            let old = i32::from_le_bytes(code.get(at..at + 4)?.try_into().ok()?);
+            let new = match relocation {
+                Relocation::Linear => {
+                    let field = code.get_mut(at..at + 8)?;
+                    let value = u64::from_le_bytes(field.try_into().ok()?).wrapping_add(delta);
+                    field.copy_from_slice(&value.to_le_bytes());
+                    continue;
+                }
+                Relocation::LinearLow => u32::try_from(u64::from(old as u32).wrapping_add(delta)).ok()? as i32,
+                Relocation::LinearSigned => i32::try_from(i64::from(old).wrapping_add(delta as i64)).ok()?,
+                Relocation::Distance => (i64::from(old) + i64::from(unit.code.start) - position as i64) as i32,
+                Relocation::Link => {
+                    ((old as u32).wrapping_sub(unit.first_link) % LINK_NUMBERS).wrapping_add(first_link) as i32
+                }
+            };
+            put(&mut code, at, new)?;
+        }
+        let mut faults = unit.faults.clone();
+        for site in &mut faults {
+            site.rip = site.rip.wrapping_add(delta);
+            if let Some(x87) = &mut site.x87 {
+                x87.rip = x87.rip.wrapping_add(delta);
+            }
+        }
+        let copy = Unit {
+            linear,
+            physical: unit.physical,
+            table: unit.table,
+            granules: unit.granules,
+            code: position as u32..(position + code.len()) as u32,
+            first_link,
+            links,
+            incoming: Vec::new(),
+            ops: unit.ops.clone(),
+            relocations: unit.relocations.clone(),
+            faults,
+            valid: true,
+        };
+        self.listings.name(linear, self.cache.address(position), code.len());
+        self.cache.add(&code);
+        let id = self.first_unit.wrapping_add(self.units.len() as u32);
+        self.links.extend(sites.into_iter().map(|site| Link { site, base: position as u32, from: id, to: NO_UNIT }));
+        self.by_address.insert((linear, copy.physical, copy.table), id);
+        self.pages.entry(copy.physical / PAGE_SIZE).or_default().push(id);
+        self.units.push_back(copy);
+        self.statistics.copies += 1;
+        self.statistics.code_bytes += code.len() as u64;
+        Some(id)
+    }
+
     pub(super) fn is_valid(&self, id: u32) -> bool {
         self.unit(id).is_some_and(|unit| unit.valid)
     }
+}
+
+/// Puts a 32-bit number into code.
+fn put(code: &mut [u8], at: usize, value: i32) -> Option<()> {
+    code.get_mut(at..at + 4)?.copy_from_slice(&value.to_le_bytes());
+    Some(())
 }
 
 /// Processor time of this thread in nanoseconds: what others on the host do is no pause of ours.

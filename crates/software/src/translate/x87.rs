@@ -22,7 +22,7 @@ use crate::vector::{Pointers, VectorState};
 /// An x87 instruction, as the pointers name it.
 #[derive(Debug, Clone, Copy)]
 pub struct X87Site {
-    rip: u64,
+    pub rip: u64,
     opcode: u16,
     /// The segment register of its memory operand, whose address is stored already.
     segment: Option<u8>,
@@ -134,7 +134,7 @@ impl Generator<'_> {
 
     /// Stores the pointers of an x87 instruction. Uses SPARE, changes no flag.
     pub fn store_pointers_of(&mut self, site: X87Site) {
-        self.store_constant(pointer(offset_of!(Pointers, instruction)), site.rip, SPARE);
+        self.store_linear(pointer(offset_of!(Pointers, instruction)), site.rip);
         self.asm.store16_imm(pointer(offset_of!(Pointers, opcode)), site.opcode);
         self.asm.load_u16(SPARE, selector(CS));
         self.asm.store16(pointer(offset_of!(Pointers, code_selector)), SPARE);
