@@ -77,6 +77,8 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
     cpu.counters.callouts += 1;
     cpu.freshen_tables();
     let nmi_blocked = cpu.nmi_blocked;
+    // The outer loop sets the alarm for a new one: code that runs on without it would not be interrupted.
+    let deadline = cpu.apic.timer.deadline();
     let tag = cpu.tlb.fetch_tag;
     let table = cpu.tlb.data_table();
     let flow = (op.handler.get())(cpu, op);
@@ -92,7 +94,11 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
             cpu.frame.exit = exit::ATTENTION;
         }
         Flow::Jump => cpu.frame.exit = exit::INDIRECT,
-        Flow::Leave if cpu.nothing_waits() && cpu.nmi_blocked == nmi_blocked => cpu.frame.exit = exit::INDIRECT,
+        Flow::Leave
+            if cpu.nothing_waits() && cpu.nmi_blocked == nmi_blocked && cpu.apic.timer.deadline() == deadline =>
+        {
+            cpu.frame.exit = exit::INDIRECT;
+        }
         Flow::Leave => cpu.frame.exit = exit::CALLOUT,
         Flow::Fault => {
             cpu.instructions = cpu.instructions.wrapping_sub(1);
