@@ -56,6 +56,7 @@ pub(crate) struct Surroundings<'a> {
 
 /// A machine whose vCPU threads wait at the gate. Dropping it without [`Machine::shut_down`] stops it as well.
 pub(crate) struct Machine {
+    pub(crate) memory: GuestMemory,
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) vcpus: Vec<Arc<dyn VcpuHandle>>,
@@ -128,6 +129,7 @@ impl Machine {
         }
         let handles = engine.handles();
         let mut machine = Machine {
+            memory: memory.clone(),
             engine,
             gate: Arc::new(Gate::new(handles.clone())),
             vcpus: handles,

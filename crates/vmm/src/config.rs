@@ -139,6 +139,8 @@ pub struct MachineConfig {
     /// Memory for the translated code of each vCPU, in whole pages.
     pub code_cache_bytes: usize,
     pub measurements: Measurements,
+    /// A dirty log runs, in rounds of that length; for measurements of what it costs.
+    pub dirty_log_period: Option<Duration>,
     /// Translations of code with this guest address are logged.
     pub log_translation: Option<u64>,
     pub perf_map: PerfMap,
@@ -171,6 +173,7 @@ impl MachineConfig {
             translation: Translation::default(),
             code_cache_bytes: CODE_CACHE_BYTES_DEFAULT,
             measurements: Measurements::default(),
+            dirty_log_period: None,
             log_translation: None,
             perf_map: PerfMap::default(),
             cpu_model: CPU_MODEL_NEWEST.to_owned(),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use polder_basics::Clock;
 use polder_machine::GuestRequest;
+use polder_memory::GuestMemory;
 
 use crate::build::{Machine, Surroundings};
 use crate::control::{Control, Event, Running};
@@ -110,7 +111,7 @@ pub(crate) fn run_with(
         }
         stats.engine = machine.engine.name().to_owned();
         machine.gate.resume();
-        let outcome = wait(config, control, clock.as_ref(), start_ns, &mut stats);
+        let outcome = wait(config, control, clock.as_ref(), start_ns, &machine.memory, &mut stats);
         // Looked at before the machine is taken apart: this is what it held.
         stats.memory.look();
         machine.shut_down();
@@ -139,6 +140,7 @@ fn wait(
     control: &Control,
     clock: &dyn Clock,
     start_ns: u64,
+    memory: &GuestMemory,
     stats: &mut Stats,
 ) -> Result<Outcome, VmmError> {
     loop {
@@ -152,8 +154,13 @@ fn wait(
             }
             None => LOOK,
         };
-        match control.wait(left.min(LOOK)) {
-            None => stats.memory.look(),
+        match control.wait(left.min(config.dirty_log_period.unwrap_or(LOOK))) {
+            None => {
+                if config.dirty_log_period.is_some() {
+                    memory.notes().start_dirty_log();
+                }
+                stats.memory.look();
+            }
             Some(Event::Guest(GuestRequest::PowerOff)) => return Ok(Outcome::PoweredOff),
             Some(Event::Guest(GuestRequest::Reset)) => return Ok(Outcome::Reset),
             Some(Event::Guest(GuestRequest::Panicked)) => return Ok(Outcome::Panicked),

@@ -82,6 +82,9 @@ pub struct BootArguments {
     /// List on standard error what code with this guest address (hexadecimal) is translated to
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address, hide_short_help = true)]
     log_translation: Option<u64>,
+    /// Run a dirty log in rounds of that many milliseconds, to measure what it costs
+    #[arg(long, value_name = "MILLISECONDS", hide = true, value_parser = clap::value_parser!(u64).range(1..))]
+    test_dirty_log: Option<u64>,
     /// Write /tmp/perf-PID.map, so that `perf report` names translated code by its guest address
     #[arg(long, hide_short_help = true)]
     perf_map: bool,
@@ -196,6 +199,7 @@ impl BootArguments {
             measurements: if self.stats.is_some() { Measurements::All } else { Measurements::Free },
             log_translation: self.log_translation,
             perf_map: if self.perf_map { PerfMap::Written } else { PerfMap::Absent },
+            dirty_log_period: self.test_dirty_log.map(Duration::from_millis),
             cpu_model: self.cpu.clone(),
             net: self.net.clone(),
             vsock: self.vsock.clone(),
