@@ -178,8 +178,8 @@ fn differences(
         );
         let mask = if long || generated.instruction.code() == Code::Nopd { !0xfff } else { !0 };
         compare("fault address".into(), exception.detail & mask, state.fault.address & mask);
-        // The kernel shows addresses of its own half as present.
-        let mask = if state.fault.address >> 63 != 0 { !1 } else { !0 };
+        // The kernel shows addresses from its TASK_SIZE_MAX on as present: that is a page below its own half (arch/x86/mm/fault.c).
+        let mask = if state.fault.address >= 0x7fff_ffff_f000 { !1 } else { !0 };
         compare(
             "error code".into(),
             u64::from(exception.error_code.unwrap_or(0)) & mask,
