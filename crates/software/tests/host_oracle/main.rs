@@ -316,7 +316,8 @@ fn translated_sequences_leave_the_x87_pointers_that_the_interpreter_leaves() {
         assert_eq!(interpreter, translator, "POLDER_SEED={seed:#x} POLDER_CASE={case}: {:x?}", generated.bytes);
         moved += u64::from(interpreter.2 != Default::default());
     }
-    assert!(moved > cases / 4, "too few x87 instructions ran: {moved}");
+    let is_whole_run = number_from("POLDER_CASE").is_none();
+    assert!(!is_whole_run || moved > cases / 4, "too few x87 instructions ran: {moved}");
 }
 
 /// What the host may not show of itself: selectors and the time-stamp counter.
