@@ -66,9 +66,10 @@ pub enum Scope {
     LocalUser,
 }
 
-/// Where a page of RAM is in the host, for data.
+/// Where a page of RAM is in the host, for data. An entry never lies in two cache lines: translated shells ran at a quarter of
+/// their speed when entries did.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct DataEntry {
     pub read_tag: u64,
     pub write_tag: u64,

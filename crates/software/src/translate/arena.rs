@@ -34,7 +34,7 @@ pub const fn no_jump(at: usize) -> u64 {
 }
 
 /// Where indirect jumps lead: from linear addresses to translated code.
-#[repr(C)]
+#[repr(C, align(4096))]
 pub struct Jumps {
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],

@@ -28,7 +28,7 @@ pub mod exit {
 
 /// Fields with a fixed distance from RSP.
 #[derive(Debug)]
-#[repr(C)]
+#[repr(C, align(64))]
 pub struct Frame {
     /// Index of the jump table in use; 0 (never filled) while somebody wants attention. Other threads write it.
     pub jump_table: u32,
