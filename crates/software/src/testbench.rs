@@ -51,6 +51,29 @@ impl CodeWatcher for Stale {
     }
 }
 
+/// Brings translated code back now and then, as the timer of a machine does: a guest may loop for ever.
+struct Ticker(Arc<AtomicBool>);
+
+impl Ticker {
+    fn start(arena: Arc<ArenaMemory>) -> Ticker {
+        let ended = Arc::new(AtomicBool::new(false));
+        let ticker = Ticker(ended.clone());
+        std::thread::spawn(move || {
+            while !ended.load(Ordering::Relaxed) {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+                arena.attention().store(0, Ordering::SeqCst);
+            }
+        });
+        ticker
+    }
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Why a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
@@ -65,6 +88,7 @@ pub struct TestBench {
     pub cpu: CpuBox,
     /// Translates everything before it runs for the first time.
     translator: Option<Box<Translator>>,
+    _ticker: Option<Ticker>,
     pub blocks: Blocks,
     stale: Arc<Stale>,
 }
@@ -90,7 +114,7 @@ impl TestBench {
         };
         let cpu = CpuBox::new(Cpu::new(services)).expect("memory for a test");
         let _ = stale.arena.set(cpu.memory().clone());
-        let mut bench = TestBench { cpu, translator: None, blocks: Blocks::new(), stale };
+        let mut bench = TestBench { cpu, translator: None, _ticker: None, blocks: Blocks::new(), stale };
         bench.write_page_tables();
         bench.set_mode(CodeSize::Bits64, 0);
         bench
@@ -100,6 +124,7 @@ impl TestBench {
     pub fn translating(code_cache_bytes: usize) -> Option<TestBench> {
         let mut bench = TestBench::new();
         bench.translator = Translator::new(FUNCTIONS, 0, code_cache_bytes).expect("memory for a test").map(Box::new);
+        bench._ticker = Some(Ticker::start(bench.cpu.memory().clone()));
         bench.translator.is_some().then_some(bench)
     }
 

@@ -22,6 +22,8 @@ pub mod exit {
     pub const ATTENTION: u32 = 0xffff_fffb;
     /// A handler faulted: `cpu.fault`.
     pub const FAULT: u32 = 0xffff_fffa;
+    /// As `INDIRECT`, by a jump in translated code. `miss_address` is the instruction's address and `miss` is what it has moved RSP by.
+    pub const JUMP: u32 = 0xffff_fff9;
     /// The first number that is not a link's.
     pub const FIRST: u32 = 0xffff_ff00;
 }
@@ -60,6 +62,8 @@ pub struct Frame {
     pub deferred: u32,
     /// Not 0: translated code has changed AC.
     pub tables_stale: u32,
+    /// Bits 1 to 16: of an address turned right by 47 and one more, all zero if it is canonical.
+    pub canonical_mask: u64,
     pub temporary: [u64; 4],
     /// RFLAGS.DF.
     pub direction_mask: u64,
@@ -94,6 +98,7 @@ impl Default for Frame {
             without_access: !crate::flags::AC,
             deferred: 0,
             tables_stale: 0,
+            canonical_mask: 0x1_fffe,
             temporary: [0; 4],
             direction_mask: flags::DF,
             time_stamp_disable: cr4::TSD,
@@ -135,6 +140,7 @@ fields! {
     WITHOUT_ACCESS = without_access;
     DEFERRED = deferred;
     TABLES_STALE = tables_stale;
+    CANONICAL_MASK = canonical_mask;
     TEMPORARY = temporary;
     DIRECTION_MASK = direction_mask;
     TIME_STAMP_DISABLE = time_stamp_disable;

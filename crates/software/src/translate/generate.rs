@@ -13,8 +13,8 @@ use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory, Regist
 
 use super::assembler::{Assembler, Binary, Label, Mem, RSP, Reg, Relocation, condition};
 use super::frame::{
-    CALLOUT_OP, EXIT, INDEX_MASK, JUMP_TABLE, MISS, PAGE_MASK, RIP, SPACE, VECTORS_MISSING, cpu_field, exit,
-    register_slot,
+    CALLOUT_OP, EXIT, INDEX_MASK, JUMP_TABLE, MISS, MISS_ADDRESS, PAGE_MASK, RIP, SPACE, VECTORS_MISSING, cpu_field,
+    exit, register_slot,
 };
 use super::guest_code::{Item, item_at};
 use super::registers::{ADDEND, ADDRESS, SPARE, home};
@@ -72,6 +72,8 @@ enum Cold {
     /// An indirect jump missed; RIP is stored.
     Indirect {
         entry: Label,
+        rip: u64,
+        moved: i32,
     },
 }
 
@@ -369,9 +371,11 @@ impl<'a> Generator<'a> {
                     self.call_thunk(self.context.thunks.load_x87);
                     self.asm.jump(resume);
                 }
-                Cold::Indirect { entry } => {
+                Cold::Indirect { entry, rip, moved } => {
                     self.asm.bind(entry);
-                    self.asm.store32_imm(EXIT, exit::INDIRECT);
+                    self.store_linear(MISS_ADDRESS, rip);
+                    self.asm.store32_imm(MISS, moved as u32);
+                    self.asm.store32_imm(EXIT, exit::JUMP);
                     self.jump_thunk(self.context.thunks.exit);
                 }
             }
@@ -499,8 +503,20 @@ impl<'a> Generator<'a> {
         self.asm.bind(skip);
     }
 
-    /// Jumps to the guest address in ADDRESS.
-    pub fn jump_indirect(&mut self) {
+    /// Leaves the instruction at `rip` to the interpreter if the address in ADDRESS is not canonical. Uses SPARE, no flags.
+    pub fn check_canonical(&mut self, rip: u64) {
+        let good = self.asm.label();
+        let leave = self.leave_label(exit::INTERPRET, rip);
+        self.asm.rotate_right(SPARE, ADDRESS, 47);
+        self.asm.lea(SPARE, Mem::base(SPARE, 1));
+        self.asm.extract(SPARE, SPARE, super::frame::CANONICAL_MASK);
+        self.asm.jump_if_rcx_zero(good);
+        self.asm.jump(leave);
+        self.asm.bind(good);
+    }
+
+    /// Jumps to the guest address in ADDRESS. `rip`: of the instruction, which has moved RSP by `moved`: it faults itself if the address is not canonical.
+    pub fn jump_indirect(&mut self, rip: u64, moved: i32) {
         use super::arena::{HOSTS, KEYS};
         use super::frame::JUMP_MASK;
         let miss = self.asm.label();
@@ -508,7 +524,7 @@ impl<'a> Generator<'a> {
         self.asm.store(RIP, ADDRESS);
         if self.is_other_space() {
             self.asm.jump(miss);
-            self.cold.push(Cold::Indirect { entry: miss });
+            self.cold.push(Cold::Indirect { entry: miss, rip, moved });
             return;
         }
         self.asm.extract(ADDEND, ADDRESS, JUMP_MASK);
@@ -521,7 +537,7 @@ impl<'a> Generator<'a> {
         self.asm.jump(miss);
         self.asm.bind(hit);
         self.asm.jump_mem(Mem::indexed(RSP, ADDEND, 3, HOSTS));
-        self.cold.push(Cold::Indirect { entry: miss });
+        self.cold.push(Cold::Indirect { entry: miss, rip, moved });
     }
 
     /// Loads a guest register into a host register, or tells where it is.

@@ -54,7 +54,7 @@ impl Generator<'_> {
                 self.asm.load(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
                 let extra = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
                 self.asm.lea(R15, Mem::base(R15, 8 + extra));
-                self.jump_indirect();
+                self.jump_indirect(instruction.ip(), 8 + extra);
             }
             (FlowControl::IndirectBranch | FlowControl::IndirectCall, _)
                 if matches!(instruction.code(), Code::Jmp_rm64 | Code::Call_rm64) =>
@@ -117,11 +117,12 @@ impl Generator<'_> {
             self.asm.mov(ADDRESS, from);
         }
         if is_call {
+            self.check_canonical(instruction.ip());
             self.asm.store(Mem { displacement: TEMPORARY.displacement + 8, ..TEMPORARY }, ADDRESS);
             self.push_constant(item, instruction.next_ip(), true, None)?;
             self.asm.load(ADDRESS, Mem { displacement: TEMPORARY.displacement + 8, ..TEMPORARY });
         }
-        self.jump_indirect();
+        self.jump_indirect(instruction.ip(), 0);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use super::lockstep::Before;
 use super::thunks::{Enter, Functions};
 use crate::block::COLD_FOR_EVER;
 use crate::block_cache::Blocks;
-use crate::cpu::{Cpu, cr4};
+use crate::cpu::{Cpu, RSP, cr4, is_canonical};
 use crate::op::{Flow, Op};
 use crate::page_walk::{Access, Privilege};
 use crate::run::Outcome;
@@ -126,6 +126,19 @@ impl Cpu {
         }
     }
 
+    /// After a jump in translated code that led to no unit: it was the instruction's own fault if the address is not canonical (SDM vol. 2, JMP, CALL, RET).
+    fn judge_jump(&mut self) {
+        if self.frame.exit != exit::JUMP {
+            return;
+        }
+        self.frame.exit = exit::INDIRECT;
+        if !is_canonical(self.rip, 48) {
+            self.rip = self.frame.miss_address;
+            self.gpr[RSP] = self.gpr[RSP].wrapping_sub(u64::from(self.frame.miss));
+            self.frame.exit = exit::INTERPRET;
+        }
+    }
+
     /// Whether an interrupt waits for IF or for its turn.
     #[inline]
     fn has_deferred(&self) -> bool {
@@ -228,6 +241,7 @@ impl Translator {
             let enter: Enter = unsafe { std::mem::transmute(self.cache.address(self.thunks.enter)) };
             // SAFETY: `host` is the start of a valid unit for the processor's address space and mode.
             unsafe { enter(processor, host) };
+            processor.judge_jump();
             let exit = processor.frame.exit;
             processor.freshen_tables();
             processor.counters.count_exit(exit);
