@@ -63,11 +63,11 @@ counters! {
     callouts
     /// Returns from the inner loop.
     leaves
-    /// Returns from translated code: over a jump that leads to no code yet,
+    /// Times that translated code asked where to go on: over a jump that leads to no code yet,
     exit_link
-    /// over an indirect jump that is not in the jump table,
+    /// over an indirect jump that is not in the jump table, or after a handler that jumped.
     exit_indirect
-    /// for an instruction that the interpreter runs,
+    /// Returns from translated code: for an instruction that the interpreter runs,
     exit_interpret
     /// because somebody wants attention or the address space changed,
     exit_attention
@@ -118,12 +118,12 @@ impl Counters {
     #[inline]
     pub fn count_exit(&mut self, exit: u32) {
         let counter = match exit {
-            exit::INDIRECT => &mut self.exit_indirect,
+            // Counted when it asked.
+            exit::INDIRECT => return,
             exit::ATTENTION => &mut self.exit_attention,
             exit::CALLOUT => &mut self.exit_callout,
             exit::FAULT => &mut self.exit_fault,
             exit::HOST_FAULT => &mut self.exit_host_fault,
-            number if number < exit::FIRST => &mut self.exit_link,
             _ => &mut self.exit_interpret,
         };
         *counter += 1;

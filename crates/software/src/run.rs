@@ -26,9 +26,31 @@ pub enum Outcome {
 impl Blocks {
     /// Runs guest code from `cpu.rip` on. The attention flag and the budget (in blocks) are looked at before every block. Interrupt shadow, trap flag
     /// and code breakpoints are the caller's concern: it uses [`Blocks::run_one`] while there are any.
-    pub fn run(&mut self, cpu: &mut Cpu, attention: &AtomicBool, budget: u32) -> Outcome {
+    pub fn run(&mut self, cpu: &mut Cpu, attention: &AtomicBool, mut budget: u32) -> Outcome {
+        self.run_blocks::<false>(cpu, attention, &mut budget, 0)
+    }
+
+    /// As [`Blocks::run`], until a block is met that has run `threshold` times. Takes what it has used from the budget.
+    pub(crate) fn run_cold(
+        &mut self,
+        cpu: &mut Cpu,
+        attention: &AtomicBool,
+        budget: &mut u32,
+        threshold: u32,
+    ) -> Outcome {
+        self.run_blocks::<true>(cpu, attention, budget, threshold)
+    }
+
+    #[inline(always)]
+    fn run_blocks<const COUNTS: bool>(
+        &mut self,
+        cpu: &mut Cpu,
+        attention: &AtomicBool,
+        budget: &mut u32,
+        threshold: u32,
+    ) -> Outcome {
         let before = cpu.stopwatch.turn_to(Activity::Interpreter);
-        let mut left = budget;
+        let mut left = *budget;
         let mut last: *const Block = self.nowhere();
         let outcome = loop {
             if attention.load(Ordering::Relaxed) {
@@ -39,46 +61,14 @@ impl Blocks {
             }
             left -= 1;
             let Ok(block) = self.find_after(last, cpu) else { break Outcome::Fault };
-            last = block;
-            match execute(cpu, block) {
-                Flow::Next | Flow::Jump => {}
-                Flow::Leave => break Outcome::Leave,
-                Flow::Fault => break Outcome::Fault,
-            }
-            if cpu.running.abandoned {
-                break Outcome::Leave;
-            }
-        };
-        self.finish(cpu);
-        cpu.stopwatch.turn_to(before);
-        outcome
-    }
-
-    /// As [`Blocks::run`], until a block is met that has run `threshold` times.
-    pub(crate) fn run_cold(
-        &mut self,
-        cpu: &mut Cpu,
-        attention: &AtomicBool,
-        left: &mut u32,
-        threshold: u32,
-    ) -> Outcome {
-        let before = cpu.stopwatch.turn_to(Activity::Interpreter);
-        let mut last: *const Block = self.nowhere();
-        let outcome = loop {
-            if attention.load(Ordering::Relaxed) {
-                break Outcome::Attention;
-            }
-            if *left == 0 {
-                break Outcome::Budget;
-            }
-            *left -= 1;
-            let Ok(block) = self.find_after(last, cpu) else { break Outcome::Fault };
-            // SAFETY: `find_after` gives a valid block.
-            let heat = unsafe { &(*block).heat };
-            match heat.get() {
-                COLD_FOR_EVER => {}
-                heat if heat >= threshold => break Outcome::Hot,
-                times => heat.set(times + 1),
+            if COUNTS {
+                // SAFETY: `find_after` gives a valid block.
+                let heat = unsafe { &(*block).heat };
+                match heat.get() {
+                    COLD_FOR_EVER => {}
+                    times if times >= threshold => break Outcome::Hot,
+                    times => heat.set(times + 1),
+                }
             }
             last = block;
             match execute(cpu, block) {
@@ -90,6 +80,7 @@ impl Blocks {
                 break Outcome::Leave;
             }
         };
+        *budget = left;
         self.finish(cpu);
         cpu.stopwatch.turn_to(before);
         outcome

@@ -126,6 +126,11 @@ impl CpuBox {
         &self.memory
     }
 
+    /// The processor, with leave to reach what lies around it: for translated code.
+    pub fn as_mut_ptr(&mut self) -> *mut Cpu {
+        self.memory.layout().cast()
+    }
+
     /// The processor and its jump tables.
     pub fn split(&mut self) -> (&mut Cpu, &mut Jumps) {
         // SAFETY: `self` owns the layout.
@@ -155,6 +160,15 @@ impl Drop for CpuBox {
         // SAFETY: initialised in `new`, dropped once. The attention word is an integer and stays readable.
         unsafe { std::ptr::drop_in_place(&raw mut (*self.memory.layout()).cpu) };
     }
+}
+
+/// The jump tables beside a processor.
+///
+/// # Safety
+/// `cpu` comes from [`CpuBox::as_mut_ptr`], and nobody else has a reference to the tables while the one given lives.
+pub unsafe fn jumps_of<'a>(cpu: *mut Cpu) -> &'a mut Jumps {
+    // SAFETY: the processor is the first part of its layout.
+    unsafe { &mut (*cpu.cast::<Layout>()).jumps }
 }
 
 /// Distance of the jump tables from the processor.

@@ -417,29 +417,20 @@ impl Assembler {
 
     /// VMOVUPS ymm, [mem]
     pub fn load_ymm(&mut self, register: u8, mem: Mem) {
-        self.vex_vector(register, mem, 0x10, true);
+        self.vex_vector(register, mem, 0x10);
     }
 
     /// VMOVUPS [mem], ymm
     pub fn store_ymm(&mut self, mem: Mem, register: u8) {
-        self.vex_vector(register, mem, 0x11, true);
+        self.vex_vector(register, mem, 0x11);
     }
 
-    fn vex_vector(&mut self, register: u8, mem: Mem, opcode: u8, wide: bool) {
+    fn vex_vector(&mut self, register: u8, mem: Mem, opcode: u8) {
         let index = mem.index.map_or(0, |(index, _)| index.0);
         let base = mem.base.map_or(0, |base| base.0);
         let second = (!register >> 3 & 1) << 7 | (!index >> 3 & 1) << 6 | (!base >> 3 & 1) << 5 | 1;
-        self.raw(&[0xc4, second, 0x78 | u8::from(wide) << 2, opcode]);
+        self.raw(&[0xc4, second, 0x7c, opcode]);
         self.operand(register, mem);
-    }
-
-    /// MOVUPS xmm, [mem], for hosts without AVX
-    pub fn load_xmm(&mut self, register: u8, mem: Mem) {
-        self.with_mem(false, &[0x0f, 0x10], register, mem);
-    }
-
-    pub fn store_xmm(&mut self, mem: Mem, register: u8) {
-        self.with_mem(false, &[0x0f, 0x11], register, mem);
     }
 
     pub fn load_mxcsr(&mut self, mem: Mem) {
@@ -470,6 +461,11 @@ impl Assembler {
         self.byte(0x58 | register.0 & 7);
     }
 
+    /// POP [mem]; a displacement from RSP counts from where RSP is after it.
+    pub fn pop_mem(&mut self, mem: Mem) {
+        self.with_mem(false, &[0x8f], 0, mem);
+    }
+
     pub fn ret(&mut self) {
         self.byte(0xc3);
     }
@@ -491,6 +487,14 @@ impl Assembler {
         self.byte(0xe3);
         self.short_fixups.push((self.bytes.len(), label));
         self.byte(0);
+    }
+
+    /// Jumps unless RCX is zero, without looking at flags.
+    pub fn jump_unless_rcx_zero(&mut self, label: Label) {
+        let zero = self.label();
+        self.jump_if_rcx_zero(zero);
+        self.jump(label);
+        self.bind(zero);
     }
 
     pub fn jump_mem(&mut self, mem: Mem) {

@@ -16,17 +16,16 @@ pub mod exit {
     pub const INTERPRET: u32 = 0xffff_fffe;
     /// An instruction raised an exception on the host; `miss_address` is where.
     pub const HOST_FAULT: u32 = 0xffff_fffd;
-    /// A handler left; what it said is in `callout_flow`.
+    /// A handler left.
     pub const CALLOUT: u32 = 0xffff_fffc;
     /// Somebody wants the vCPU's attention; RIP is set.
     pub const ATTENTION: u32 = 0xffff_fffb;
     /// A handler faulted: `cpu.fault`.
     pub const FAULT: u32 = 0xffff_fffa;
-    /// As `INDIRECT`, by a jump in translated code. `miss_address` is the instruction's address and `miss` is what it has moved RSP by.
-    pub const JUMP: u32 = 0xffff_fff9;
-    /// The first number that is not a link's.
-    pub const FIRST: u32 = 0xffff_ff00;
 }
+
+/// Of so many jumps over links that are another address space's, one aims its link anew.
+pub const LINKS_BETWEEN_AIMS: u32 = 64;
 
 /// Fields with a fixed distance from RSP.
 #[derive(Debug)]
@@ -45,6 +44,10 @@ pub struct Frame {
     pub miss: u32,
     pub miss_address: u64,
     pub return_address: u64,
+    /// ADDEND during a call into Rust.
+    pub kept_addend: u64,
+    /// Links of other address spaces until one is aimed anew.
+    pub countdown: u32,
     /// 0: the host's vector registers are the guest's; 1: the guest's are in the processor.
     pub vectors_missing: u64,
     pub vectors_were_missing: u64,
@@ -71,8 +74,8 @@ pub struct Frame {
     pub time_stamp_disable: u64,
     pub bits_31: u64,
     pub bits_63: u64,
-    /// The translator, for calls out of translated code.
-    pub translator: u64,
+    /// The exposed address of the translator while its code runs.
+    pub translator: usize,
     /// In lockstep: what translated code has stored to.
     pub journal: Option<Box<Journal>>,
 }
@@ -88,6 +91,8 @@ impl Default for Frame {
             miss: 0,
             miss_address: 0,
             return_address: 0,
+            kept_addend: 0,
+            countdown: LINKS_BETWEEN_AIMS,
             vectors_missing: 1,
             vectors_were_missing: 1,
             callout_op: 0,
@@ -130,6 +135,8 @@ fields! {
     MISS = miss;
     MISS_ADDRESS = miss_address;
     RETURN_ADDRESS = return_address;
+    KEPT_ADDEND = kept_addend;
+    COUNTDOWN = countdown;
     VECTORS_MISSING = vectors_missing;
     VECTORS_WERE_MISSING = vectors_were_missing;
     CALLOUT_OP = callout_op;

@@ -18,7 +18,7 @@ use super::frame::{
 };
 use super::guest_code::{Item, item_at};
 use super::registers::{ADDEND, ADDRESS, SPARE, home};
-use super::thunks::Thunks;
+use super::thunks::{self, Thunks};
 use super::x87::X87Site;
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
 use crate::cpu_model::CpuModel;
@@ -357,9 +357,14 @@ impl<'a> Generator<'a> {
                 }
                 Cold::Link { entry, link } => {
                     self.asm.bind(entry);
+                    let site = self.links[link];
+                    if site.space_at.is_some() {
+                        self.asm.linear_constant(ADDRESS, site.target);
+                    }
                     self.asm.store32_imm(EXIT, (self.context.first_link + link) as u32);
                     self.asm.relocate(4, Relocation::Link);
-                    self.jump_thunk(self.context.thunks.exit);
+                    let thunks = &self.context.thunks;
+                    self.jump_thunk(if site.space_at.is_some() { thunks.far_link } else { thunks.link });
                 }
                 Cold::LoadVectors { entry, resume } => {
                     self.asm.bind(entry);
@@ -375,8 +380,7 @@ impl<'a> Generator<'a> {
                     self.asm.bind(entry);
                     self.store_linear(MISS_ADDRESS, rip);
                     self.asm.store32_imm(MISS, moved as u32);
-                    self.asm.store32_imm(EXIT, exit::JUMP);
-                    self.jump_thunk(self.context.thunks.exit);
+                    self.jump_thunk(self.context.thunks.jump);
                 }
             }
         }
@@ -410,11 +414,8 @@ impl<'a> Generator<'a> {
         let leave = self.leave_label(exit::ATTENTION, target);
         if live {
             let none = self.asm.label();
-            let some = self.asm.label();
             self.asm.load32(SPARE, JUMP_TABLE);
-            self.asm.jump_if_rcx_zero(some);
-            self.asm.raw(&[0xeb, 5]);
-            self.asm.bind(some);
+            self.asm.jump_unless_rcx_zero(none);
             self.asm.jump(leave);
             self.asm.bind(none);
         } else {
@@ -459,15 +460,12 @@ impl<'a> Generator<'a> {
         let mut space_at = None;
         if !same_page {
             // The way counts in one address space only.
-            let go = self.asm.label();
             self.asm.load32(SPARE, SPACE);
             // LEA ECX, [RCX + disp32]: always the long form, it is patched.
             self.asm.raw(&[0x8d, 0x89]);
             space_at = Some(self.asm.position());
             self.asm.imm32(0);
-            self.asm.jump_if_rcx_zero(go);
-            self.asm.jump(entry);
-            self.asm.bind(go);
+            self.asm.jump_unless_rcx_zero(entry);
         }
         self.asm.jump(entry);
         let jump_at = self.asm.position() - 4;
@@ -505,38 +503,24 @@ impl<'a> Generator<'a> {
 
     /// Leaves the instruction at `rip` to the interpreter if the address in ADDRESS is not canonical. Uses SPARE, no flags.
     pub fn check_canonical(&mut self, rip: u64) {
-        let good = self.asm.label();
         let leave = self.leave_label(exit::INTERPRET, rip);
         self.asm.rotate_right(SPARE, ADDRESS, 47);
         self.asm.lea(SPARE, Mem::base(SPARE, 1));
         self.asm.extract(SPARE, SPARE, super::frame::CANONICAL_MASK);
-        self.asm.jump_if_rcx_zero(good);
-        self.asm.jump(leave);
-        self.asm.bind(good);
+        self.asm.jump_unless_rcx_zero(leave);
     }
 
     /// Jumps to the guest address in ADDRESS. `rip`: of the instruction, which has moved RSP by `moved`: it faults itself if the address is not canonical.
     pub fn jump_indirect(&mut self, rip: u64, moved: i32) {
-        use super::arena::{HOSTS, KEYS};
-        use super::frame::JUMP_MASK;
         let miss = self.asm.label();
-        let hit = self.asm.label();
         self.asm.store(RIP, ADDRESS);
         if self.is_other_space() {
             self.asm.jump(miss);
             self.cold.push(Cold::Indirect { entry: miss, rip, moved });
             return;
         }
-        self.asm.extract(ADDEND, ADDRESS, JUMP_MASK);
-        self.asm.load32(SPARE, JUMP_TABLE);
-        self.asm.lea(ADDEND, Mem::indexed(ADDEND, SPARE, 0, 0));
-        self.asm.load(SPARE, Mem::indexed(RSP, ADDEND, 3, KEYS));
-        self.asm.not(SPARE);
-        self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
-        self.asm.jump_if_rcx_zero(hit);
-        self.asm.jump(miss);
-        self.asm.bind(hit);
-        self.asm.jump_mem(Mem::indexed(RSP, ADDEND, 3, HOSTS));
+        thunks::find_jump(&mut self.asm, miss);
+        self.asm.jump_mem(thunks::found_jump());
         self.cold.push(Cold::Indirect { entry: miss, rip, moved });
     }
 
@@ -601,7 +585,7 @@ impl<'a> Generator<'a> {
     }
 
     /// The look-up of the guest address in ADDRESS: afterwards ADDRESS + ADDEND is the host address of `bytes` bytes; after one for writing
-    /// SPARE is the address of the page's note. `reload` puts the address into ADDRESS again, using ADDEND and flags no more than it did.
+    /// SPARE is the address of the page's note.
     pub fn look_up(&mut self, item: &Item, bytes: u32, usage: Use, live: bool) {
         let retry = self.asm.label();
         let entry = self.asm.label();
@@ -627,7 +611,6 @@ impl<'a> Generator<'a> {
             self.asm.jump_if(condition::NOT_EQUAL, entry);
         } else {
             use super::frame::TEMPORARY;
-            let hit = self.asm.label();
             self.asm.store(TEMPORARY, ADDRESS);
             self.asm.extract(ADDEND, ADDRESS, INDEX_MASK);
             self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 3)), displacement: 0 });
@@ -640,9 +623,7 @@ impl<'a> Generator<'a> {
             self.asm.not(ADDRESS);
             self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
             self.asm.load(ADDRESS, TEMPORARY);
-            self.asm.jump_if_rcx_zero(hit);
-            self.asm.jump(entry);
-            self.asm.bind(hit);
+            self.asm.jump_unless_rcx_zero(entry);
             self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 2)), displacement: 0 });
         }
         if usage == Use::Write {

@@ -273,13 +273,9 @@ impl Translator {
     pub(super) fn compare(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks, before: &Before) -> Option<Outcome> {
         let mut journal = cpu.frame.journal.take().unwrap_or_default();
         let code = cpu.frame.exit;
-        match code {
-            exit::HOST_FAULT => {
-                let site = self.guest_of_fault(cpu.frame.miss_address)?;
-                cpu.rip = site.rip;
-            }
-            number if number < exit::FIRST => cpu.rip = self.link_target(number)?,
-            _ => {}
+        if code == exit::HOST_FAULT {
+            let site = self.guest_of_fault(cpu.frame.miss_address)?;
+            cpu.rip = site.rip;
         }
         let translated = Registers::take(cpu);
         let start = &before.0;
@@ -335,7 +331,7 @@ impl Translator {
         }
         if is_interpreters {
             cpu.interrupt_shadow = false;
-            return self.interpret(cpu, blocks);
+            return Some(self.interpret(cpu, blocks));
         }
         Some(Outcome::Leave)
     }

@@ -1,13 +1,13 @@
 //! The loop around translated code.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::Translator;
-use super::arena::CpuBox;
-use super::frame::exit;
+use super::arena::{CpuBox, Jumps, jumps_of};
+use super::frame::{LINKS_BETWEEN_AIMS, exit};
 use super::generate::{MISS_WRITE, NOTED_LEAVES};
 use super::lockstep::Before;
-use super::thunks::{Enter, Functions};
+use super::thunks::{Enter, Functions, GO_ON, LEAVE};
 use crate::block::COLD_FOR_EVER;
 use crate::block_cache::Blocks;
 use crate::cpu::{Cpu, RSP, cr4, is_canonical};
@@ -19,10 +19,10 @@ use crate::tlb::WATCHED;
 use crate::vector::class;
 
 /// The functions that translated code calls.
-pub const FUNCTIONS: Functions = Functions { miss, noted, callout, load_x87 };
+pub const FUNCTIONS: Functions = Functions { miss, noted, callout, load_x87, jump, link };
 
-/// A look-up missed: fills the table. Not 0: the access is the interpreter's.
-unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u32 {
+/// A look-up missed: fills the table, or leaves the access to the interpreter.
+unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u64 {
     // SAFETY: translated code passes the processor that runs it, to which nobody else has a reference meanwhile.
     let cpu = unsafe { &mut *cpu };
     cpu.counters.translated_misses += 1;
@@ -40,39 +40,39 @@ unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u32 {
             // SAFETY: the entry leads to guest RAM.
             unsafe { journal.keep(addend.wrapping_add(linear) as *mut u8) };
         }
-        return 0;
+        return GO_ON;
     }
     cpu.frame.exit = exit::INTERPRET;
-    1
+    LEAVE
 }
 
 /// A store to a watched page is done.
-unsafe extern "sysv64" fn noted(cpu: *mut Cpu) -> u32 {
+unsafe extern "sysv64" fn noted(cpu: *mut Cpu) -> u64 {
     // SAFETY: as in `miss`.
     let cpu = unsafe { &mut *cpu };
     let bytes = u64::from(cpu.frame.miss & !NOTED_LEAVES);
     cpu.stored_to_noted(cpu.frame.miss_address as *mut u8, bytes);
     cpu.frame.exit = exit::ATTENTION;
-    u32::from(cpu.frame.miss & NOTED_LEAVES != 0 && cpu.frame_attention())
+    if cpu.frame.miss & NOTED_LEAVES != 0 && cpu.frame_attention() { LEAVE } else { GO_ON }
 }
 
 /// Translated code is about to use the x87 registers.
-unsafe extern "sysv64" fn load_x87(cpu: *mut Cpu) -> u32 {
+unsafe extern "sysv64" fn load_x87(cpu: *mut Cpu) -> u64 {
     // SAFETY: as in `miss`.
     let cpu = unsafe { &mut *cpu };
     cpu.vector.make_x87_live();
-    0
+    GO_ON
 }
 
 /// An instruction that the interpreter runs.
-unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
+unsafe extern "sysv64" fn callout(pointer: *mut Cpu, op: *const Op) -> u64 {
     // SAFETY: as in `miss`; the op belongs to the unit that runs.
-    let (cpu, op) = unsafe { (&mut *cpu, &*op) };
+    let (cpu, op) = unsafe { (&mut *pointer, &*op) };
     if cpu.frame.journal.is_some() {
         // What handlers do cannot be taken back.
         cpu.rip = op.rip(cpu);
         cpu.frame.exit = exit::INTERPRET;
-        return 1;
+        return LEAVE;
     }
     cpu.counters.callouts += 1;
     cpu.freshen_tables();
@@ -88,16 +88,20 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
     match flow {
         Flow::Next => {
             if cpu.tlb.fetch_tag == tag && cpu.tlb.data_table() == table && !cpu.frame_attention() {
-                return 0;
+                return GO_ON;
             }
             cpu.rip = op.next_rip(cpu);
             cpu.frame.exit = exit::ATTENTION;
         }
-        Flow::Jump => cpu.frame.exit = exit::INDIRECT,
+        Flow::Jump => {
+            // SAFETY: the processor that translated code runs on, and no reference to it is used after this.
+            return unsafe { elsewhere(pointer) };
+        }
         Flow::Leave
             if cpu.nothing_waits() && cpu.nmi_blocked == nmi_blocked && cpu.apic.timer.deadline() == deadline =>
         {
-            cpu.frame.exit = exit::INDIRECT;
+            // SAFETY: as above.
+            return unsafe { elsewhere(pointer) };
         }
         Flow::Leave => cpu.frame.exit = exit::CALLOUT,
         Flow::Fault => {
@@ -106,15 +110,64 @@ unsafe extern "sysv64" fn callout(cpu: *mut Cpu, op: *const Op) -> u32 {
             cpu.frame.exit = exit::FAULT;
         }
     }
-    1
+    LEAVE
+}
+
+/// An indirect jump is not in the jump table.
+unsafe extern "sysv64" fn jump(pointer: *mut Cpu) -> u64 {
+    // SAFETY: as in `miss`.
+    let cpu = unsafe { &mut *pointer };
+    if cpu.judge_jump() {
+        cpu.frame.exit = exit::INTERPRET;
+        return LEAVE;
+    }
+    // SAFETY: as in `callout`.
+    unsafe { elsewhere(pointer) }
+}
+
+/// A link leads nowhere yet, or is another address space's; its number is in `exit`.
+unsafe extern "sysv64" fn link(pointer: *mut Cpu) -> u64 {
+    // SAFETY: as in `callout`.
+    let (translator, cpu, jumps) = unsafe { around(pointer) };
+    cpu.counters.exit_link += 1;
+    cpu.frame.countdown = LINKS_BETWEEN_AIMS;
+    translator.over_link(cpu, jumps).unwrap_or(LEAVE)
+}
+
+/// Where to go on after something has led to RIP.
+///
+/// # Safety
+/// As for [`around`].
+unsafe fn elsewhere(pointer: *mut Cpu) -> u64 {
+    // SAFETY: the caller's promise.
+    let (translator, cpu, jumps) = unsafe { around(pointer) };
+    cpu.counters.exit_indirect += 1;
+    cpu.frame.exit = exit::INDIRECT;
+    translator.successor(cpu, jumps).unwrap_or(LEAVE)
+}
+
+/// The translator whose code runs, its processor and jump tables.
+///
+/// # Safety
+/// `pointer` is what translated code passes to the functions that it calls; the call has no other references to these three.
+unsafe fn around<'a>(pointer: *mut Cpu) -> (&'a mut Translator, &'a mut Cpu, &'a mut Jumps) {
+    // SAFETY: `Translator::enter` made the pointers from its own exclusive references, which it does not use until translated code returns.
+    unsafe {
+        let translator = std::ptr::with_exposed_provenance_mut::<Translator>((*pointer).frame.translator);
+        (&mut *translator, &mut *pointer, jumps_of(pointer))
+    }
 }
 
 impl Cpu {
+    /// The index of the jump table in use, which others clear when they want attention.
+    fn attention_word(&self) -> &AtomicU32 {
+        // SAFETY: the word is only ever accessed atomically while other threads know of it.
+        unsafe { &*(&raw const self.frame.jump_table).cast() }
+    }
+
     /// Whether somebody has asked for attention since translated code was entered.
     fn frame_attention(&self) -> bool {
-        // SAFETY: the word is only ever accessed atomically while other threads know of it.
-        let word: &std::sync::atomic::AtomicU32 = unsafe { &*(&raw const self.frame.jump_table).cast() };
-        word.load(Ordering::Relaxed) == 0
+        self.attention_word().load(Ordering::Relaxed) == 0
     }
 
     /// Chooses the data table again after translated code has changed AC.
@@ -126,17 +179,15 @@ impl Cpu {
         }
     }
 
-    /// After a jump in translated code that led to no unit: it was the instruction's own fault if the address is not canonical (SDM vol. 2, JMP, CALL, RET).
-    fn judge_jump(&mut self) {
-        if self.frame.exit != exit::JUMP {
-            return;
-        }
-        self.frame.exit = exit::INDIRECT;
-        if !is_canonical(self.rip, 48) {
+    /// Whether an indirect jump in translated code faults itself, because RIP is not canonical now (SDM vol. 2, JMP, CALL, RET); then RIP and RSP
+    /// are put back: `miss_address` is the instruction's address, `miss` what it has moved RSP by.
+    fn judge_jump(&mut self) -> bool {
+        let faults = !is_canonical(self.rip, 48);
+        if faults {
             self.rip = self.frame.miss_address;
-            self.gpr[RSP] = self.gpr[RSP].wrapping_sub(u64::from(self.frame.miss));
-            self.frame.exit = exit::INTERPRET;
+            self.gpr[RSP] = self.gpr[RSP].wrapping_sub(self.frame.miss as i32 as i64 as u64);
         }
+        faults
     }
 
     /// Whether an interrupt waits for IF or for its turn.
@@ -223,82 +274,93 @@ impl Translator {
 
     /// Runs translated code from `host` on until it comes back. `None`: go on.
     fn enter(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks, host: u64, attention: &AtomicBool) -> Option<Outcome> {
-        let memory = cpu.memory().clone();
-        let word = memory.attention();
         let (processor, jumps) = cpu.split();
-        let mut host = host;
-        loop {
-            let table = self.select_space(processor, jumps);
-            // Either this sees a request for attention, or whoever makes it clears the word after this.
-            // In lockstep it stays as if somebody had asked: jumps backwards and indirect ones leave.
-            word.swap(if self.lockstep.is_some() { 0 } else { table }, Ordering::SeqCst);
-            if attention.load(Ordering::SeqCst) {
-                return Some(Outcome::Attention);
-            }
-            processor.frame.deferred = u32::from(processor.has_deferred());
-            let before = self.lockstep.is_some().then(|| Before::take(processor));
-            // SAFETY: the thunk is code of the signature; the cache is executable.
-            let enter: Enter = unsafe { std::mem::transmute(self.cache.address(self.thunks.enter)) };
-            // SAFETY: `host` is the start of a valid unit for the processor's address space and mode.
-            unsafe { enter(processor, host) };
-            processor.judge_jump();
-            let exit = processor.frame.exit;
-            processor.freshen_tables();
-            processor.counters.count_exit(exit);
-            if exit == exit::INTERPRET && processor.stopwatch.is_on() {
-                // It is counted when it runs.
-                processor.instructions = processor.instructions.wrapping_sub(1);
-            }
-            if let Some(before) = before {
-                return self.compare(cpu, blocks, &before);
-            }
-            if exit < exit::FIRST {
-                let target = self.link_target(exit)?;
-                processor.rip = target;
-                let unit = self.find(processor, jumps);
-                match unit {
-                    Some(unit) if self.is_valid(unit) => {
-                        self.aim(exit, unit, processor.frame.space);
-                        host = self.host_of(unit)?;
-                        continue;
-                    }
-                    _ => return None,
+        let table = self.select_space(processor, jumps);
+        // Either this sees a request for attention, or whoever makes it clears the word after this.
+        // In lockstep it stays as if somebody had asked: jumps backwards and indirect ones leave.
+        processor.attention_word().swap(if self.lockstep.is_some() { 0 } else { table }, Ordering::SeqCst);
+        if attention.load(Ordering::SeqCst) {
+            return Some(Outcome::Attention);
+        }
+        processor.frame.deferred = u32::from(processor.has_deferred());
+        let before = self.lockstep.is_some().then(|| Before::take(processor));
+        // SAFETY: the thunk is code of the signature; the cache is executable.
+        let enter: Enter = unsafe { std::mem::transmute(self.cache.address(self.thunks.enter)) };
+        processor.frame.translator = (&raw mut *self).expose_provenance();
+        // SAFETY: `host` is the start of a valid unit for the processor's address space and mode. No reference to the translator, the processor
+        // or its jump tables is used until this returns.
+        unsafe { enter(cpu.as_mut_ptr(), host) };
+        let processor = &mut **cpu;
+        let exit = processor.frame.exit;
+        processor.freshen_tables();
+        processor.counters.count_exit(exit);
+        if exit == exit::INTERPRET && processor.stopwatch.is_on() {
+            // It is counted when it runs.
+            processor.instructions = processor.instructions.wrapping_sub(1);
+        }
+        if let Some(before) = before {
+            return self.compare(cpu, blocks, &before);
+        }
+        match exit {
+            exit::INDIRECT | exit::ATTENTION => None,
+            exit::CALLOUT => Some(Outcome::Leave),
+            exit::FAULT => Some(Outcome::Fault),
+            exit::HOST_FAULT => {
+                let site = self.guest_of_fault(processor.frame.miss_address)?;
+                processor.rip = site.rip;
+                if let Some(last) = site.x87 {
+                    processor.remember_x87(last);
                 }
+                Some(self.interpret(cpu, blocks))
             }
-            match exit {
-                exit::INDIRECT => {
-                    let guards_user_pages = processor.cr4 & cr4::SMAP != 0;
-                    if !processor.may_run_translated() || guards_user_pages != self.guards_user_pages {
-                        return None;
-                    }
-                    self.select_space(processor, jumps);
-                    host = match self.known(processor.rip, jumps) {
-                        Some(host) => host,
-                        None => {
-                            let unit = self.find(processor, jumps)?;
-                            self.host_of(unit)?
-                        }
-                    };
-                }
-                exit::ATTENTION => return None,
-                exit::CALLOUT => return Some(Outcome::Leave),
-                exit::FAULT => return Some(Outcome::Fault),
-                exit::HOST_FAULT => {
-                    let site = self.guest_of_fault(processor.frame.miss_address)?;
-                    processor.rip = site.rip;
-                    if let Some(last) = site.x87 {
-                        processor.remember_x87(last);
-                    }
-                    return self.interpret(cpu, blocks);
-                }
-                _ => return self.interpret(cpu, blocks),
-            }
+            _ => Some(self.interpret(cpu, blocks)),
         }
     }
 
+    /// The code for RIP, which a handler or a jump in translated code has led to. `None`: the loop around translated code has to see to it.
+    fn successor(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u64> {
+        let guards_user_pages = cpu.cr4 & cr4::SMAP != 0;
+        cpu.freshen_tables();
+        if !cpu.may_run_translated() || guards_user_pages != self.guards_user_pages {
+            return None;
+        }
+        self.select_space(cpu, jumps);
+        let host = match self.known(cpu.rip, jumps) {
+            Some(host) => host,
+            None => {
+                let unit = self.find(cpu, jumps)?;
+                self.host_of(unit)?
+            }
+        };
+        cpu.frame.deferred = u32::from(cpu.has_deferred());
+        self.go_on_in_space(cpu, jumps).then_some(host)
+    }
+
+    /// The code that the link whose number is in `exit` leads to; RIP is set.
+    fn over_link(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u64> {
+        let link = std::mem::replace(&mut cpu.frame.exit, exit::INDIRECT);
+        cpu.rip = self.link_target(link)?;
+        if self.lockstep.is_some() {
+            return None;
+        }
+        cpu.freshen_tables();
+        let unit = self.find(cpu, jumps)?;
+        self.aim(link, unit, cpu.frame.space);
+        let host = self.host_of(unit)?;
+        self.go_on_in_space(cpu, jumps).then_some(host)
+    }
+
+    /// Lets translated code go on in the processor's address space, unless somebody wants attention.
+    fn go_on_in_space(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> bool {
+        let table = self.select_space(cpu, jumps);
+        let word = cpu.attention_word();
+        let now = word.load(Ordering::Relaxed);
+        now == table || now != 0 && word.compare_exchange(now, table, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+    }
+
     /// Interprets the instruction at RIP.
-    pub(super) fn interpret(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks) -> Option<Outcome> {
+    pub(super) fn interpret(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks) -> Outcome {
         cpu.counters.interpreted_singly += 1;
-        Some(blocks.run_one(cpu))
+        blocks.run_one(cpu)
     }
 }

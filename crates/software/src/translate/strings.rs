@@ -49,13 +49,11 @@ impl Generator<'_> {
         let live = item.live_before != 0;
         let bytes = 1 << shift;
         self.require_clear(cpu_field(offset_of!(Cpu, system_flags)), DIRECTION_MASK, rip);
-        let (again, work, nothing, done) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let (again, done) = (self.asm.label(), self.asm.label());
         let watched = self.leave_label(exit::INTERPRET, rip);
         let attention = self.leave_label(exit::ATTENTION, rip);
         self.asm.mov(SPARE, R9);
-        self.asm.jump_if_rcx_zero(nothing);
-        self.asm.jump(again);
-        self.asm.bind(nothing);
+        self.asm.jump_unless_rcx_zero(again);
         self.asm.jump(done);
         self.asm.bind(again);
         if moves {
@@ -67,9 +65,7 @@ impl Generator<'_> {
         self.asm.mov(ADDRESS, RDI);
         self.look_up(item, bytes, Use::Write, live);
         self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
-        self.asm.jump_if_rcx_zero(work);
-        self.asm.jump(watched);
-        self.asm.bind(work);
+        self.asm.jump_unless_rcx_zero(watched);
         if live {
             self.asm.store(kept(1), RAX);
             self.asm.flags_to_ax();
@@ -120,11 +116,8 @@ impl Generator<'_> {
         }
         self.asm.mov(SPARE, R9);
         self.asm.jump_if_rcx_zero(done);
-        let goes_on = self.asm.label();
         self.asm.load32(SPARE, JUMP_TABLE);
-        self.asm.jump_if_rcx_zero(goes_on);
-        self.asm.jump(again);
-        self.asm.bind(goes_on);
+        self.asm.jump_unless_rcx_zero(again);
         self.asm.jump(attention);
         self.asm.bind(done);
         true
@@ -132,12 +125,9 @@ impl Generator<'_> {
 
     /// Leaves the instruction at `rip` to the interpreter if any of the mask's bits is set in a field. Uses SPARE, changes no flag.
     pub fn require_clear(&mut self, field: Mem, mask: Mem, rip: u64) {
-        let clear = self.asm.label();
         let leave = self.leave_label(exit::INTERPRET, rip);
         self.asm.load(SPARE, field);
         self.asm.extract(SPARE, SPARE, mask);
-        self.asm.jump_if_rcx_zero(clear);
-        self.asm.jump(leave);
-        self.asm.bind(clear);
+        self.asm.jump_unless_rcx_zero(leave);
     }
 }

@@ -80,11 +80,8 @@ impl Generator<'_> {
             Mnemonic::Sti => {
                 // Whoever waits for this gets in after one more instruction: the interpreter knows how.
                 let wait = self.leave_label(exit::INTERPRET, item.instruction.ip());
-                let nobody = self.asm.label();
                 self.asm.load32(SPARE, DEFERRED);
-                self.asm.jump_if_rcx_zero(nobody);
-                self.asm.jump(wait);
-                self.asm.bind(nobody);
+                self.asm.jump_unless_rcx_zero(wait);
                 self.change_flag(WITHOUT_INTERRUPTS, flags::IF as i32);
                 return Ok(true);
             }

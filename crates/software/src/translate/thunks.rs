@@ -2,21 +2,25 @@
 
 use std::mem::offset_of;
 
-use super::assembler::{
-    Assembler, Binary, Label, Mem, R10, R11, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Reg, condition,
-};
+use super::arena::{HOSTS, KEYS};
+use super::assembler::{Assembler, Binary, Label, Mem, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Reg, condition};
 use super::frame::{
-    ARITHMETIC, CALLOUT_OP, EXIT, HOST_STACK, MISS_ADDRESS, RETURN_ADDRESS, TARGET, TEMPORARY, VECTORS_MISSING,
-    VECTORS_WERE_MISSING, cpu_field, exit, register_slot,
+    ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND, MISS_ADDRESS,
+    RETURN_ADDRESS, TARGET, TEMPORARY, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit, register_slot,
 };
-use super::registers::HOMES;
+use super::registers::{ADDEND, ADDRESS, HOMES, SPARE};
 use crate::cpu::Cpu;
 use crate::op::Op;
 use crate::vector::VectorState;
 
-/// Called by thunks. Returns 0 to go on where translated code called, else it leaves with the exit that the function stored.
-pub type Miss = unsafe extern "sysv64" fn(cpu: *mut Cpu) -> u32;
-pub type Callout = unsafe extern "sysv64" fn(cpu: *mut Cpu, op: *const Op) -> u32;
+/// What a function that translated code calls returns: go on where it was called.
+pub const GO_ON: u64 = 0;
+/// Leave translated code, with the exit that the function stored. Every other value is the address of translated code to go on with.
+pub const LEAVE: u64 = 1;
+
+/// Called by thunks.
+pub type Call = unsafe extern "sysv64" fn(cpu: *mut Cpu) -> u64;
+pub type Callout = unsafe extern "sysv64" fn(cpu: *mut Cpu, op: *const Op) -> u64;
 /// Enters translated code at `host`.
 pub type Enter = unsafe extern "sysv64" fn(cpu: *mut Cpu, host: u64);
 
@@ -24,13 +28,17 @@ pub type Enter = unsafe extern "sysv64" fn(cpu: *mut Cpu, host: u64);
 #[derive(Clone, Copy)]
 pub struct Functions {
     /// A look-up missed.
-    pub miss: Miss,
+    pub miss: Call,
     /// A store went to a page that somebody watches.
-    pub noted: Miss,
+    pub noted: Call,
     /// An instruction that has no translation.
     pub callout: Callout,
     /// The x87 registers are wanted in the host's.
-    pub load_x87: Miss,
+    pub load_x87: Call,
+    /// An indirect jump is not in the jump table.
+    pub jump: Call,
+    /// A link leads nowhere yet, or is another address space's.
+    pub link: Call,
 }
 
 /// Places of the thunks in the code cache, as distances from its start.
@@ -43,6 +51,12 @@ pub struct Thunks {
     pub callout: usize,
     pub load_vectors: usize,
     pub load_x87: usize,
+    /// Jumped to after an indirect jump that missed.
+    pub jump: usize,
+    /// Jumped to by a link that leads nowhere yet.
+    pub link: usize,
+    /// As `link`, for one that is another address space's: looks into the jump table first, for the address in ADDRESS.
+    pub far_link: usize,
     /// Where the signal handler goes on after an exception in translated code.
     pub landing: usize,
 }
@@ -59,27 +73,52 @@ fn above(mem: Mem, bytes: i32) -> Mem {
 }
 
 /// Writes all thunks at the start of a code cache.
-pub fn generate(asm: &mut Assembler, functions: Functions, avx: bool) -> Thunks {
-    let leave = asm.label();
+pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
+    let common = Common { leave: asm.label(), elsewhere: asm.label() };
     let mut thunks = Thunks { enter: asm.position(), ..Thunks::default() };
     enter(asm);
+    asm.bind(common.elsewhere);
+    asm.store(TARGET, RAX);
+    load_registers(asm);
+    asm.jump_mem(TARGET);
     thunks.exit = asm.position();
-    exit(asm, leave, avx);
+    save_registers(asm);
+    save_vectors(asm);
+    asm.bind(common.leave);
+    leave(asm);
     thunks.miss = asm.position();
-    call_out(asm, functions.miss as *const () as u64, leave, avx);
+    call_out(asm, functions.miss as *const () as u64, &common);
     thunks.noted = asm.position();
-    call_out(asm, functions.noted as *const () as u64, leave, avx);
+    call_out(asm, functions.noted as *const () as u64, &common);
     thunks.callout = asm.position();
-    call_out(asm, functions.callout as *const () as u64, leave, avx);
+    call_out(asm, functions.callout as *const () as u64, &common);
     thunks.load_x87 = asm.position();
-    call_out(asm, functions.load_x87 as *const () as u64, leave, avx);
+    call_out(asm, functions.load_x87 as *const () as u64, &common);
+    thunks.jump = asm.position();
+    jump_out(asm, functions.jump as *const () as u64, &common);
+    let link = asm.label();
+    thunks.far_link = asm.position();
+    far_link(asm, link);
+    thunks.link = asm.position();
+    asm.bind(link);
+    jump_out(asm, functions.link as *const () as u64, &common);
     thunks.load_vectors = asm.position();
-    load_vectors(asm, avx);
+    load_vectors(asm);
     thunks.landing = asm.position();
     asm.store(MISS_ADDRESS, RCX);
     asm.store32_imm(EXIT, exit::HOST_FAULT);
-    exit(asm, leave, avx);
+    save_registers(asm);
+    save_vectors(asm);
+    asm.jump(common.leave);
     thunks
+}
+
+/// Ways out of calls of Rust functions.
+struct Common {
+    /// Back to the loop around translated code.
+    leave: Label,
+    /// To the translated code whose address is in RAX.
+    elsewhere: Label,
 }
 
 fn enter(asm: &mut Assembler) {
@@ -111,14 +150,8 @@ fn save_registers(asm: &mut Assembler) {
     asm.store16(ARITHMETIC, RAX);
 }
 
-fn exit(asm: &mut Assembler, leave: Label, avx: bool) {
-    save_registers(asm);
-    save_vectors(asm, avx);
-    if asm.is_bound(leave) {
-        asm.jump(leave);
-        return;
-    }
-    asm.bind(leave);
+/// Back to who entered.
+fn leave(asm: &mut Assembler) {
     asm.load(RSP, HOST_STACK);
     for register in [R15, Reg(14), Reg(13), Reg(12), RBP, RBX] {
         asm.pop(register);
@@ -127,18 +160,14 @@ fn exit(asm: &mut Assembler, leave: Label, avx: bool) {
 }
 
 /// Puts the guest's vector registers back, if they are loaded; notes in `vectors_were_missing` whether they were.
-fn save_vectors(asm: &mut Assembler, avx: bool) {
+fn save_vectors(asm: &mut Assembler) {
     let skip = asm.label();
     asm.load(RCX, VECTORS_MISSING);
     asm.store(VECTORS_WERE_MISSING, RCX);
     asm.binary_imm(Binary::Cmp, RCX, 0);
     asm.jump_if(condition::NOT_EQUAL, skip);
     for register in 0..16 {
-        if avx {
-            asm.store_ymm(ymm_slot(register), register);
-        } else {
-            asm.store_xmm(ymm_slot(register), register);
-        }
+        asm.store_ymm(ymm_slot(register), register);
     }
     asm.store_mxcsr(cpu_field(offset_of!(Cpu, vector) + VectorState::MXCSR_OFFSET));
     asm.load_mxcsr(cpu_field(offset_of!(Cpu, vector) + VectorState::HOST_MXCSR_OFFSET));
@@ -146,40 +175,78 @@ fn save_vectors(asm: &mut Assembler, avx: bool) {
     asm.bind(skip);
 }
 
-/// A call into Rust and back. The caller's return address is on the stack.
-fn call_out(asm: &mut Assembler, function: u64, leave: Label, avx: bool) {
-    asm.pop(R11);
-    asm.store(RETURN_ADDRESS, R11);
-    asm.store(MISS_ADDRESS, R10);
+/// Calls a Rust function with the guest's registers in the processor. What it returns is in RAX and has been compared with LEAVE.
+fn call_rust(asm: &mut Assembler, function: u64) {
     save_registers(asm);
-    save_vectors(asm, avx);
+    save_vectors(asm);
     asm.mov(RDI, RSP);
     asm.load(RSI, CALLOUT_OP);
     asm.constant(RAX, function);
     asm.call_reg(RAX);
-    // TEST EAX, EAX
-    asm.raw(&[0x85, 0xc0]);
-    asm.jump_if(condition::NOT_EQUAL, leave);
+    asm.binary_imm(Binary::Cmp, RAX, LEAVE as i32);
+}
+
+/// A call into Rust and back, or elsewhere. The caller's return address is on the stack. Registers and flags stay, SPARE apart.
+fn call_out(asm: &mut Assembler, function: u64, common: &Common) {
+    asm.pop_mem(RETURN_ADDRESS);
+    asm.store(MISS_ADDRESS, ADDRESS);
+    asm.store(KEPT_ADDEND, ADDEND);
+    call_rust(asm, function);
+    asm.jump_if(condition::EQUAL, common.leave);
+    asm.jump_if(condition::ABOVE, common.elsewhere);
     let skip = asm.label();
     asm.binary_mem_imm(Binary::Cmp, VECTORS_WERE_MISSING, 0);
     asm.jump_if(condition::NOT_EQUAL, skip);
     load_mxcsr(asm, 0);
-    load_vector_registers(asm, avx, 0);
+    load_vector_registers(asm, 0);
     asm.store_imm(VECTORS_MISSING, 0);
     asm.bind(skip);
     load_registers(asm);
-    asm.load(R10, MISS_ADDRESS);
+    asm.load(ADDRESS, MISS_ADDRESS);
+    asm.load(ADDEND, KEPT_ADDEND);
     asm.jump_mem(RETURN_ADDRESS);
 }
 
-fn load_vector_registers(asm: &mut Assembler, avx: bool, bias: i32) {
+/// A call into Rust that never comes back to where it was.
+fn jump_out(asm: &mut Assembler, function: u64, common: &Common) {
+    call_rust(asm, function);
+    asm.jump_if(condition::ABOVE, common.elsewhere);
+    asm.jump(common.leave);
+}
+
+/// Jumps to the code for the guest address in ADDRESS if the jump table knows it, else to `link`; now and then to `link` all the same, so
+/// that a link that is used often is aimed at its code again. Changes no flag.
+fn far_link(asm: &mut Assembler, link: Label) {
+    asm.load32(SPARE, COUNTDOWN);
+    asm.lea32(SPARE, Mem::base(SPARE, -1));
+    asm.store32(COUNTDOWN, SPARE);
+    let asks = asm.label();
+    asm.jump_if_rcx_zero(asks);
+    find_jump(asm, asks);
+    asm.jump_mem(found_jump());
+    asm.bind(asks);
+    asm.jump(link);
+}
+
+/// Looks the guest address in ADDRESS up in the jump table; uses SPARE and ADDEND, no flags. Goes to `missing`, or on with ADDEND for [`found_jump`].
+pub fn find_jump(asm: &mut Assembler, missing: Label) {
+    asm.extract(ADDEND, ADDRESS, JUMP_MASK);
+    asm.load32(SPARE, JUMP_TABLE);
+    asm.lea(ADDEND, Mem::indexed(ADDEND, SPARE, 0, 0));
+    asm.load(SPARE, Mem::indexed(RSP, ADDEND, 3, KEYS));
+    asm.not(SPARE);
+    asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
+    asm.jump_unless_rcx_zero(missing);
+}
+
+/// Where the code is that [`find_jump`] has found.
+pub fn found_jump() -> Mem {
+    Mem::indexed(RSP, ADDEND, 3, HOSTS)
+}
+
+fn load_vector_registers(asm: &mut Assembler, bias: i32) {
     for register in 0..16 {
-        let slot = above(ymm_slot(register), bias);
-        if avx {
-            asm.load_ymm(register, slot);
-        } else {
-            asm.load_xmm(register, slot);
-        }
+        asm.load_ymm(register, above(ymm_slot(register), bias));
     }
 }
 
@@ -202,13 +269,13 @@ fn load_mxcsr(asm: &mut Assembler, bias: i32) {
 }
 
 /// Loads the vector registers; called by code that is about to use them, with flags live. Uses RCX.
-fn load_vectors(asm: &mut Assembler, avx: bool) {
+fn load_vectors(asm: &mut Assembler) {
     let temporary = |index: i32| above(TEMPORARY, 8 + 8 * index);
     asm.store(temporary(0), RAX);
     asm.flags_to_ax();
     asm.store(temporary(1), RAX);
     load_mxcsr(asm, 8);
-    load_vector_registers(asm, avx, 8);
+    load_vector_registers(asm, 8);
     asm.store_imm(above(VECTORS_MISSING, 8), 0);
     asm.load_u16(RAX, temporary(1));
     asm.flags_from_ax();

@@ -154,15 +154,12 @@ pub struct Translator {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Statistics {
     pub units: u64,
-    /// Units that are copies of one at another linear address.
-    pub copies: u64,
     pub code_bytes: u64,
     pub flushes: u64,
     /// Units dropped to make room for others.
     pub evicted: u64,
     /// The longest that making room or a flush took, in time of the thread.
     pub pause_ns_max: u64,
-    pub linked: u64,
 }
 
 impl Statistics {
@@ -187,7 +184,7 @@ impl Translator {
         super::signal::install()?;
         let mut cache = CodeCache::new(code_bytes)?;
         let mut asm = super::assembler::Assembler::default();
-        let thunks = thunks::generate(&mut asm, functions, true);
+        let thunks = thunks::generate(&mut asm, functions);
         if !asm.resolve() {
             return Ok(None);
         }
@@ -485,7 +482,6 @@ impl Translator {
             self.cache.patch(base as usize + at, (space as i32).wrapping_neg());
         }
         self.cache.aim(base as usize + site.jump_at, target);
-        self.statistics.linked += 1;
     }
 
     /// The guest's instruction that raised an exception at a host address.
@@ -671,13 +667,8 @@ impl Translator {
         self.by_address.insert((linear, copy.physical, copy.table), id);
         self.pages.entry(copy.physical / PAGE_SIZE).or_default().push(id);
         self.units.push_back(copy);
-        self.statistics.copies += 1;
         self.statistics.code_bytes += code.len() as u64;
         Some(id)
-    }
-
-    pub(super) fn is_valid(&self, id: u32) -> bool {
-        self.unit(id).is_some_and(|unit| unit.valid)
     }
 }
 
