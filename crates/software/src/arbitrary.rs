@@ -23,6 +23,9 @@ const POINTERS: u64 = 0xd000;
 /// Code that real and virtual-8086 mode can reach.
 const LOW_CODE: u64 = 0x1_0000;
 const CODE_BYTES_MAX: usize = 512;
+/// Bits of CR4 that no CPU model offers.
+const VME: u64 = 1 << 0;
+const PVI: u64 = 1 << 1;
 
 /// The input, taken piece by piece; zeros when it is used up.
 struct Input<'a>(&'a [u8]);
@@ -177,8 +180,7 @@ impl TestBench {
         };
         let more = input.number(3);
         cpu.cr4 |= cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
-        cpu.cr4 ^=
-            more & (cr4::VME | cr4::PVI | cr4::TSD | cr4::DE | cr4::UMIP | cr4::SMEP | cr4::SMAP | cr4::FSGSBASE);
+        cpu.cr4 ^= more & (VME | PVI | cr4::TSD | cr4::DE | cr4::UMIP | cr4::SMEP | cr4::SMAP | cr4::FSGSBASE);
         cpu.cr0 ^= input.number(1) & (cr0::MP | cr0::TS | cr0::EM);
         cpu.xcr0 = 7;
         let size = match start {

@@ -15,7 +15,6 @@ use crate::flags::{self, ArithmeticFlags};
 use crate::msr::Msrs;
 use crate::paravirt::Paravirt;
 use crate::stopwatch::Stopwatch;
-use crate::time;
 use crate::tlb::Tlb;
 use crate::translate::Frame;
 use crate::vector::VectorState;
@@ -57,8 +56,6 @@ pub mod cr0 {
 }
 
 pub mod cr4 {
-    pub const VME: u64 = 1 << 0;
-    pub const PVI: u64 = 1 << 1;
     pub const TSD: u64 = 1 << 2;
     pub const DE: u64 = 1 << 3;
     pub const PSE: u64 = 1 << 4;
@@ -209,12 +206,6 @@ pub struct SystemCallRegisters {
 }
 
 impl Cpu {
-    /// A processor of the newest model, alone in its machine.
-    pub fn new(services: EngineServices) -> Cpu {
-        let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap_or_else(|_| CpuModel::empty());
-        Cpu::with_platform(services, Arc::new(model), LocalApic::alone(time::tsc_khz()), time::host_tsc())
-    }
-
     /// A processor of a model with its local APIC, in a machine that was switched on at `epoch_tsc`; after power-on (SDM vol. 3, table 10-1).
     pub fn with_platform(services: EngineServices, model: Arc<CpuModel>, apic: LocalApic, epoch_tsc: u64) -> Cpu {
         let data = SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };

@@ -188,11 +188,6 @@ impl CpuModel {
         Ok(model)
     }
 
-    /// A model without any feature.
-    pub(crate) fn empty() -> Self {
-        CpuModel { name: "none", features: 0, missing: 0 }
-    }
-
     /// The model's name.
     pub fn name(&self) -> &'static str {
         self.name

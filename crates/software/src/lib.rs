@@ -1,6 +1,6 @@
 //! The software engine: unmodified x86-64 guests without hardware virtualization.
 //!
-//! Stage 1: guest code is decoded once into blocks of [`op::Op`]s (one instruction each, with its operands resolved and
+//! Stage 1: guest code is decoded once into blocks of ops (one instruction each, with its operands resolved and
 //! a handler chosen for its exact form) and then interpreted from there. Integer, control-flow and system instructions are
 //! handlers in Rust; vector and x87 instructions run on the host CPU itself through small generated stubs, so their results are the CPU's own.
 //!
@@ -14,14 +14,14 @@
 //! Map: `cpu` (the registers of one vCPU), `fault` (exceptions on their way), `flags` (arithmetic flags as the host CPU computes
 //! them), `op` (a decoded instruction), `tlb`, `page_walk`, `access` (guest memory at linear addresses), `segmentation`
 //! (from offsets to linear addresses), `lower` (from bytes to ops), `ops` (handlers of general-purpose instructions), `block` and
-//! `block_cache` (runs of ops and where they are found), `run` (the inner loop), `testbench` (a bare processor for tests). Around the core: `cpu_feature`, `cpu_model` and `msr` (what processor the guest sees), `time` (the TSC), `alarm` (what interrupts translated code in time), `apic`
+//! `block_cache` (runs of ops and where they are found), `run` (the inner loop), `testbench` (a bare processor for tests, and `arbitrary`, which makes a guest of arbitrary bytes; both are there only with the feature `testbench`). Around the core: `cpu_feature`, `cpu_model` and `msr` (what processor the guest sees), `time` (the TSC), `alarm` (what interrupts translated code in time), `apic`
 //! (local APICs and the inboxes by which threads reach each other), `paravirt` (KVM's clock and hypercalls), `vcpu` (the outer loop), `engine`, `debugger` (a debugger's breakpoints and steps), `trace`, `counters`.
 
 mod access;
 mod alarm;
 mod apic;
-#[doc(hidden)]
-pub mod arbitrary;
+#[cfg(any(test, feature = "testbench"))]
+mod arbitrary;
 mod block;
 mod block_cache;
 mod counters;
@@ -43,7 +43,7 @@ mod second_level;
 mod segmentation;
 mod stopwatch;
 mod system;
-#[doc(hidden)]
+#[cfg(any(test, feature = "testbench"))]
 pub mod testbench;
 mod time;
 mod tlb;

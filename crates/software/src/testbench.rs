@@ -8,11 +8,14 @@ use polder_machine::state::SegmentState;
 use polder_machine::{Bus, EngineServices, EoiListener};
 use polder_memory::{CodeWatcher, GuestAddress, GuestMemory};
 
+use crate::apic::{Inbox, LocalApic, Router};
 use crate::block_cache::Blocks;
 pub use crate::cpu::CodeSize;
 use crate::cpu::{CS, Cpu, SS, cr0, cr4, efer};
+use crate::cpu_model::CpuModel;
 use crate::fault::Exception;
 use crate::run::Outcome;
+use crate::time;
 pub use crate::translate::CpuBox;
 use crate::translate::{ArenaMemory, FUNCTIONS, Translator};
 
@@ -74,6 +77,14 @@ impl Drop for Ticker {
     }
 }
 
+/// A processor of the newest model, alone in its machine.
+fn alone(services: EngineServices) -> Cpu {
+    let model = CpuModel::named(CpuModel::NEWEST, &[]).expect("the newest model has a name");
+    let router = Arc::new(Router::new(vec![Arc::new(Inbox::default())]));
+    let apic = LocalApic::new(router, 0, time::tsc_khz());
+    Cpu::with_platform(services, Arc::new(model), apic, time::host_tsc())
+}
+
 /// Why a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
@@ -112,7 +123,7 @@ impl TestBench {
             eoi: Arc::new(NoListener),
             clock: Arc::new(SystemClock),
         };
-        let cpu = CpuBox::new(Cpu::new(services)).expect("memory for a test");
+        let cpu = CpuBox::new(alone(services)).expect("memory for a test");
         let _ = stale.arena.set(cpu.memory().clone());
         let mut bench = TestBench { cpu, translator: None, _ticker: None, blocks: Blocks::new(), stale };
         bench.write_page_tables();
@@ -180,7 +191,7 @@ impl TestBench {
         self.drop_stale();
         self.blocks.flush();
         let services = self.cpu.services.clone();
-        *self.cpu = Cpu::new(services);
+        *self.cpu = alone(services);
         if let Some(translator) = &mut self.translator {
             translator.flush(self.cpu.split().1);
         }

@@ -109,11 +109,6 @@ impl LocalApic {
         apic
     }
 
-    /// An APIC alone in its machine.
-    pub fn alone(tsc_khz: u64) -> Self {
-        LocalApic::new(Arc::new(Router::new(vec![Arc::new(Inbox::default())])), 0, tsc_khz)
-    }
-
     /// Power-on: xAPIC mode at the default address.
     pub fn reset(&mut self) {
         let bsp = if self.index == 0 { BASE_BSP } else { 0 };
@@ -478,10 +473,5 @@ impl LocalApic {
             return;
         }
         self.router.deliver(Message { destination, delivery: mode, vector, is_level: false });
-    }
-
-    /// The local interrupt pin 1, where a PC has its NMI button.
-    pub fn raise_lint1(&mut self) {
-        self.local_interrupt(LVT_LINT1);
     }
 }
