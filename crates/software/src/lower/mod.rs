@@ -10,6 +10,7 @@ mod integer;
 mod system;
 mod vector;
 
+pub(crate) use integer::condition;
 pub use integer::fuse;
 pub(crate) use vector::{leaves_pointers as x87_leaves_pointers, x87_opcode};
 

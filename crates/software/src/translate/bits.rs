@@ -3,10 +3,10 @@
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::assembler::Mem;
+use super::forms::{has_wide_address, renamed};
 use super::frame::{BITS_31, BITS_63};
 use super::generate::{Generator, Result, Use};
 use super::guest_code::{Item, general_register};
-use super::instruction::{has_wide_address, renamed};
 use super::registers::{ADDEND, ADDRESS, SPARE};
 
 impl Generator<'_> {

@@ -148,7 +148,6 @@ fields! {
     DEFERRED = deferred;
     TABLES_STALE = tables_stale;
     CANONICAL_MASK = canonical_mask;
-    TEMPORARY = temporary;
     DIRECTION_MASK = direction_mask;
     TIME_STAMP_DISABLE = time_stamp_disable;
     BITS_31 = bits_31;
@@ -157,6 +156,11 @@ fields! {
 
 pub const RIP: Mem = cpu_field(offset_of!(Cpu, rip));
 pub const ARITHMETIC: Mem = cpu_field(offset_of!(Cpu, arithmetic));
+
+/// One of the places for values that wait while the scratch registers are in use.
+pub const fn temporary(index: usize) -> Mem {
+    Mem::base(RSP, frame_offset(offset_of!(Frame, temporary) + 8 * index))
+}
 
 /// The slot of a guest register in [`Cpu::gpr`].
 pub const fn register_slot(register: u8) -> Mem {

@@ -9,22 +9,18 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory, Register};
+use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory};
 
-use super::assembler::{Assembler, Binary, Label, Mem, RSP, Reg, Relocation, condition};
-use super::frame::{
-    CALLOUT_OP, EXIT, INDEX_MASK, JUMP_TABLE, MISS, MISS_ADDRESS, PAGE_MASK, RIP, SPACE, VECTORS_MISSING, cpu_field,
-    exit, register_slot,
-};
+use super::assembler::{Assembler, Binary, Label, Mem, Reg, Relocation, condition};
+use super::frame::{CALLOUT_OP, EXIT, MISS, MISS_ADDRESS, RIP, VECTORS_MISSING, cpu_field, exit, register_slot};
 use super::guest_code::{Item, item_at};
 use super::registers::{ADDEND, ADDRESS, SPARE, home};
-use super::thunks::{self, Thunks};
+use super::thunks::Thunks;
 use super::x87::X87Site;
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
 use crate::cpu_model::CpuModel;
 use crate::lower::{self, CodeContext};
 use crate::op::Op;
-use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb};
 use crate::vector::VectorState;
 
 /// Bit of [`super::frame::Frame::miss`] for a write.
@@ -34,7 +30,7 @@ pub const MISS_WRITE: u32 = 1 << 31;
 pub const NOTED_LEAVES: u32 = 1 << 30;
 
 /// Code off the straight path, emitted after it.
-enum Cold {
+pub enum Cold {
     /// A look-up missed: fill the table and try again, or leave the instruction at `rip` to the interpreter.
     Miss {
         entry: Label,
@@ -155,11 +151,11 @@ pub struct Generator<'a> {
     pub items: &'a [Item],
     pub info: InstructionInfoFactory,
     encoder: Encoder,
-    labels: Vec<Label>,
-    cold: Vec<Cold>,
-    links: Vec<LinkSite>,
+    pub labels: Vec<Label>,
+    pub cold: Vec<Cold>,
+    pub links: Vec<LinkSite>,
     /// (link, label of its stub), to fill in `LinkSite::stub`.
-    link_stubs: Vec<Label>,
+    pub link_stubs: Vec<Label>,
     ops: Ops,
     faults: Vec<FaultSite>,
     /// The vector registers are surely loaded here.
@@ -169,15 +165,14 @@ pub struct Generator<'a> {
     /// The last x87 instruction, while its pointers are still to be stored.
     pub last_x87: Option<X87Site>,
     /// The data table at each item, where STAC and CLAC are translated.
-    tables: Option<Vec<usize>>,
+    pub tables: Option<Vec<usize>>,
     /// The data table that the unit was entered with.
-    entry_table: usize,
+    pub entry_table: usize,
     /// Items that jumps inside the unit lead to.
     is_target: Vec<bool>,
 }
 
 const X87_MISSING: Mem = cpu_field(offset_of!(Cpu, vector) + VectorState::X87_MISSING_OFFSET);
-const TLB: usize = offset_of!(Cpu, tlb) + Tlb::DATA_OFFSET;
 
 impl<'a> Generator<'a> {
     pub fn new(context: Context<'a>, items: &'a [Item]) -> Self {
@@ -404,124 +399,9 @@ impl<'a> Generator<'a> {
         self.faults.push(FaultSite { at: self.asm.position() as u32, rip, x87: self.last_x87 });
     }
 
-    /// Whether two addresses lie in one page.
-    fn same_page(&self, target: u64) -> bool {
-        self.items.first().is_some_and(|first| first.instruction.ip() >> 12 == target >> 12)
-    }
-
-    /// Looks for attention before a jump backwards; SPARE is used.
-    pub fn poll(&mut self, target: u64, live: bool) {
-        let leave = self.leave_label(exit::ATTENTION, target);
-        if live {
-            let none = self.asm.label();
-            self.asm.load32(SPARE, JUMP_TABLE);
-            self.asm.jump_unless_rcx_zero(none);
-            self.asm.jump(leave);
-            self.asm.bind(none);
-        } else {
-            self.asm.binary32_mem_imm(Binary::Cmp, JUMP_TABLE, 0);
-            self.asm.jump_if(condition::EQUAL, leave);
-        }
-    }
-
     /// Whether STAC and CLAC are translated in this unit.
     pub fn switches_tables(&self) -> bool {
         self.tables.is_some()
-    }
-
-    /// Whether the code that is run next has another data table than this unit's.
-    fn is_other_space(&self) -> bool {
-        self.context.table != self.entry_table
-    }
-
-    /// Jumps to a known address: inside the unit, or by a link.
-    pub fn link(&mut self, target: u64, live: bool) {
-        let inside = item_at(self.items, target);
-        if let Some(index) = inside {
-            if self.asm.is_bound(self.labels[index]) {
-                self.poll(target, live);
-            }
-            let label = self.labels[index];
-            self.asm.jump(label);
-            return;
-        }
-        if self.is_other_space() {
-            let leave = self.leave_label(exit::INDIRECT, target);
-            self.asm.jump(leave);
-            return;
-        }
-        let same_page = self.same_page(target);
-        let is_backward = self.items.first().is_some_and(|first| target <= first.instruction.ip());
-        if is_backward {
-            self.poll(target, live);
-        }
-        let link = self.links.len();
-        let entry = self.asm.label();
-        let mut space_at = None;
-        if !same_page {
-            // The way counts in one address space only.
-            self.asm.load32(SPARE, SPACE);
-            // LEA ECX, [RCX + disp32]: always the long form, it is patched.
-            self.asm.raw(&[0x8d, 0x89]);
-            space_at = Some(self.asm.position());
-            self.asm.imm32(0);
-            self.asm.jump_unless_rcx_zero(entry);
-        }
-        self.asm.jump(entry);
-        let jump_at = self.asm.position() - 4;
-        self.links.push(LinkSite { target, jump_at, space_at, stub: 0 });
-        self.link_stubs.push(entry);
-        self.cold.push(Cold::Link { entry, link });
-    }
-
-    /// Jcc to a known address.
-    pub fn link_if(&mut self, code: u8, target: u64, live: bool) {
-        if let Some(index) = item_at(self.items, target) {
-            let label = self.labels[index];
-            if !self.asm.is_bound(label) {
-                self.asm.jump_if(code, label);
-                return;
-            }
-        } else if !self.is_other_space()
-            && self.same_page(target)
-            && self.items.first().is_some_and(|first| target > first.instruction.ip())
-        {
-            let link = self.links.len();
-            let entry = self.asm.label();
-            self.asm.jump_if(code, entry);
-            let jump_at = self.asm.position() - 4;
-            self.links.push(LinkSite { target, jump_at, space_at: None, stub: 0 });
-            self.link_stubs.push(entry);
-            self.cold.push(Cold::Link { entry, link });
-            return;
-        }
-        let skip = self.asm.label();
-        self.asm.jump_if(code ^ 1, skip);
-        self.link(target, live);
-        self.asm.bind(skip);
-    }
-
-    /// Leaves the instruction at `rip` to the interpreter if the address in ADDRESS is not canonical. Uses SPARE, no flags.
-    pub fn check_canonical(&mut self, rip: u64) {
-        let leave = self.leave_label(exit::INTERPRET, rip);
-        self.asm.rotate_right(SPARE, ADDRESS, 47);
-        self.asm.lea(SPARE, Mem::base(SPARE, 1));
-        self.asm.extract(SPARE, SPARE, super::frame::CANONICAL_MASK);
-        self.asm.jump_unless_rcx_zero(leave);
-    }
-
-    /// Jumps to the guest address in ADDRESS. `rip`: of the instruction, which has moved RSP by `moved`: it faults itself if the address is not canonical.
-    pub fn jump_indirect(&mut self, rip: u64, moved: i32) {
-        let miss = self.asm.label();
-        self.asm.store(RIP, ADDRESS);
-        if self.is_other_space() {
-            self.asm.jump(miss);
-            self.cold.push(Cold::Indirect { entry: miss, rip, moved });
-            return;
-        }
-        thunks::find_jump(&mut self.asm, miss);
-        self.asm.jump_mem(thunks::found_jump());
-        self.cold.push(Cold::Indirect { entry: miss, rip, moved });
     }
 
     /// Loads a guest register into a host register, or tells where it is.
@@ -538,122 +418,6 @@ impl<'a> Generator<'a> {
             Some(host) => self.asm.mov(host, from),
             None => self.asm.store(register_slot(guest), from),
         }
-    }
-
-    /// Puts the effective address of the instruction's memory operand into `to`, without a segment's base. Uses ADDRESS and ADDEND.
-    pub fn effective_address(&mut self, instruction: &Instruction, to: Reg) -> Result<()> {
-        let base = instruction.memory_base();
-        let index = instruction.memory_index();
-        let displacement = instruction.memory_displacement64();
-        if base == Register::RIP {
-            self.asm.linear_constant(to, displacement);
-            return Ok(());
-        }
-        if base == Register::None && index == Register::None {
-            self.asm.constant(to, displacement);
-            return Ok(());
-        }
-        let number = |register: Register| (register.is_gpr64()).then(|| register.full_register().number() as u8);
-        let base = match base {
-            Register::None => None,
-            base => Some(self.register(number(base).ok_or(GiveUp)?, ADDRESS)),
-        };
-        let index = match index {
-            Register::None => None,
-            index => {
-                let register = self.register(number(index).ok_or(GiveUp)?, ADDEND);
-                Some((register, instruction.memory_index_scale().trailing_zeros() as u8))
-            }
-        };
-        let displacement = i32::try_from(displacement as i64).map_err(|_| GiveUp)?;
-        match (base, index) {
-            (Some(base), None) if displacement == 0 => self.asm.mov(to, base),
-            _ => self.asm.lea(to, Mem { base, index, displacement }),
-        }
-        Ok(())
-    }
-
-    /// Adds the base of FS or GS to ADDRESS. Uses SPARE.
-    pub fn add_segment_base(&mut self, instruction: &Instruction) {
-        let segment = match instruction.memory_segment() {
-            Register::FS => crate::cpu::FS,
-            Register::GS => crate::cpu::GS,
-            _ => return,
-        };
-        self.asm.load(SPARE, segment_base(segment));
-        self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, SPARE, 0, 0));
-    }
-
-    /// The look-up of the guest address in ADDRESS: afterwards ADDRESS + ADDEND is the host address of `bytes` bytes; after one for writing
-    /// SPARE is the address of the page's note.
-    pub fn look_up(&mut self, item: &Item, bytes: u32, usage: Use, live: bool) {
-        let retry = self.asm.label();
-        let entry = self.asm.label();
-        let table = (TLB + self.context.table * DATA_ENTRIES * size_of::<DataEntry>()) as i32;
-        let tag = match usage {
-            Use::Read => offset_of!(DataEntry, read_tag),
-            Use::Write => offset_of!(DataEntry, write_tag),
-        } as i32;
-        let field = |offset: i32| Mem::indexed(RSP, ADDEND, 0, table + offset);
-        let generation = cpu_field(offset_of!(Cpu, tlb) + Tlb::generation_offset(self.context.table));
-        if self.context.keeps_journal && usage == Use::Write {
-            self.asm.jump(entry);
-        }
-        self.asm.bind(retry);
-        if !live {
-            self.asm.mov(ADDEND, ADDRESS);
-            self.asm.shift_right(ADDEND, 12 - ENTRY_SHIFT);
-            self.asm.binary32_imm(Binary::And, ADDEND, ((DATA_ENTRIES - 1) << ENTRY_SHIFT) as i32);
-            self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
-            self.asm.binary_imm(Binary::And, SPARE, -4096);
-            self.asm.binary_mem(Binary::Or, SPARE, generation);
-            self.asm.binary_mem(Binary::Cmp, SPARE, field(tag));
-            self.asm.jump_if(condition::NOT_EQUAL, entry);
-        } else {
-            use super::frame::TEMPORARY;
-            self.asm.store(TEMPORARY, ADDRESS);
-            self.asm.extract(ADDEND, ADDRESS, INDEX_MASK);
-            self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 3)), displacement: 0 });
-            self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
-            self.asm.extract(SPARE, SPARE, PAGE_MASK);
-            self.asm.rotate_right(SPARE, SPARE, 52);
-            self.asm.load(ADDRESS, generation);
-            self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 0));
-            self.asm.load(ADDRESS, Mem::indexed(RSP, ADDEND, 2, table + tag));
-            self.asm.not(ADDRESS);
-            self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
-            self.asm.load(ADDRESS, TEMPORARY);
-            self.asm.jump_unless_rcx_zero(entry);
-            self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 2)), displacement: 0 });
-        }
-        if usage == Use::Write {
-            self.asm.load(SPARE, field(offset_of!(DataEntry, note) as i32));
-        }
-        self.asm.load(ADDEND, field(offset_of!(DataEntry, addend) as i32));
-        let write = if usage == Use::Write { MISS_WRITE } else { 0 };
-        self.cold.push(Cold::Miss {
-            entry,
-            retry,
-            miss: bytes | write,
-            rip: item.instruction.ip(),
-            x87: self.last_x87,
-        });
-    }
-
-    /// Looks at the note after a store, whose address is in SPARE.
-    pub fn check_note(&mut self, item: &Item, bytes: u32, collapsed: bool, next: Option<u64>) {
-        let entry = self.asm.label();
-        let resume = self.asm.label();
-        if item.live_after == 0 {
-            self.asm.compare8_imm(Mem::base(SPARE, 0), 0);
-            self.asm.jump_if(condition::NOT_EQUAL, entry);
-        } else {
-            self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
-            self.asm.jump_if_rcx_zero(resume);
-            self.asm.jump(entry);
-        }
-        self.asm.bind(resume);
-        self.cold.push(Cold::Noted { entry, resume, bytes, next, collapsed, x87: self.last_x87 });
     }
 
     /// Makes sure that the vector registers are loaded. Uses SPARE.
@@ -721,16 +485,4 @@ impl<'a> Generator<'a> {
         self.store_rip(instruction.ip());
         self.call_thunk(self.context.thunks.callout);
     }
-}
-
-/// Shift of an entry's size.
-const ENTRY_SHIFT: u8 = size_of::<DataEntry>().trailing_zeros() as u8;
-
-/// The base of a segment register.
-pub fn segment_base(segment: u8) -> Mem {
-    cpu_field(
-        offset_of!(Cpu, segments)
-            + usize::from(segment) * size_of::<polder_machine::state::SegmentState>()
-            + offset_of!(polder_machine::state::SegmentState, base),
-    )
 }

@@ -17,7 +17,7 @@
 //! - Units are dropped, links aimed and code written by the vCPU's own thread, while it runs no translated code.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `generate` and `instruction` (host code), `x87`, `bits`, `strings`, `processor_state` (host code for families), `units` (what is translated, and how it is found), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated, and how it is found), `run`
 //! (the loop around), `signal` (exceptions on the host), `lockstep` (each unit compared with the interpreter).
 
 mod arena;
@@ -28,16 +28,20 @@ mod cache;
 mod count_tests;
 #[cfg(test)]
 mod eviction_tests;
+mod forms;
 mod frame;
 mod generate;
 mod guest_code;
 mod instruction;
+mod jumps;
 mod listing;
 mod lockstep;
+mod memory;
 mod processor_state;
 mod registers;
 mod run;
 mod signal;
+mod stack;
 mod strings;
 mod system;
 #[cfg(test)]

@@ -10,16 +10,11 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::assembler::{Binary, Mem, R9, RAX, RDI, RSI, condition};
-use super::frame::{DIRECTION_MASK, JUMP_TABLE, TEMPORARY, cpu_field, exit};
+use super::frame::{DIRECTION_MASK, JUMP_TABLE, cpu_field, exit, temporary};
 use super::generate::{Generator, Use};
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};
 use crate::cpu::Cpu;
-
-/// Where values wait while a look-up uses the scratch registers.
-fn kept(index: i32) -> Mem {
-    Mem { displacement: TEMPORARY.displacement + 8 * index, ..TEMPORARY }
-}
 
 /// The element's size of a REP MOVS or REP STOS with 64-bit addresses and no segment base; and whether it moves.
 fn form(instruction: &Instruction) -> Option<(u8, bool)> {
@@ -60,16 +55,16 @@ impl Generator<'_> {
             self.asm.mov(ADDRESS, RSI);
             self.look_up(item, bytes, Use::Read, live);
             self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
-            self.asm.store(kept(3), ADDRESS);
+            self.asm.store(temporary(3), ADDRESS);
         }
         self.asm.mov(ADDRESS, RDI);
         self.look_up(item, bytes, Use::Write, live);
         self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
         self.asm.jump_unless_rcx_zero(watched);
         if live {
-            self.asm.store(kept(1), RAX);
+            self.asm.store(temporary(1), RAX);
             self.asm.flags_to_ax();
-            self.asm.store(kept(2), RAX);
+            self.asm.store(temporary(2), RAX);
         }
         self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
         // What is left of a page is the negative of an address with all bits above the page set.
@@ -92,10 +87,10 @@ impl Generator<'_> {
         self.asm.mov(RDI, ADDRESS);
         if moves {
             self.asm.lea(ADDRESS, Mem::indexed(RSI, SPARE, shift, 0));
-            self.asm.load(RSI, kept(3));
+            self.asm.load(RSI, temporary(3));
         }
         if live {
-            self.asm.load(RAX, kept(1));
+            self.asm.load(RAX, temporary(1));
         }
         // REP, the operand's size, the opcode.
         self.asm.byte(0xf3);
@@ -110,9 +105,9 @@ impl Generator<'_> {
             self.asm.mov(RSI, ADDRESS);
         }
         if live {
-            self.asm.load_u16(RAX, kept(2));
+            self.asm.load_u16(RAX, temporary(2));
             self.asm.flags_from_ax();
-            self.asm.load(RAX, kept(1));
+            self.asm.load(RAX, temporary(1));
         }
         self.asm.mov(SPARE, R9);
         self.asm.jump_if_rcx_zero(done);

@@ -8,10 +8,11 @@ use iced_x86::{FlowControl, Instruction, Mnemonic};
 
 use super::assembler::{Mem, R15, RAX, Reg};
 use super::frame::{
-    ARITHMETIC, DEFERRED, TABLES_STALE, TEMPORARY, WITHOUT_ACCESS, WITHOUT_INTERRUPTS, cpu_field, exit,
+    ARITHMETIC, DEFERRED, TABLES_STALE, WITHOUT_ACCESS, WITHOUT_INTERRUPTS, cpu_field, exit, temporary,
 };
-use super::generate::{Generator, Result, Use, segment_base};
+use super::generate::{Generator, Result, Use};
 use super::guest_code::{Item, branch_target, item_at};
+use super::memory::segment_base;
 use super::registers::{ADDEND, ADDRESS, SPARE};
 use crate::cpu::{Cpu, GS, SystemCallRegisters};
 use crate::flags;
@@ -19,10 +20,6 @@ use crate::tlb::{SUPERVISOR, SUPERVISOR_OPEN, USER};
 
 const SYSTEM_FLAGS: Mem = cpu_field(offset_of!(Cpu, system_flags));
 const KERNEL_GS_BASE: Mem = cpu_field(offset_of!(Cpu, system_call) + offset_of!(SystemCallRegisters, kernel_gs_base));
-
-fn temporary(index: i32) -> Mem {
-    Mem { displacement: TEMPORARY.displacement + 8 * index, ..TEMPORARY }
-}
 
 /// The data table after an instruction that was run with `table`.
 fn table_after(instruction: &Instruction, table: usize) -> usize {

@@ -6,7 +6,7 @@ use super::arena::{HOSTS, KEYS};
 use super::assembler::{Assembler, Binary, Label, Mem, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Reg, condition};
 use super::frame::{
     ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND, MISS_ADDRESS,
-    RETURN_ADDRESS, TARGET, TEMPORARY, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit, register_slot,
+    RETURN_ADDRESS, TARGET, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit, register_slot, temporary,
 };
 use super::registers::{ADDEND, ADDRESS, HOMES, SPARE};
 use crate::cpu::Cpu;
@@ -253,7 +253,7 @@ fn load_vector_registers(asm: &mut Assembler, bias: i32) {
 /// Loads the guest's MXCSR. Uses RAX, RCX and flags.
 fn load_mxcsr(asm: &mut Assembler, bias: i32) {
     let vector = |offset| above(cpu_field(offset_of!(Cpu, vector) + offset), bias);
-    let temporary = above(TEMPORARY, bias + 16);
+    let temporary = above(temporary(2), bias);
     // While the guest shares the host's control bits, its sticky flags may still be in the host's register.
     let private = asm.label();
     asm.binary32_mem_imm(Binary::Cmp, vector(VectorState::MXCSR_SHARED_OFFSET), 0);
@@ -270,7 +270,7 @@ fn load_mxcsr(asm: &mut Assembler, bias: i32) {
 
 /// Loads the vector registers; called by code that is about to use them, with flags live. Uses RCX.
 fn load_vectors(asm: &mut Assembler) {
-    let temporary = |index: i32| above(TEMPORARY, 8 + 8 * index);
+    let temporary = |index| above(temporary(index), 8);
     asm.store(temporary(0), RAX);
     asm.flags_to_ax();
     asm.store(temporary(1), RAX);

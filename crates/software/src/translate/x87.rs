@@ -10,10 +10,10 @@ use std::mem::offset_of;
 use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
 use super::assembler::Mem;
+use super::forms::has_wide_address;
 use super::frame::cpu_field;
 use super::generate::{Generator, Result, Use};
 use super::guest_code::Item;
-use super::instruction::has_wide_address;
 use super::registers::{ADDRESS, SPARE};
 use crate::cpu::{CS, CodeSize, Cpu, DS, SS};
 use crate::lower::{x87_leaves_pointers, x87_opcode};

@@ -13,6 +13,7 @@ mod string;
 
 use iced_x86::{Code, Instruction};
 
+pub(crate) use form::condition;
 pub use fusion::fuse;
 
 use super::OpBuilder;

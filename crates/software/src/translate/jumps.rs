@@ -1,0 +1,224 @@
+//! Jumps, calls and returns, and the ways out of a unit.
+
+use iced_x86::{Code, FlowControl, Instruction, OpKind};
+
+use super::assembler::{self, Binary, Mem, R9, R15};
+use super::frame::{JUMP_TABLE, RIP, SPACE, exit, temporary};
+use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Use};
+use super::guest_code::{Item, branch_target, general_register, item_at};
+use super::registers::{ADDEND, ADDRESS, SPARE};
+use super::thunks;
+use crate::lower::condition;
+
+impl Generator<'_> {
+    /// Looks for attention before a jump backwards; SPARE is used.
+    pub fn poll(&mut self, target: u64, live: bool) {
+        let leave = self.leave_label(exit::ATTENTION, target);
+        if live {
+            let none = self.asm.label();
+            self.asm.load32(SPARE, JUMP_TABLE);
+            self.asm.jump_unless_rcx_zero(none);
+            self.asm.jump(leave);
+            self.asm.bind(none);
+        } else {
+            self.asm.binary32_mem_imm(Binary::Cmp, JUMP_TABLE, 0);
+            self.asm.jump_if(assembler::condition::EQUAL, leave);
+        }
+    }
+
+    /// Whether the code that is run next has another data table than this unit's.
+    pub fn is_other_space(&self) -> bool {
+        self.context.table != self.entry_table
+    }
+
+    /// Whether two addresses lie in one page.
+    pub fn same_page(&self, target: u64) -> bool {
+        self.items.first().is_some_and(|first| first.instruction.ip() >> 12 == target >> 12)
+    }
+
+    /// Jumps to a known address: inside the unit, or by a link.
+    pub fn link(&mut self, target: u64, live: bool) {
+        let inside = item_at(self.items, target);
+        if let Some(index) = inside {
+            if self.asm.is_bound(self.labels[index]) {
+                self.poll(target, live);
+            }
+            let label = self.labels[index];
+            self.asm.jump(label);
+            return;
+        }
+        if self.is_other_space() {
+            let leave = self.leave_label(exit::INDIRECT, target);
+            self.asm.jump(leave);
+            return;
+        }
+        let same_page = self.same_page(target);
+        let is_backward = self.items.first().is_some_and(|first| target <= first.instruction.ip());
+        if is_backward {
+            self.poll(target, live);
+        }
+        let link = self.links.len();
+        let entry = self.asm.label();
+        let mut space_at = None;
+        if !same_page {
+            // The way counts in one address space only.
+            self.asm.load32(SPARE, SPACE);
+            // LEA ECX, [RCX + disp32]: always the long form, it is patched.
+            self.asm.raw(&[0x8d, 0x89]);
+            space_at = Some(self.asm.position());
+            self.asm.imm32(0);
+            self.asm.jump_unless_rcx_zero(entry);
+        }
+        self.asm.jump(entry);
+        let jump_at = self.asm.position() - 4;
+        self.links.push(LinkSite { target, jump_at, space_at, stub: 0 });
+        self.link_stubs.push(entry);
+        self.cold.push(Cold::Link { entry, link });
+    }
+
+    /// Jcc to a known address.
+    pub fn link_if(&mut self, code: u8, target: u64, live: bool) {
+        if let Some(index) = item_at(self.items, target) {
+            let label = self.labels[index];
+            if !self.asm.is_bound(label) {
+                self.asm.jump_if(code, label);
+                return;
+            }
+        } else if !self.is_other_space()
+            && self.same_page(target)
+            && self.items.first().is_some_and(|first| target > first.instruction.ip())
+        {
+            let link = self.links.len();
+            let entry = self.asm.label();
+            self.asm.jump_if(code, entry);
+            let jump_at = self.asm.position() - 4;
+            self.links.push(LinkSite { target, jump_at, space_at: None, stub: 0 });
+            self.link_stubs.push(entry);
+            self.cold.push(Cold::Link { entry, link });
+            return;
+        }
+        let skip = self.asm.label();
+        self.asm.jump_if(code ^ 1, skip);
+        self.link(target, live);
+        self.asm.bind(skip);
+    }
+
+    /// Leaves the instruction at `rip` to the interpreter if the address in ADDRESS is not canonical. Uses SPARE, no flags.
+    pub fn check_canonical(&mut self, rip: u64) {
+        let leave = self.leave_label(exit::INTERPRET, rip);
+        self.asm.rotate_right(SPARE, ADDRESS, 47);
+        self.asm.lea(SPARE, Mem::base(SPARE, 1));
+        self.asm.extract(SPARE, SPARE, super::frame::CANONICAL_MASK);
+        self.asm.jump_unless_rcx_zero(leave);
+    }
+
+    /// Jumps to the guest address in ADDRESS. `rip`: of the instruction, which has moved RSP by `moved`: it faults itself if the address is not canonical.
+    pub fn jump_indirect(&mut self, rip: u64, moved: i32) {
+        let miss = self.asm.label();
+        self.asm.store(RIP, ADDRESS);
+        if self.is_other_space() {
+            self.asm.jump(miss);
+            self.cold.push(Cold::Indirect { entry: miss, rip, moved });
+            return;
+        }
+        thunks::find_jump(&mut self.asm, miss);
+        self.asm.jump_mem(thunks::found_jump());
+        self.cold.push(Cold::Indirect { entry: miss, rip, moved });
+    }
+
+    /// Jumps, calls, returns, and what leaves for the system.
+    pub fn transfer(&mut self, item: &Item) -> Result<bool> {
+        let instruction = &item.instruction;
+        let live = item.live_after != 0;
+        let target = branch_target(instruction);
+        match (instruction.flow_control(), target) {
+            (FlowControl::ConditionalBranch, Some(target)) if instruction.is_jcc_short_or_near() => {
+                let Some(code) = condition(instruction) else { return Err(GiveUp) };
+                self.link_if(code as u8, target, live);
+                return Ok(false);
+            }
+            (FlowControl::UnconditionalBranch, Some(target)) => {
+                self.link(target, live);
+            }
+            (FlowControl::Call, Some(target)) => {
+                self.push_constant(item, instruction.next_ip(), true, Some(target))?;
+                self.link(target, live);
+            }
+            (FlowControl::Return, _) if matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16) => {
+                self.asm.mov(ADDRESS, R15);
+                self.look_up(item, 8, Use::Read, item.live_before != 0);
+                self.asm.load(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+                let extra = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
+                self.asm.lea(R15, Mem::base(R15, 8 + extra));
+                self.jump_indirect(instruction.ip(), 8 + extra);
+            }
+            (FlowControl::IndirectBranch | FlowControl::IndirectCall, _)
+                if matches!(instruction.code(), Code::Jmp_rm64 | Code::Call_rm64) =>
+            {
+                self.indirect(item)?;
+            }
+            (FlowControl::ConditionalBranch, Some(target)) if self.count_branch(instruction, target, live) => {
+                return Ok(false);
+            }
+            _ => {
+                let goes_on = instruction.flow_control() == FlowControl::ConditionalBranch;
+                if !goes_on {
+                    // It comes back here only if it did nothing.
+                    self.callout(item);
+                }
+                self.interpret(instruction.ip());
+                return Ok(!goes_on);
+            }
+        }
+        Ok(true)
+    }
+
+    /// JRCXZ, JECXZ and LOOP. `false`: another branch.
+    pub fn count_branch(&mut self, instruction: &Instruction, target: u64, live: bool) -> bool {
+        match instruction.code() {
+            Code::Jrcxz_rel8_64 => self.asm.mov(SPARE, R9),
+            Code::Jecxz_rel8_64 => self.asm.lea32(SPARE, Mem::base(R9, 0)),
+            Code::Loop_rel8_64_RCX => {
+                self.asm.lea(R9, Mem::base(R9, -1));
+                self.asm.mov(SPARE, R9);
+            }
+            _ => return false,
+        }
+        let (zero, end) = (self.asm.label(), self.asm.label());
+        self.asm.jump_if_rcx_zero(zero);
+        if instruction.code() == Code::Loop_rel8_64_RCX {
+            self.link(target, live);
+            self.asm.bind(zero);
+        } else {
+            self.asm.jump(end);
+            self.asm.bind(zero);
+            self.link(target, live);
+        }
+        self.asm.bind(end);
+        true
+    }
+
+    /// JMP and CALL through a register or memory.
+    pub fn indirect(&mut self, item: &Item) -> Result<()> {
+        let instruction = &item.instruction;
+        let live = item.live_before != 0;
+        let is_call = instruction.flow_control() == FlowControl::IndirectCall;
+        if instruction.op0_kind() == OpKind::Memory {
+            self.memory_address(item, ADDRESS)?;
+            self.look_up(item, 8, Use::Read, live);
+            self.asm.load(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+        } else {
+            let (number, _) = general_register(instruction.op0_register()).ok_or(GiveUp)?;
+            let from = self.register(number, ADDRESS);
+            self.asm.mov(ADDRESS, from);
+        }
+        if is_call {
+            self.check_canonical(instruction.ip());
+            self.asm.store(temporary(1), ADDRESS);
+            self.push_constant(item, instruction.next_ip(), true, None)?;
+            self.asm.load(ADDRESS, temporary(1));
+        }
+        self.jump_indirect(instruction.ip(), 0);
+        Ok(())
+    }
+}
