@@ -254,6 +254,11 @@ impl<'a> Generator<'a> {
         })
     }
 
+    /// Whether the unit ends behind an instruction.
+    pub fn is_last(&self, item: &Item) -> bool {
+        self.items.last().is_some_and(|last| last.instruction.ip() == item.instruction.ip())
+    }
+
     /// Counts the instructions from one on to where code may next come from elsewhere or go elsewhere. Uses SPARE, no flags.
     fn count(&mut self, first: usize) {
         let begins = |index: usize| {

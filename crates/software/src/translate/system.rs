@@ -74,6 +74,8 @@ impl Generator<'_> {
                 self.change_flag(WITHOUT_INTERRUPTS, 0);
                 return Ok(true);
             }
+            // Between STI and the next instruction nobody gets in, but a unit's end is a place to come back.
+            Mnemonic::Sti if self.is_last(item) => return Ok(false),
             Mnemonic::Sti => {
                 // Whoever waits for this gets in after one more instruction: the interpreter knows how.
                 let wait = self.leave_label(exit::INTERPRET, item.instruction.ip());
