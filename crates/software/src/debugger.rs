@@ -44,6 +44,12 @@ impl Debugger {
         is_new
     }
 
+    /// Cuts code at addresses where no breakpoint is, for the test bench; the caller drops the code that is kept.
+    #[cfg(any(test, feature = "testbench"))]
+    pub fn set_cuts(&mut self, addresses: &[u64]) {
+        self.cuts = addresses.to_vec();
+    }
+
     /// Whether instructions must run one by one.
     #[inline]
     pub fn needs_single_step(&self) -> bool {

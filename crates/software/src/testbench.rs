@@ -30,6 +30,10 @@ pub const STACK: u64 = 0x18_0000;
 /// Page tables of four levels, up to 0x8000.
 pub(crate) const TABLES: u64 = 0x1000;
 
+mod tier;
+
+pub use tier::{Tier, on_each_tier};
+
 struct NoListener;
 
 impl EoiListener for NoListener {
@@ -189,9 +193,14 @@ impl TestBench {
     pub(crate) fn renew(&mut self) {
         self.write_page_tables();
         self.drop_stale();
-        self.blocks.flush();
         let services = self.cpu.services.clone();
         *self.cpu = alone(services);
+        self.flush();
+    }
+
+    /// Drops all decoded and translated code.
+    fn flush(&mut self) {
+        self.blocks.flush();
         if let Some(translator) = &mut self.translator {
             translator.flush(self.cpu.split().1);
         }
@@ -285,7 +294,7 @@ impl TestBench {
         }
     }
 
-    /// Runs exactly so many instructions, one at a time.
+    /// Runs exactly so many instructions, one at a time, by the tier that the bench has.
     pub fn step(&mut self, instructions: u64) -> Stop {
         self.cpu.vector.resume_floats();
         let stop = self.run_singly(instructions);
@@ -296,7 +305,7 @@ impl TestBench {
     fn run_singly(&mut self, instructions: u64) -> Stop {
         for _ in 0..instructions {
             self.drop_stale();
-            let outcome = self.blocks.run_one(&mut self.cpu);
+            let outcome = self.run_one();
             if let Some(stop) = self.stop(outcome) {
                 return stop;
             }

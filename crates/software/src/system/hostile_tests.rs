@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use super::test_guest::{GDT, IDT, TSS, TestGuest};
 use crate::cpu::{CS, cr0, cr4};
 use crate::flags;
-use crate::testbench::{DATA, STACK};
+use crate::testbench::{DATA, STACK, Tier, on_each_tier};
 
 /// xorshift64*
 struct Random(u64);
@@ -103,11 +103,11 @@ const OPENINGS: &[&[u8]] = &[
     &[0x9d],
 ];
 
-fn guest(random: &mut Random) -> TestGuest {
+fn guest(tier: Tier, random: &mut Random) -> TestGuest {
     let mut guest = match random.below(4) {
-        0 => TestGuest::real(),
-        1 => TestGuest::protected(if random.below(2) == 0 { 0 } else { 3 }),
-        _ => TestGuest::long(if random.below(2) == 0 { 0 } else { 3 }),
+        0 => TestGuest::real(tier),
+        1 => TestGuest::protected(tier, if random.below(2) == 0 { 0 } else { 3 }),
+        _ => TestGuest::long(tier, if random.below(2) == 0 { 0 } else { 3 }),
     };
     for table in [GDT, IDT, TSS] {
         for _ in 0..random.below(40) {
@@ -158,27 +158,30 @@ fn hostile_tables_and_instructions_neither_panic_nor_hang() {
     let given = number("POLDER_TEST_SEED");
     let cases = number("POLDER_TEST_CASES").unwrap_or(if given.is_some() { 1 } else { 1500 });
     let first = given.unwrap_or(0x5eed_0000_0001);
-    for seed in first..first + cases {
-        let run = AssertUnwindSafe(|| {
-            let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-            let mut guest = guest(&mut random);
-            let mut code = Vec::new();
-            for _ in 0..6 {
-                code.extend(OPENINGS[random.below(OPENINGS.len() as u64) as usize]);
-                code.extend(&random.next().to_le_bytes()[..random.below(8) as usize]);
-            }
-            guest.load_code(&code);
-            for _ in 0..8 {
-                // A triple fault ends the guest; anything else goes on.
-                if guest.deliver(4) == super::Delivery::TripleFault {
-                    break;
+    on_each_tier(|tier| {
+        for seed in first..first + cases {
+            let run = AssertUnwindSafe(|| {
+                let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+                let mut guest = guest(tier, &mut random);
+                let mut code = Vec::new();
+                for _ in 0..6 {
+                    code.extend(OPENINGS[random.below(OPENINGS.len() as u64) as usize]);
+                    code.extend(&random.next().to_le_bytes()[..random.below(8) as usize]);
                 }
-                guest.cpu.halted = false;
-                if random.below(4) == 0 && guest.cpu.deliver_interrupt(random.next() as u8) != super::Delivery::Done {
-                    break;
+                guest.load_code(&code);
+                for _ in 0..8 {
+                    // A triple fault ends the guest; anything else goes on.
+                    if guest.deliver(4) == super::Delivery::TripleFault {
+                        break;
+                    }
+                    guest.cpu.halted = false;
+                    if random.below(4) == 0 && guest.cpu.deliver_interrupt(random.next() as u8) != super::Delivery::Done
+                    {
+                        break;
+                    }
                 }
-            }
-        });
-        assert!(catch_unwind(run).is_ok(), "POLDER_TEST_SEED={seed} takes this run back");
-    }
+            });
+            assert!(catch_unwind(run).is_ok(), "POLDER_TEST_SEED={seed} takes this run back");
+        }
+    });
 }

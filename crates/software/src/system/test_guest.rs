@@ -5,7 +5,7 @@ use polder_machine::state::{SegmentState, TableState};
 use super::Delivery;
 use crate::cpu::{CS, CodeSize, SS, cr0};
 use crate::run::Outcome;
-use crate::testbench::{CODE, TestBench};
+use crate::testbench::{CODE, Stop, TestBench, Tier};
 
 pub const GDT: u64 = 0x30_0000;
 pub const IDT: u64 = 0x30_1000;
@@ -51,8 +51,8 @@ pub fn segment_descriptor(kind: u64, dpl: u64, long: bool, big: bool) -> u64 {
 
 impl TestGuest {
     /// IA-32e mode at a privilege level.
-    pub fn long(cpl: u16) -> Self {
-        let mut bench = TestBench::new();
+    pub fn long(tier: Tier, cpl: u16) -> Self {
+        let mut bench = TestBench::on(tier);
         bench.set_mode(CodeSize::Bits64, cpl);
         let mut guest = TestGuest { bench };
         guest.set_tables(true);
@@ -61,8 +61,8 @@ impl TestGuest {
     }
 
     /// 32-bit protected mode without paging.
-    pub fn protected(cpl: u16) -> Self {
-        let mut bench = TestBench::new();
+    pub fn protected(tier: Tier, cpl: u16) -> Self {
+        let mut bench = TestBench::on(tier);
         bench.set_mode(CodeSize::Bits32, cpl);
         bench.cpu.cr0 = cr0::PE | cr0::ET | cr0::NE;
         bench.cpu.cr4 = 0;
@@ -75,8 +75,8 @@ impl TestGuest {
     }
 
     /// Real mode with CS, DS, ES and SS at 0 and the code at 0x8000.
-    pub fn real() -> Self {
-        let mut bench = TestBench::new();
+    pub fn real(tier: Tier) -> Self {
+        let mut bench = TestBench::on(tier);
         bench.cpu.cr0 = cr0::ET;
         bench.cpu.cr4 = 0;
         bench.cpu.efer = 0;
@@ -165,12 +165,13 @@ impl TestGuest {
         let mut delivery = Delivery::Done;
         for _ in 0..steps {
             let bench = &mut self.bench;
+            bench.drop_stale();
             if bench.cpu.trap_pending() {
                 delivery = bench.cpu.deliver_trap();
             } else {
                 match bench.cpu.before_step() {
                     Err(_) => delivery = bench.cpu.deliver_exception(),
-                    Ok(step) => match bench.blocks.run_one(&mut bench.cpu) {
+                    Ok(step) => match bench.run_one() {
                         Outcome::Fault => delivery = bench.cpu.deliver_exception(),
                         _ => bench.cpu.after_step(step),
                     },
@@ -186,6 +187,24 @@ impl TestGuest {
     /// As `deliver`, for guests that do not shut down.
     pub fn go(&mut self, steps: usize) {
         assert_eq!(self.deliver(steps), Delivery::Done);
+    }
+
+    /// Runs on, not one by one where nothing asks for that, until HLT; no more than `turns` exceptions and single instructions on the way.
+    pub fn go_to_halt(&mut self, turns: usize) {
+        for _ in 0..turns {
+            let bench = &mut self.bench;
+            let one_by_one = bench.cpu.interrupt_shadow || bench.cpu.needs_single_step();
+            if one_by_one || bench.cpu.trap_pending() {
+                self.go(1);
+                self.bench.cpu.interrupt_shadow = false;
+            } else if let Stop::Fault(_) = bench.run(1000) {
+                assert_eq!(bench.cpu.deliver_exception(), Delivery::Done);
+            }
+            if self.bench.cpu.halted {
+                return;
+            }
+        }
+        panic!("no HLT; RIP is {:#x}", self.cpu.rip);
     }
 
     /// The vector whose handler has halted.
