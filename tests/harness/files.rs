@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub enum Kernel {
     Cloud,
     Generic,
+    /// The cloud kernel of Debian 13.
+    TrixieCloud,
 }
 
 impl Kernel {
@@ -20,10 +22,20 @@ impl Kernel {
         found(self.folder().join("initramfs.cpio"), "cargo xtask guests")
     }
 
+    /// Whether it could be fetched: that of Debian 13 needs Debian's own server. Says so if not.
+    pub fn is_there(self) -> bool {
+        let there = self.folder().join("initramfs.cpio").exists();
+        if !there {
+            println!("{self:?} could not be fetched: left out");
+        }
+        there
+    }
+
     fn folder(self) -> PathBuf {
         guests().join(match self {
             Self::Cloud => "cloud",
             Self::Generic => "generic",
+            Self::TrixieCloud => "trixie-cloud",
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Promise: Debian's stock cloud and generic kernels boot, with one and with several vCPUs.
+//! Promise: stock kernels of Debian boot, with one and with several vCPUs.
 
 use polder_tests::{Boot, Kernel, Monitor, Scratch};
 
@@ -85,6 +85,39 @@ fn the_generic_kernel_boots_with_one_vcpu() {
 #[test]
 fn the_generic_kernel_boots_with_four_vcpus() {
     boots(Kernel::Generic, 4);
+}
+
+/// What a bzImage's payload is packed with: its first bytes (Documentation/arch/x86/boot.rst, payload_offset).
+fn payload_magic(image: &[u8]) -> &[u8] {
+    let setup_sectors = usize::from(image[0x1f1]);
+    let offset = u32::from_le_bytes([image[0x248], image[0x249], image[0x24a], image[0x24b]]);
+    &image[512 * (setup_sectors + 1) + offset as usize..][..4]
+}
+
+/// The cloud kernel of Debian 13 is Linux 6.12 and packed with zstd; those of Debian 12 are packed with lz4 and xz.
+#[test]
+fn the_kernels_between_them_are_packed_with_lz4_xz_and_zstd() {
+    if !Kernel::TrixieCloud.is_there() {
+        return;
+    }
+    let image = |kernel: Kernel| std::fs::read(kernel.image()).expect("the kernel is there");
+    assert_eq!(payload_magic(&image(Kernel::Cloud)), [0x02, 0x21, 0x4c, 0x18]);
+    assert_eq!(payload_magic(&image(Kernel::Generic)), [0xfd, b'7', b'z', b'X']);
+    assert_eq!(payload_magic(&image(Kernel::TrixieCloud)), [0x28, 0xb5, 0x2f, 0xfd]);
+}
+
+#[test]
+fn the_cloud_kernel_of_debian_13_boots_with_one_vcpu() {
+    if Kernel::TrixieCloud.is_there() {
+        boots(Kernel::TrixieCloud, 1);
+    }
+}
+
+#[test]
+fn the_cloud_kernel_of_debian_13_boots_with_four_vcpus() {
+    if Kernel::TrixieCloud.is_there() {
+        boots(Kernel::TrixieCloud, 4);
+    }
 }
 
 #[test]

@@ -2,10 +2,11 @@
 
 use super::cpio::Archive;
 use super::kernel::Kernel;
-use super::package;
-use anyhow::{Context, Result};
+use super::package::{self, Source};
+use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
 use std::path::Path;
+use std::process::Command;
 
 /// Modules that are loaded, in this order, with what they need; those a kernel has built in or not at all are left out.
 const MODULES: &[&str] = &[
@@ -22,6 +23,9 @@ const MODULES: &[&str] = &[
     "pvpanic-mmio",
 ];
 
+/// How Debian 13 packs its modules.
+const PACKED: &str = ".xz";
+
 const INIT: &str = include_str!("init.sh");
 
 /// Makes `initramfs.cpio` beside the kernel.
@@ -33,7 +37,7 @@ pub fn build(kernel: &Kernel) -> Result<()> {
         return Ok(());
     }
     let busybox_tree = crate::project::guests().join("busybox");
-    package::unpack("busybox-static", &busybox_tree)?;
+    package::unpack(Source::Host, "busybox-static", &busybox_tree)?;
     let busybox = std::fs::read(busybox_tree.join("bin/busybox")).context("busybox-static has no bin/busybox")?;
 
     let mut archive = Archive::default();
@@ -45,17 +49,28 @@ pub fn build(kernel: &Kernel) -> Result<()> {
     archive.symlink("bin/sh", "busybox");
     let mut order = String::new();
     for path in load_order(&kernel.modules())? {
-        let name = path.rsplit('/').next().unwrap_or(&path).to_string();
-        let content =
-            std::fs::read(kernel.modules().join(&path)).with_context(|| format!("cannot read module {path}"))?;
+        let content = module(&kernel.modules().join(&path))?;
+        let name = path.rsplit('/').next().unwrap_or(&path).trim_end_matches(PACKED);
         archive.program(&format!("modules/{name}"), &content);
-        order.push_str(&name);
+        order.push_str(name);
         order.push('\n');
     }
     archive.program("modules/order", order.as_bytes());
     std::fs::write(&target, archive.finish()).with_context(|| format!("cannot write {}", target.display()))?;
     std::fs::write(stamp, built_from)?;
     Ok(())
+}
+
+/// A module as busybox loads it: not packed.
+fn module(path: &Path) -> Result<Vec<u8>> {
+    if !path.to_string_lossy().ends_with(PACKED) {
+        return std::fs::read(path).with_context(|| format!("cannot read module {}", path.display()));
+    }
+    let unpacked = Command::new("xz").args(["--decompress", "--stdout"]).arg(path).output().context("cannot run xz")?;
+    if !unpacked.status.success() {
+        bail!("cannot unpack module {}: {}", path.display(), String::from_utf8_lossy(&unpacked.stderr));
+    }
+    Ok(unpacked.stdout)
 }
 
 /// The modules and all they need, each after what it needs (modules.dep lists the needs of a module, nearest first).
@@ -74,7 +89,7 @@ fn load_order(modules: &Path) -> Result<Vec<String>> {
     };
     for name in MODULES {
         let file = format!("/{name}.ko");
-        let Some(path) = needs.keys().find(|path| path.ends_with(&file)) else { continue };
+        let Some(path) = needs.keys().find(|path| path.trim_end_matches(PACKED).ends_with(&file)) else { continue };
         needs[path].iter().rev().for_each(|need| add(need));
         add(path);
     }
