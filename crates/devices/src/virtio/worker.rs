@@ -41,7 +41,7 @@ impl Signal {
         self.stop.load(Ordering::SeqCst)
     }
 
-    /// Lowers the signal. Call before looking for work, so that work that comes meanwhile raises it again.
+    /// Lowers the signal. Call before looking for work and at [`Signal::is_stopped`], so that what comes meanwhile raises it again.
     pub fn lower(&self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.event, &mut count);

@@ -73,6 +73,26 @@ fn frames_cross_in_both_directions() {
     }
 }
 
+/// The order to end may come in any moment of the worker's start; in one of them it was lost.
+#[test]
+fn a_card_that_is_reset_as_soon_as_it_works_ends_its_work() {
+    const ROUNDS: usize = 20_000;
+    let (done, is_done) = std::sync::mpsc::channel();
+    // Left alone if it hangs: the test fails then.
+    std::thread::spawn(move || {
+        let (net, _, _far) = card();
+        let mut driver = Driver::ready(net.clone(), 0);
+        for round in 0..ROUNDS {
+            (0..round % 1000).for_each(|_| std::hint::spin_loop());
+            net.reset();
+            driver.set_status(0);
+            driver.initialise(0);
+        }
+        let _ = done.send(());
+    });
+    is_done.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+}
+
 #[test]
 fn a_large_frame_is_spread_over_merged_buffers() {
     for event_index in [0, FEATURE_EVENT_INDEX] {

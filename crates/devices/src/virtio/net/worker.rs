@@ -62,9 +62,12 @@ impl FrameMover {
 
     /// Works until the signal says stop.
     pub fn run(mut self) {
-        while !self.signal.is_stopped() {
-            // Lowered first: a doorbell from here on is seen either by the turns below or by the next poll.
+        loop {
+            // Lowered before anything is looked at: a doorbell and the order to end are seen either below or by the next poll.
             self.signal.lower();
+            if self.signal.is_stopped() {
+                return;
+            }
             let waits = self.send_frames().and_then(|sending| Ok((sending, self.receive_frames()?)));
             self.send.tell(&*self.interrupts);
             self.receive.tell(&*self.interrupts);
