@@ -1,9 +1,11 @@
 //! Promise: an instance has one name, one process and one folder; every command knows its true state, and what was to last as long
 //! as its command leaves nothing behind, whoever is killed.
 //!
-//! The image is the tiny guest `echo`, so these tests are about polder and not about a guest's system.
+//! The image is the tiny guest `echo`, so these tests are about polder and not about a guest's system; only the balloon needs one
+//! that has a driver for it.
 
-use polder_tests::{Outcome, Scratch, polder, tiny};
+use polder_tests::{Kernel, Outcome, Scratch, polder, tiny};
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,6 +27,18 @@ impl Home {
         std::fs::write(image.join("initrd"), "nothing").unwrap();
         std::fs::write(image.join("disk.raw"), vec![7; 1 << 20]).unwrap();
         Home(scratch)
+    }
+
+    /// Puts a stock kernel and the small initramfs, which runs `script`, in the place of the tiny guest.
+    fn with_linux(self, script: &str) -> Self {
+        let image = self.0.path().join("images/tiny");
+        std::fs::copy(Kernel::Cloud.image(), image.join("kernel")).unwrap();
+        std::fs::copy(Kernel::Cloud.initramfs(), image.join("initrd")).unwrap();
+        let record = std::fs::read_to_string(image.join("image.json")).unwrap();
+        let line = format!(r#"console=ttyS0 quiet panic=-1 polder_run=\"{script}\""#);
+        let record = record.replace(r#""command_line":"""#, &format!(r#""command_line":"{line}""#));
+        std::fs::write(image.join("image.json"), record).unwrap();
+        self
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -150,6 +164,55 @@ fn a_guest_that_does_not_listen_is_stopped_in_time() {
     home.start("other");
     home.polder(&["rm", "--force", "deaf", "other"]).expect_status(0);
     assert!(home.folders().is_empty() && home.machines().is_empty());
+}
+
+#[test]
+fn a_balloon_takes_memory_from_a_guest_and_gives_it_back() {
+    const FREE: &str = "free_mib() { awk '/^MemFree/ {print int($2 / 1024)}' /proc/meminfo; }";
+    let script = format!(
+        "{FREE}; before=$(free_mib); while [ $(free_mib) -gt $((before - 100)) ]; do sleep 0.2; done; echo LENT; \
+        while [ $(free_mib) -lt $((before - 28)) ]; do sleep 0.2; done; echo BACK; while :; do sleep 9; done"
+    );
+    let home = Home::new().with_linux(&script);
+    home.polder(&["run", "tiny", "-d", "--memory", "256M", "--name", "web"]).expect_status(0);
+    let mut console = home.command(&["console", "web"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(console.stdout.take().unwrap()).lines();
+    let mut wait_for = |text: &str| {
+        let found = lines.by_ref().map_while(Result::ok).any(|line| line.contains(text));
+        assert!(found, "the console ended without {text}");
+    };
+    wait_for("POLDER-GUEST READY");
+    let shown = home.polder(&["balloon", "web"]);
+    shown.expect_status(0).expect_console("memory  256 MiB\ntarget  256 MiB\nactual  256 MiB\n");
+    let shown = home.polder(&["balloon", "web", "128M", "--timeout", "50"]);
+    shown.expect_status(0).expect_console("memory  256 MiB\ntarget  128 MiB\nactual  128 MiB\n");
+    assert_eq!(shown.errors, "");
+    wait_for("LENT");
+    let shown = home.polder(&["balloon", "web", "256M", "--timeout", "50"]);
+    shown.expect_status(0).expect_console("target  256 MiB\nactual  256 MiB\n");
+    wait_for("BACK");
+    // More than it can spare: it keeps what it needs, and that is said.
+    let shown = home.polder(&["balloon", "web", "32M", "--timeout", "2"]);
+    shown.expect_status(0).expect_console("target  32 MiB\n");
+    assert!(shown.errors.contains("has not come to its target"), "{shown}");
+    let refused = home.polder(&["balloon", "web", "512M"]);
+    refused.expect_status(1);
+    assert!(refused.errors.contains("has 256 MiB of memory"), "{refused}");
+    home.polder(&["balloon", "web", "1M"]).expect_status(2);
+    home.polder(&["rm", "--force", "web"]).expect_status(0);
+    let refused = home.polder(&["balloon", "web"]);
+    refused.expect_status(1);
+    console.wait().unwrap();
+}
+
+#[test]
+fn a_guest_without_a_driver_leaves_the_balloon_empty_and_that_is_said() {
+    let home = Home::new();
+    home.start("web");
+    let shown = home.polder(&["balloon", "web", "48M", "--timeout", "0"]);
+    shown.expect_status(0).expect_console("memory  64 MiB\ntarget  48 MiB\nactual  64 MiB\n");
+    assert!(shown.errors.contains("no driver"), "{shown}");
+    home.polder(&["rm", "--force", "web"]).expect_status(0);
 }
 
 #[test]

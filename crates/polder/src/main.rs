@@ -35,6 +35,7 @@ enum Command {
     Exec(instance::ExecArguments),
     /// Attach to the serial console of an active instance; on a terminal, Ctrl-A x leaves it
     Console(instance::ConsoleArguments),
+    Balloon(instance::BalloonArguments),
     Stop(instance::StopArguments),
     Rm(instance::RmArguments),
     /// The process of an instance; started by `polder run`
@@ -80,6 +81,7 @@ fn run(command: Command, process_start_ns: u64) -> Result<ExitCode> {
         Command::Ps => instance::ps(),
         Command::Exec(arguments) => instance::exec(&arguments),
         Command::Console(arguments) => instance::console(&arguments),
+        Command::Balloon(arguments) => instance::balloon(&arguments),
         Command::Stop(arguments) => instance::stop(&arguments),
         Command::Rm(arguments) => instance::rm(&arguments),
         Command::MachineProcess(arguments) => instance::machine(&arguments, process_start_ns),

@@ -11,6 +11,7 @@ use polder_devices::test_devices::{
     DEBUG_EXIT_PORTS, DebugExit, TEST_INTERRUPTS_START, TEST_MEMORY_LEN, TEST_MEMORY_START, TEST_PORTS_LEN,
     TEST_PORTS_START, TestInterrupts, TestMemory, TestPorts,
 };
+use polder_devices::virtio::balloon::Balloon;
 use polder_devices::virtio::console::Console as VirtioConsole;
 use polder_devices::virtio::{VirtioDevice, VirtioPciFunction};
 use polder_devices::{
@@ -105,7 +106,8 @@ impl Machine {
                 Some(device)
             }
         };
-        let virtio = virtio::devices(around, virtio_console.clone())?;
+        let balloon = Arc::new(Balloon::new());
+        let virtio = virtio::devices(around, virtio_console.clone(), balloon.clone())?;
         add_pci(&memory, &ports, &mmio, &io_apic, &messages, &requests, &virtio)?;
         if config.test_devices == TestDevices::Present {
             add_test_devices(config, &ports, &mmio, &io_apic, &messages, &requests)?;
@@ -156,6 +158,8 @@ impl Machine {
                 None => Keyboard::Serial(Arc::downgrade(&machine._devices.serial)),
             },
             acpi: Arc::downgrade(&machine._devices.acpi),
+            balloon: Arc::downgrade(&balloon),
+            ram_bytes: config.ram_bytes,
         });
         Ok(machine)
     }

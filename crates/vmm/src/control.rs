@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use polder_devices::virtio::balloon::Balloon;
 use polder_devices::virtio::console::Console;
 use polder_devices::{AcpiRegisters, Serial};
 use polder_machine::{GuestRequest, RequestSink};
+use polder_memory::PAGE_SIZE;
 
 use crate::gate::Gate;
 
@@ -32,6 +34,21 @@ pub(crate) struct Running {
     pub(crate) gate: Weak<Gate>,
     pub(crate) keyboard: Keyboard,
     pub(crate) acpi: Weak<AcpiRegisters>,
+    pub(crate) balloon: Weak<Balloon>,
+    pub(crate) ram_bytes: u64,
+}
+
+/// How much of its memory a guest has: all of it but what it has put into the balloon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestShare {
+    /// The machine's memory.
+    pub ram_bytes: u64,
+    /// What the guest was asked to have.
+    pub target_bytes: u64,
+    /// What it has, as it says itself.
+    pub actual_bytes: u64,
+    /// Whether it has a driver that hears what is asked of it.
+    pub is_heard: bool,
 }
 
 /// Where typed text goes.
@@ -58,6 +75,8 @@ struct Shared {
     events: Mutex<VecDeque<Event>>,
     changed: Condvar,
     running: Mutex<Running>,
+    /// What the guest was asked to have; it holds over resets.
+    share_target_bytes: Mutex<Option<u64>>,
 }
 
 /// A handle to a machine, whichever reset it is at. Cheap to clone; usable from any thread, before, during and after the run.
@@ -111,8 +130,41 @@ impl Control {
         gate.map(|gate| gate.resume()).is_some()
     }
 
+    /// Asks the guest to have so much of its memory and to lend the rest to the host, in whole pages; more than it has means all. The
+    /// guest follows as far and as fast as it can. Whether there is a machine.
+    pub fn set_guest_share(&self, bytes: u64) -> bool {
+        *lock(&self.shared.share_target_bytes) = Some(bytes);
+        self.apply_guest_share()
+    }
+
+    /// How much of its memory the guest has, if there is a machine.
+    pub fn guest_share(&self) -> Option<GuestShare> {
+        let running = lock(&self.shared.running);
+        let balloon = running.balloon.upgrade()?;
+        let without = |pages: u32| running.ram_bytes.saturating_sub(u64::from(pages) * PAGE_SIZE);
+        Some(GuestShare {
+            ram_bytes: running.ram_bytes,
+            target_bytes: without(balloon.target_pages()),
+            actual_bytes: without(balloon.actual_pages()),
+            is_heard: balloon.has_driver(),
+        })
+    }
+
+    fn apply_guest_share(&self) -> bool {
+        // Held until the balloon knows: of two orders at once the later one is what remains.
+        let target = lock(&self.shared.share_target_bytes);
+        let running = lock(&self.shared.running);
+        let balloon = running.balloon.upgrade();
+        if let (Some(balloon), Some(bytes)) = (&balloon, *target) {
+            let lent_bytes = running.ram_bytes.saturating_sub(bytes);
+            balloon.set_target((lent_bytes / PAGE_SIZE).try_into().unwrap_or(u32::MAX));
+        }
+        balloon.is_some()
+    }
+
     pub(crate) fn set_running(&self, running: Running) {
         *lock(&self.shared.running) = running;
+        self.apply_guest_share();
     }
 
     pub(crate) fn push(&self, event: Event) {

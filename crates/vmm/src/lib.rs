@@ -38,7 +38,7 @@ pub use config::{
     TestDevices, Translation,
 };
 pub use config::{GdbConfig, GdbPlace, GdbStart};
-pub use control::Control;
+pub use control::{Control, GuestShare};
 pub use error::VmmError;
 pub use run::{Console, Outcome, Report, run};
 pub use stats::{MemoryStats, Stats, Times};

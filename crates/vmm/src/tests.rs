@@ -215,6 +215,29 @@ fn a_reset_boots_a_new_machine_unless_it_is_to_end() {
 }
 
 #[test]
+fn what_a_guest_was_asked_to_have_is_asked_again_after_a_reset() {
+    let folder = Folder::new();
+    let control = Control::new();
+    assert_eq!(control.guest_share(), None);
+    let from_guest = control.clone();
+    let script: Script = Arc::new(move |services, boot| {
+        // The first guest may run before the machine is announced to the others.
+        while boot == 0 && !from_guest.set_guest_share(40 * MIB) {
+            std::thread::yield_now();
+        }
+        let share = from_guest.guest_share().unwrap();
+        assert_eq!((share.ram_bytes, share.target_bytes, share.actual_bytes), (64 * MIB, 40 * MIB, 64 * MIB));
+        assert!(!share.is_heard);
+        let port = if boot == 0 { layout::RESET_PORT } else { layout::PVPANIC_PORT };
+        services.ports.write(port, AccessSize::Byte, if boot == 0 { 6 } else { 1 });
+        None
+    });
+    let run = play(&folder.config(), &control, script);
+    assert_eq!((outcome(&run), run.result.unwrap().stats.boots), (Outcome::Panicked, 2));
+    assert_eq!(control.guest_share(), None);
+}
+
+#[test]
 fn a_triple_fault_ends_the_run() {
     let folder = Folder::new();
     let run = play(&folder.config(), &Control::new(), Arc::new(|_, _| Some(VcpuExit::TripleFault)));

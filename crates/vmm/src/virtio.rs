@@ -17,6 +17,7 @@ use crate::{DiskAccess, VmmError};
 pub(crate) fn devices(
     around: &Surroundings<'_>,
     console: Option<Arc<Console>>,
+    balloon: Arc<Balloon>,
 ) -> Result<Vec<Arc<dyn VirtioDevice>>, VmmError> {
     let mut devices: Vec<Arc<dyn VirtioDevice>> = Vec::new();
     for index in 0..around.files.disks.len() {
@@ -27,7 +28,7 @@ pub(crate) fn devices(
         devices.push(Arc::new(Net::new(tap.clone(), options)));
     }
     devices.push(Arc::new(Rng::new(around.clock.clone())));
-    devices.push(Arc::new(Balloon::new()));
+    devices.push(balloon);
     if let Some(console) = console {
         devices.push(console);
     }

@@ -64,6 +64,16 @@ impl Balloon {
         }
     }
 
+    /// What was asked for last.
+    pub fn target_pages(&self) -> u32 {
+        lock(&self.state).target_pages
+    }
+
+    /// Whether there is a driver.
+    pub fn has_driver(&self) -> bool {
+        lock(&self.state).interrupts.is_some()
+    }
+
     /// The pages in the balloon, as the guest last said.
     pub fn actual_pages(&self) -> u32 {
         lock(&self.state).actual_pages

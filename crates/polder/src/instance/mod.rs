@@ -1,4 +1,4 @@
-//! Instances: `polder run`, `ps`, `exec`, `console`, `stop` and `rm`.
+//! Instances: `polder run`, `ps`, `exec`, `console`, `balloon`, `stop` and `rm`.
 //!
 //! An instance is a row in `instances.db` (SQLite, WAL) and a folder `instances/NAME` in the state folder: a private copy of the
 //! image's disk and three sockets. While it is active it is one process of its own, started by `run` from this same binary.
@@ -14,6 +14,7 @@
 //! (orders to the process), `console` (attaching), `session` (programs in the guest), and one for each command.
 
 mod backlog;
+mod balloon;
 mod console;
 mod console_server;
 mod control_socket;
@@ -29,6 +30,7 @@ mod run;
 mod session;
 mod stop;
 
+pub use balloon::{BalloonArguments, balloon};
 pub use console::{ConsoleArguments, console};
 pub use exec::{ExecArguments, exec};
 pub use machine::{MachineArguments, machine};
