@@ -1,16 +1,16 @@
-//! Whole vCPUs on their threads: interrupts, sleeping, stopping, start-up messages.
+//! Whole vCPUs on their threads, interpreted and translated: interrupts, sleeping, stopping, start-up messages.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use polder_basics::SystemClock;
-use polder_machine::state::{RunState, SegmentState, VcpuState};
+use polder_machine::state::{RunState, SegmentState, TableState, VcpuState};
 use polder_machine::{Bus, Engine, EngineServices, EoiListener, MsiMessage, Vcpu, VcpuExit, VcpuHandle};
 use polder_memory::{GuestAddress, GuestMemory};
 
 use crate::cpu_model::CpuModel;
-use crate::engine::SoftwareEngine;
+use crate::engine::{EngineOptions, SoftwareEngine, Translation};
 
 struct NoListener;
 
@@ -18,10 +18,26 @@ impl EoiListener for NoListener {
     fn end_of_interrupt(&self, _vector: u8) {}
 }
 
-/// Real-mode code at 0x8000; interrupt vector n leads to 0x9000 + 16 * n.
+/// 64-bit code of privilege level 0, with the first 2 MiB mapped one to one.
 const CODE: u64 = 0x8000;
+/// Tables of pages at 0x1000, 0x2000 and 0x3000.
+const TABLES: u64 = 0x1000;
+const GDT: u64 = 0x4000;
+const IDT: u64 = 0x1_0000;
+/// Interrupt vector n leads to `HANDLERS + 16 * n`.
+const HANDLERS: u64 = 0x2_0000;
+/// Handlers that are too long for that place: `BODIES + 32 * n`.
+const BODIES: u64 = 0x3_0000;
 /// Longest wait for something that takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Runs a test with all code interpreted, with hot code translated, and with all code translated before it first runs.
+fn on_each_translation(test: impl Fn(Translation)) {
+    for translation in [Translation::Never, Translation::Auto, Translation::Always] {
+        println!("translation: {translation:?}");
+        test(translation);
+    }
+}
 
 struct Machine {
     engine: Arc<SoftwareEngine>,
@@ -29,7 +45,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(vcpu_count: u32) -> Self {
+    fn new(vcpu_count: u32, translation: Translation) -> Self {
         let memory = GuestMemory::new(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let services = EngineServices {
             memory: memory.clone(),
@@ -38,15 +54,19 @@ impl Machine {
             eoi: Arc::new(NoListener),
             clock: Arc::new(SystemClock),
         };
-        for vector in 0..256 {
-            let handler = 0x9000 + 16 * vector as u32;
-            memory.write(GuestAddress(4 * vector), &handler.to_le_bytes()).unwrap();
-        }
         let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
-        Machine {
-            engine: SoftwareEngine::new(services, vcpu_count, model, crate::EngineOptions::default()).unwrap(),
-            memory,
+        let options = EngineOptions { translation, ..EngineOptions::default() };
+        let machine = Machine { engine: SoftwareEngine::new(services, vcpu_count, model, options).unwrap(), memory };
+        let entries = [(TABLES, 0x2003), (0x2000, 0x3003), (0x3000, 0x83), (GDT + 8, 0x00af_9b00_0000_ffff)];
+        for (address, entry) in entries.into_iter().chain([(GDT + 16, 0x00cf_9300_0000_ffff)]) {
+            machine.write(address, &u64::to_le_bytes(entry));
         }
+        for vector in 0..256 {
+            let handler = HANDLERS + 16 * vector;
+            let gate = handler & 0xffff | 8 << 16 | 0x8e << 40 | handler >> 16 << 48;
+            machine.write(IDT + 16 * vector, &gate.to_le_bytes());
+        }
+        machine
     }
 
     fn write(&self, address: u64, bytes: &[u8]) {
@@ -59,18 +79,12 @@ impl Machine {
 
     /// The handler of a vector: increments the byte at 0x700 + vector, ends the interrupt in x2APIC mode, returns.
     fn count_interrupts(&self, vector: u64) {
-        let low = vector as u8;
-        // inc byte [0x700 + vector]; mov ecx, 0x80b; xor eax, eax; xor edx, edx; wrmsr; iret: too long for 16 bytes, so jump.
-        let body = 0xb000 + 32 * vector;
-        let jump = (body - (0x9000 + 16 * vector + 3)) as u16;
-        self.write(0x9000 + 16 * vector, &[0xe9, jump as u8, (jump >> 8) as u8]);
-        self.write(
-            body,
-            &[
-                0xfe, 0x06, low, 0x07, 0x66, 0xb9, 0x0b, 0x08, 0, 0, 0x66, 0x31, 0xc0, 0x66, 0x31, 0xd2, 0x0f, 0x30,
-                0xcf,
-            ],
-        );
+        let (handler, body) = (HANDLERS + 16 * vector, BODIES + 32 * vector);
+        let jump = (body - (handler + 5)) as u32;
+        self.write(handler, &[&[0xe9][..], &jump.to_le_bytes()].concat());
+        // inc byte [0x700 + vector]; mov ecx, 0x80b; xor eax, eax; xor edx, edx; wrmsr; iretq
+        let code = [0xb9, 0x0b, 0x08, 0, 0, 0x31, 0xc0, 0x31, 0xd2, 0x0f, 0x30, 0x48, 0xcf];
+        self.write(body, &[&[0xfe, 0x04, 0x25, vector as u8, 0x07, 0, 0][..], &code].concat());
     }
 
     fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
@@ -82,10 +96,14 @@ impl Machine {
     }
 }
 
-/// Real mode at `CODE`, with the local APIC in x2APIC mode and software-enabled by the code that [`prologue`] makes.
+/// 64-bit mode at `CODE`, with all vector units on. The local APIC is as at power-on; [`prologue`] is code that changes that.
 fn start_state() -> VcpuState {
     let mut state = VcpuState::power_on(true);
-    state.segments[1] = SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x9b };
+    state.segments = [SegmentState { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xc093 }; 6];
+    state.segments[1] = SegmentState { selector: 8, base: 0, limit: u32::MAX, attributes: 0xa09b };
+    state.gdtr = TableState { base: GDT, limit: 23 };
+    state.idtr = TableState { base: IDT, limit: 4095 };
+    (state.cr0, state.cr3, state.cr4, state.efer, state.xcr0) = (0x8000_0031, TABLES, 0x4_0620, 0x500, 7);
     state.rip = CODE;
     state.gpr[4] = 0x7000;
     state
@@ -96,11 +114,11 @@ fn prologue() -> Vec<u8> {
     let mut code = Vec::new();
     for (msr, value) in [(0x1bu32, 0xfee0_0d00u32), (0x80f, 0x1ff)] {
         // mov ecx, msr; mov eax, value; xor edx, edx; wrmsr
-        code.extend([0x66, 0xb9]);
+        code.push(0xb9);
         code.extend(msr.to_le_bytes());
-        code.extend([0x66, 0xb8]);
+        code.push(0xb8);
         code.extend(value.to_le_bytes());
-        code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
+        code.extend([0x31, 0xd2, 0x0f, 0x30]);
     }
     code
 }
@@ -114,29 +132,31 @@ fn spawn(mut vcpu: Box<dyn Vcpu>) -> JoinHandle<(Box<dyn Vcpu>, VcpuExit)> {
 
 #[test]
 fn a_halted_vcpu_is_woken_by_a_message_from_a_device_every_time() {
-    const ROUNDS: u32 = 2000;
-    let machine = Machine::new(1);
-    machine.count_interrupts(0x41);
-    // sti; hlt; jmp back to hlt
-    let mut code = prologue();
-    code.extend([0xfb, 0xf4, 0xeb, 0xfd]);
-    machine.write(CODE, &code);
-    let mut vcpu = machine.engine.take_vcpus().remove(0);
-    vcpu.set_state(&start_state());
-    let thread = spawn(vcpu);
-    let sink = machine.engine.msi_sink();
-    for round in 0..ROUNDS {
-        if round == 0 {
-            // The guest must have enabled its APIC first.
-            machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") > 0);
+    on_each_translation(|translation| {
+        const ROUNDS: u32 = 2000;
+        let machine = Machine::new(1, translation);
+        machine.count_interrupts(0x41);
+        // sti; hlt; jmp back to hlt
+        let mut code = prologue();
+        code.extend([0xfb, 0xf4, 0xeb, 0xfd]);
+        machine.write(CODE, &code);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        vcpu.set_state(&start_state());
+        let thread = spawn(vcpu);
+        let sink = machine.engine.msi_sink();
+        for round in 0..ROUNDS {
+            if round == 0 {
+                // The guest must have enabled its APIC first.
+                machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") > 0);
+            }
+            sink.send(MsiMessage { address: 0xfee0_0000, data: 0x41 });
+            machine.wait_for("the interrupt", |machine| machine.byte(0x741) == (round + 1) as u8);
         }
-        sink.send(MsiMessage { address: 0xfee0_0000, data: 0x41 });
-        machine.wait_for("the interrupt", |machine| machine.byte(0x741) == (round + 1) as u8);
-    }
-    machine.engine.handles()[0].stop();
-    let (vcpu, exit) = thread.join().unwrap();
-    assert_eq!((exit, vcpu.state().run_state), (VcpuExit::Stopped, RunState::Halted));
-    assert_eq!(counter(&*machine.engine.handles()[0], "interrupts"), u64::from(ROUNDS));
+        machine.engine.handles()[0].stop();
+        let (vcpu, exit) = thread.join().unwrap();
+        assert_eq!((exit, vcpu.state().run_state), (VcpuExit::Stopped, RunState::Halted));
+        assert_eq!(counter(&*machine.engine.handles()[0], "interrupts"), u64::from(ROUNDS));
+    });
 }
 
 fn counter(handle: &dyn VcpuHandle, name: &str) -> u64 {
@@ -145,194 +165,218 @@ fn counter(handle: &dyn VcpuHandle, name: &str) -> u64 {
 
 #[test]
 fn a_running_vcpu_stops_when_asked_and_goes_on_afterwards() {
-    let machine = Machine::new(1);
-    // inc byte [0x700]; jmp back
-    machine.write(CODE, &[0xfe, 0x06, 0x00, 0x07, 0xeb, 0xfa]);
-    let mut vcpu = machine.engine.take_vcpus().remove(0);
-    vcpu.set_state(&start_state());
-    for _ in 0..20 {
-        let before = machine.byte(0x700);
-        let thread = spawn(vcpu);
-        machine.wait_for("progress", |machine| machine.byte(0x700) != before);
+    on_each_translation(|translation| {
+        let machine = Machine::new(1, translation);
+        // inc byte [0x700]; jmp back
+        machine.write(CODE, &[0xfe, 0x04, 0x25, 0x00, 0x07, 0, 0, 0xeb, 0xf7]);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        vcpu.set_state(&start_state());
+        for _ in 0..20 {
+            let before = machine.byte(0x700);
+            let thread = spawn(vcpu);
+            machine.wait_for("progress", |machine| machine.byte(0x700) != before);
+            machine.engine.handles()[0].stop();
+            let exit;
+            (vcpu, exit) = thread.join().unwrap();
+            assert_eq!((exit, vcpu.state().run_state), (VcpuExit::Stopped, RunState::Runnable));
+        }
+        let translates = is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("avx");
+        let translated = counter(&*machine.engine.handles()[0], "translated_units");
+        assert_eq!(translated > 0, translates && translation != Translation::Never);
+        // A stop before the run counts for the next run.
         machine.engine.handles()[0].stop();
-        let exit;
-        (vcpu, exit) = thread.join().unwrap();
-        assert_eq!((exit, vcpu.state().run_state), (VcpuExit::Stopped, RunState::Runnable));
-    }
-    // A stop before the run counts for the next run.
-    machine.engine.handles()[0].stop();
-    assert_eq!(vcpu.run(), VcpuExit::Stopped);
+        assert_eq!(vcpu.run(), VcpuExit::Stopped);
+    });
 }
 
 #[test]
 fn an_exception_without_a_table_shuts_the_vcpu_down_and_a_reset_revives_it() {
-    let machine = Machine::new(1);
-    machine.write(CODE, &[0x0f, 0x0b]);
-    let mut vcpu = machine.engine.take_vcpus().remove(0);
-    let mut state = start_state();
-    state.idtr.limit = 0;
-    vcpu.set_state(&state);
-    assert_eq!(vcpu.run(), VcpuExit::TripleFault);
-    vcpu.reset();
-    assert_eq!(vcpu.state(), VcpuState::power_on(true));
+    on_each_translation(|translation| {
+        let machine = Machine::new(1, translation);
+        machine.write(CODE, &[0x0f, 0x0b]);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        let mut state = start_state();
+        state.idtr.limit = 0;
+        vcpu.set_state(&state);
+        assert_eq!(vcpu.run(), VcpuExit::TripleFault);
+        vcpu.reset();
+        assert_eq!(vcpu.state(), VcpuState::power_on(true));
+    });
 }
 
 #[test]
 fn a_state_set_is_the_state_read() {
-    let machine = Machine::new(2);
-    let mut vcpus = machine.engine.take_vcpus();
-    assert_eq!(vcpus[1].state(), VcpuState::power_on(false));
-    let mut state = VcpuState::power_on(true);
-    state.gpr = std::array::from_fn(|index| index as u64 * 0x1111);
-    state.cr0 = 0x8005_0033;
-    state.cr3 = 0x5000;
-    state.cr4 = 0x6f0;
-    state.cr8 = 9;
-    state.efer = 0xd01;
-    state.rflags = 0x246;
-    state.xcr0 = 7;
-    state.run_state = RunState::Halted;
-    vcpus[0].set_state(&state);
-    assert_eq!(vcpus[0].state(), state);
+    on_each_translation(|translation| {
+        let machine = Machine::new(2, translation);
+        let mut vcpus = machine.engine.take_vcpus();
+        assert_eq!(vcpus[1].state(), VcpuState::power_on(false));
+        let mut state = VcpuState::power_on(true);
+        state.gpr = std::array::from_fn(|index| index as u64 * 0x1111);
+        state.cr0 = 0x8005_0033;
+        state.cr3 = 0x5000;
+        state.cr4 = 0x6f0;
+        state.cr8 = 9;
+        state.efer = 0xd01;
+        state.rflags = 0x246;
+        state.xcr0 = 7;
+        state.run_state = RunState::Halted;
+        vcpus[0].set_state(&state);
+        assert_eq!(vcpus[0].state(), state);
+    });
 }
 
 #[test]
 fn start_up_messages_start_the_others_at_their_page() {
-    let machine = Machine::new(4);
-    // The others: lock inc byte [0x700]; hlt
-    machine.write(0x5000, &[0xf0, 0xfe, 0x06, 0x00, 0x07, 0xf4]);
-    let mut code = prologue();
-    // INIT to all others, then SIPI with vector 5, twice.
-    for command in [0xc_4500u32, 0xc_4605, 0xc_4605] {
-        // mov ecx, 0x830; mov eax, command; xor edx, edx; wrmsr
-        code.extend([0x66, 0xb9, 0x30, 0x08, 0, 0, 0x66, 0xb8]);
-        code.extend(command.to_le_bytes());
-        code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
-    }
-    code.push(0xf4);
-    machine.write(CODE, &code);
-    let mut vcpus = machine.engine.take_vcpus();
-    vcpus[0].set_state(&start_state());
-    let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
-    machine.wait_for("the start of three vCPUs", |machine| machine.byte(0x700) == 3);
-    for handle in machine.engine.handles() {
-        handle.stop();
-    }
-    for thread in threads {
-        assert_eq!(thread.join().unwrap().1, VcpuExit::Stopped);
-    }
-    assert_eq!(machine.byte(0x700), 3);
+    on_each_translation(|translation| {
+        let machine = Machine::new(4, translation);
+        // The others, in real mode: lock inc byte [0x700]; hlt
+        machine.write(0x5000, &[0xf0, 0xfe, 0x06, 0x00, 0x07, 0xf4]);
+        let mut code = prologue();
+        // INIT to all others, then SIPI with vector 5, twice.
+        for command in [0xc_4500u32, 0xc_4605, 0xc_4605] {
+            // mov ecx, 0x830; mov eax, command; xor edx, edx; wrmsr
+            code.extend([0xb9, 0x30, 0x08, 0, 0, 0xb8]);
+            code.extend(command.to_le_bytes());
+            code.extend([0x31, 0xd2, 0x0f, 0x30]);
+        }
+        code.push(0xf4);
+        machine.write(CODE, &code);
+        let mut vcpus = machine.engine.take_vcpus();
+        vcpus[0].set_state(&start_state());
+        let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
+        machine.wait_for("the start of three vCPUs", |machine| machine.byte(0x700) == 3);
+        for handle in machine.engine.handles() {
+            handle.stop();
+        }
+        for thread in threads {
+            assert_eq!(thread.join().unwrap().1, VcpuExit::Stopped);
+        }
+        assert_eq!(machine.byte(0x700), 3);
+    });
 }
 
 #[test]
 fn interrupts_between_two_vcpus_are_all_delivered() {
-    const ROUNDS: u8 = 200;
-    let machine = Machine::new(2);
-    // Each sends the other the interrupt that it got, until both counted ROUNDS.
-    let ping_pong = |vector: u8, other: u32| {
-        let mut code = prologue();
-        let loop_start = code.len();
-        // cli; cmp [0x700 + own], bl; jne on; sti; hlt; jmp back; on: inc bl; send; jmp back
-        code.extend([0xfa, 0x38, 0x1e, vector, 0x07, 0x75, 0x04, 0xfb, 0xf4, 0xeb, 0xf5, 0xfe, 0xc3]);
-        code.extend([0x66, 0xb9, 0x30, 0x08, 0, 0, 0x66, 0xb8]);
-        code.extend(u32::from(vector ^ 1).to_le_bytes());
-        code.extend([0x66, 0xba]);
-        code.extend(other.to_le_bytes());
-        code.extend([0x0f, 0x30]);
-        let back = loop_start as i32 - (code.len() as i32 + 2);
-        code.extend([0xeb, back as u8]);
-        code
-    };
-    machine.write(CODE, &ping_pong(0x40, 1));
-    machine.write(0x5000, &ping_pong(0x41, 0));
-    machine.count_interrupts(0x40);
-    machine.count_interrupts(0x41);
-    let mut vcpus = machine.engine.take_vcpus();
-    let mut state = start_state();
-    vcpus[0].set_state(&state);
-    state.rip = 0x5000;
-    state.gpr[4] = 0x6000;
-    vcpus[1].set_state(&state);
-    let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
-    machine.wait_for("both HLTs", |machine| {
-        machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0)
+    on_each_translation(|translation| {
+        const ROUNDS: u8 = 200;
+        let machine = Machine::new(2, translation);
+        // Each sends the other the interrupt that it got, until both counted ROUNDS.
+        let ping_pong = |vector: u8, other: u32| {
+            let mut code = prologue();
+            let loop_start = code.len();
+            // cli; cmp [0x700 + own], bl; jne on; sti; hlt; jmp back; on: inc bl; send; jmp back
+            code.extend([0xfa, 0x38, 0x1c, 0x25, vector, 0x07, 0, 0, 0x75, 0x04, 0xfb, 0xf4, 0xeb, 0xf2, 0xfe, 0xc3]);
+            code.extend([0xb9, 0x30, 0x08, 0, 0, 0xb8]);
+            code.extend(u32::from(vector ^ 1).to_le_bytes());
+            code.push(0xba);
+            code.extend(other.to_le_bytes());
+            code.extend([0x0f, 0x30]);
+            let back = loop_start as i32 - (code.len() as i32 + 2);
+            code.extend([0xeb, back as u8]);
+            code
+        };
+        machine.write(CODE, &ping_pong(0x40, 1));
+        machine.write(0x5000, &ping_pong(0x41, 0));
+        machine.count_interrupts(0x40);
+        machine.count_interrupts(0x41);
+        let mut vcpus = machine.engine.take_vcpus();
+        let mut state = start_state();
+        vcpus[0].set_state(&state);
+        state.rip = 0x5000;
+        state.gpr[4] = 0x6000;
+        vcpus[1].set_state(&state);
+        let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
+        machine.wait_for("both HLTs", |machine| {
+            machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0)
+        });
+        machine.engine.msi_sink().send(MsiMessage { address: 0xfee0_0000, data: 0x40 });
+        machine.wait_for("the ping-pong", |machine| {
+            counter(&*machine.engine.handles()[1], "interrupts") >= u64::from(ROUNDS)
+        });
+        for handle in machine.engine.handles() {
+            handle.stop();
+        }
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let [first, second] = [0x740, 0x741].map(|address| machine.byte(address));
+        assert!(first.wrapping_sub(second) <= 1, "{first} {second}");
     });
-    machine.engine.msi_sink().send(MsiMessage { address: 0xfee0_0000, data: 0x40 });
-    machine
-        .wait_for("the ping-pong", |machine| counter(&*machine.engine.handles()[1], "interrupts") >= u64::from(ROUNDS));
-    for handle in machine.engine.handles() {
-        handle.stop();
-    }
-    for thread in threads {
-        thread.join().unwrap();
-    }
-    let [first, second] = [0x740, 0x741].map(|address| machine.byte(address));
-    assert!(first.wrapping_sub(second) <= 1, "{first} {second}");
 }
 
 #[test]
 fn code_that_another_vcpu_rewrites_is_run_as_rewritten() {
-    let machine = Machine::new(2);
-    // vCPU 0 runs: add al, 1 (immediate rewritten); mov [0x700], al; cmp byte [0x701], 0; je back; hlt
-    machine.write(CODE, &[0xb0, 0x01, 0xa2, 0x00, 0x07, 0x80, 0x3e, 0x01, 0x07, 0x00, 0x74, 0xf4, 0xf4]);
-    let mut vcpus = machine.engine.take_vcpus();
-    vcpus[0].set_state(&start_state());
-    // vCPU 1 runs: inc byte [0x8001] until told to stop.
-    machine.write(0x5000, &[0xfe, 0x06, 0x01, 0x80, 0x80, 0x3e, 0x01, 0x07, 0x00, 0x74, 0xf5, 0xf4]);
-    let mut state = start_state();
-    state.rip = 0x5000;
-    vcpus[1].set_state(&state);
-    let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
-    for _ in 0..50 {
-        let before = machine.byte(0x700);
-        machine.wait_for("a rewritten instruction", |machine| machine.byte(0x700) != before);
-    }
-    machine.write(0x701, &[1]);
-    machine.wait_for("HLT", |machine| machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0));
-    for handle in machine.engine.handles() {
-        handle.stop();
-    }
-    for thread in threads {
-        thread.join().unwrap();
-    }
+    on_each_translation(|translation| {
+        let machine = Machine::new(2, translation);
+        // vCPU 0 runs: mov al, 1 (immediate rewritten); mov [0x700], al; cmp byte [0x701], 0; je back; hlt
+        let code =
+            [0xb0, 0x01, 0x88, 0x04, 0x25, 0, 0x07, 0, 0, 0x80, 0x3c, 0x25, 0x01, 0x07, 0, 0, 0, 0x74, 0xed, 0xf4];
+        machine.write(CODE, &code);
+        let mut vcpus = machine.engine.take_vcpus();
+        vcpus[0].set_state(&start_state());
+        // vCPU 1 runs: inc byte [0x8001] until told to stop.
+        let code = [0xfe, 0x04, 0x25, 0x01, 0x80, 0, 0, 0x80, 0x3c, 0x25, 0x01, 0x07, 0, 0, 0, 0x74, 0xef, 0xf4];
+        machine.write(0x5000, &code);
+        let mut state = start_state();
+        state.rip = 0x5000;
+        vcpus[1].set_state(&state);
+        let threads: Vec<_> = vcpus.into_iter().map(spawn).collect();
+        for _ in 0..50 {
+            let before = machine.byte(0x700);
+            machine.wait_for("a rewritten instruction", |machine| machine.byte(0x700) != before);
+        }
+        machine.write(0x701, &[1]);
+        machine
+            .wait_for("HLT", |machine| machine.engine.handles().iter().all(|handle| counter(&**handle, "sleeps") > 0));
+        for handle in machine.engine.handles() {
+            handle.stop();
+        }
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
 }
 
 #[test]
 fn an_nmi_wakes_a_vcpu_that_takes_no_interrupts() {
-    let machine = Machine::new(1);
-    // cli; hlt; mov byte [0x700], 1; hlt
-    machine.write(CODE, &[0xfa, 0xf4, 0xc6, 0x06, 0x00, 0x07, 0x01, 0xf4]);
-    // The handler: iret
-    machine.write(0x9020, &[0xcf]);
-    let mut vcpu = machine.engine.take_vcpus().remove(0);
-    vcpu.set_state(&start_state());
-    let thread = spawn(vcpu);
-    machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") > 0);
-    machine.engine.send_nmi();
-    machine.wait_for("the code after HLT", |machine| machine.byte(0x700) == 1);
-    machine.engine.handles()[0].stop();
-    thread.join().unwrap();
+    on_each_translation(|translation| {
+        let machine = Machine::new(1, translation);
+        // cli; hlt; mov byte [0x700], 1; hlt
+        machine.write(CODE, &[0xfa, 0xf4, 0xc6, 0x04, 0x25, 0, 0x07, 0, 0, 0x01, 0xf4]);
+        // The handler: iretq
+        machine.write(HANDLERS + 16 * 2, &[0x48, 0xcf]);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        vcpu.set_state(&start_state());
+        let thread = spawn(vcpu);
+        machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") > 0);
+        machine.engine.send_nmi();
+        machine.wait_for("the code after HLT", |machine| machine.byte(0x700) == 1);
+        machine.engine.handles()[0].stop();
+        thread.join().unwrap();
+    });
 }
 
 #[test]
 fn the_timer_interrupts_running_code_soon_after_its_deadline() {
-    let machine = Machine::new(1);
-    machine.count_interrupts(0xec);
-    let mut code = prologue();
-    // LVT timer: one-shot, vector 0xec; divide by 1; initial count 25,000 (1 ms); sti; jmp self
-    for (msr, value) in [(0x832u32, 0xecu32), (0x83e, 0xb), (0x838, 25_000)] {
-        code.extend([0x66, 0xb9]);
-        code.extend(msr.to_le_bytes());
-        code.extend([0x66, 0xb8]);
-        code.extend(value.to_le_bytes());
-        code.extend([0x66, 0x31, 0xd2, 0x0f, 0x30]);
-    }
-    code.extend([0xfb, 0xeb, 0xfe]);
-    machine.write(CODE, &code);
-    let mut vcpu = machine.engine.take_vcpus().remove(0);
-    vcpu.set_state(&start_state());
-    let thread = spawn(vcpu);
-    machine.wait_for("the timer", |machine| machine.byte(0x7ec) == 1);
-    machine.engine.handles()[0].stop();
-    thread.join().unwrap();
+    on_each_translation(|translation| {
+        let machine = Machine::new(1, translation);
+        machine.count_interrupts(0xec);
+        let mut code = prologue();
+        // LVT timer: one-shot, vector 0xec; divide by 1; initial count 25,000 (1 ms); sti; jmp self
+        for (msr, value) in [(0x832u32, 0xecu32), (0x83e, 0xb), (0x838, 25_000)] {
+            code.push(0xb9);
+            code.extend(msr.to_le_bytes());
+            code.push(0xb8);
+            code.extend(value.to_le_bytes());
+            code.extend([0x31, 0xd2, 0x0f, 0x30]);
+        }
+        code.extend([0xfb, 0xeb, 0xfe]);
+        machine.write(CODE, &code);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        vcpu.set_state(&start_state());
+        let thread = spawn(vcpu);
+        machine.wait_for("the timer", |machine| machine.byte(0x7ec) == 1);
+        machine.engine.handles()[0].stop();
+        thread.join().unwrap();
+    });
 }
