@@ -61,6 +61,31 @@ fn changed_code_is_what_runs_next() {
 }
 
 #[test]
+fn eight_vcpus_that_patch_code_run_valid_versions_only() {
+    // QEMU 7.2's TCG with a thread for each vCPU runs on in a breakpoint that is gone; with `-accel tcg,thread=single` the guest passes.
+    if Monitor::chosen() == Monitor::Qemu {
+        return;
+    }
+    let boot = || Boot::tiny("patch").cpus(8).append("cpus=8").timeout_s(300);
+    on_each_tier(boot, |outcome| good(outcome, "patch good"));
+}
+
+#[test]
+fn eight_vcpus_that_patch_code_run_valid_versions_only_while_translations_are_evicted() {
+    if Monitor::chosen() == Monitor::Qemu {
+        return;
+    }
+    let scratch = Scratch::new();
+    let stats = scratch.path().join("stats.json");
+    let boot = Boot::tiny("patch").cpus(8).append("cpus=8").timeout_s(300);
+    let outcome = boot.option("--translate", "always").option("--code-cache", "1M").stats(&stats).run();
+    good(&outcome, "patch good");
+    // The functions that fill the cache go through it again and again.
+    let units = counter(&stats, "translated_units");
+    assert!(units == 0 || counter(&stats, "code_cache_evicted") > units / 2, "{outcome}");
+}
+
+#[test]
 fn faults_carry_vector_error_code_and_address() {
     on_each_tier(|| Boot::tiny("faults").timeout_s(60), |outcome| good(outcome, "faults good"));
 }
