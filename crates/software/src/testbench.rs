@@ -117,6 +117,8 @@ impl Default for TestBench {
 impl TestBench {
     /// A processor at `CODE` in 64-bit mode at privilege level 0, with all of memory mapped at its own address, writable, for user and supervisor.
     pub fn new() -> Self {
+        // Signal handlers are in place from here on.
+        crate::vector::stub::prepare().expect("executable memory for a test");
         let memory = GuestMemory::new(&[(GuestAddress(0), MEMORY_BYTES)]).expect("memory for a test");
         let stale = Arc::new(Stale::default());
         memory.set_code_watcher(stale.clone());

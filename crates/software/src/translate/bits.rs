@@ -1,12 +1,13 @@
 //! Bit tests of memory whose bit number is in a register: the number may lead far away from the operand (SDM vol. 2, BT).
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::assembler::Mem;
-use super::forms::{has_wide_address, renamed};
+use super::forms::{has_wide_address, renamed, set_memory};
 use super::frame::{BITS_31, BITS_63};
 use super::generate::{Generator, Result, Use};
 use super::guest_code::{Item, general_register};
+use super::memory::{COLLAPSED, LOOKED_UP};
 use super::registers::{ADDEND, ADDRESS, SPARE};
 
 impl Generator<'_> {
@@ -28,7 +29,7 @@ impl Generator<'_> {
             return Ok(false);
         }
         let wide = bytes == 8;
-        self.memory_address(item, ADDRESS)?;
+        self.memory_address(item)?;
         // The word that holds the bit: the number's quotient, rounded down.
         let bit = self.register(number, SPARE);
         self.asm.constant(ADDEND, if wide { 6 } else { 5 });
@@ -39,7 +40,7 @@ impl Generator<'_> {
         self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, SPARE, if wide { 3 } else { 2 }, 0));
         let usage = if is_test { Use::Read } else { Use::Write };
         self.look_up(item, bytes, usage, item.live_before != 0);
-        let host_word = Mem::indexed(ADDRESS, ADDEND, 0, 0);
+        let host_word = LOOKED_UP.mem;
         if is_test {
             if wide {
                 self.asm.load(ADDRESS, host_word);
@@ -54,7 +55,7 @@ impl Generator<'_> {
         let bit = self.register(number, ADDEND);
         self.asm.extract(ADDEND, bit, if wide { BITS_63 } else { BITS_31 });
         self.encode(&on_word(guest))?;
-        self.check_note(item, bytes, true, Some(guest.next_ip()));
+        self.check_note(item, bytes, COLLAPSED, Some(guest.next_ip()));
         Ok(true)
     }
 }
@@ -62,11 +63,7 @@ impl Generator<'_> {
 /// The same instruction on [ADDRESS] with the bit's number in ADDEND.
 fn on_word(guest: &Instruction) -> Instruction {
     let mut host = *guest;
-    host.set_memory_base(Register::R10);
-    host.set_memory_index(Register::None);
-    host.set_memory_displacement64(0);
-    host.set_memory_displ_size(0);
-    host.set_segment_prefix(Register::None);
+    set_memory(&mut host, COLLAPSED.mem);
     host.set_op1_register(renamed(guest.op1_register(), ADDEND));
     host
 }

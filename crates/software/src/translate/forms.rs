@@ -1,10 +1,65 @@
 //! Which instructions can be emitted as themselves, and with what care.
 
-use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 
-use super::assembler::Reg;
-use super::guest_code::general_register;
+use super::assembler::{Mem, Reg};
+use super::generate::Use;
+use super::guest_code::{branch_target, general_register};
 use super::registers::home;
+use super::x87::{is_x87, uses_mmx};
+
+/// Whether an instruction is emitted as itself, if its registers and its memory operand allow that.
+pub fn has_same_form(instruction: &Instruction) -> bool {
+    let is_data = instruction.encoding() != EncodingKind::Legacy
+        || uses_vectors(instruction)
+        || uses_mmx(instruction)
+        || is_known_integer(instruction);
+    is_plain(instruction) && is_data
+}
+
+/// Whether an instruction surely leaves the translation of addresses as it is, and what may be done at them.
+pub fn keeps_translations(instruction: &Instruction) -> bool {
+    let is_harmless = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Push | Mnemonic::Pop | Mnemonic::Leave | Mnemonic::Lea | Mnemonic::Nop | Mnemonic::Endbr64
+    );
+    is_harmless
+        || branch_target(instruction).is_some()
+        || matches!(instruction.code(), Code::Jmp_rm64 | Code::Call_rm64 | Code::Retnq | Code::Retnq_imm16)
+        || is_x87(instruction)
+        || has_same_form(instruction)
+}
+
+/// How an instruction uses its memory operand and how many bytes of it; `None` if it has none that one look-up reaches.
+pub fn memory_operand(info: &mut InstructionInfoFactory, instruction: &Instruction) -> Option<(Use, u32)> {
+    let operand = (0..instruction.op_count()).find(|&operand| instruction.op_kind(operand) == OpKind::Memory)?;
+    let bytes = instruction.memory_size().size() as u32;
+    if bytes == 0 || bytes > 64 || instruction.mnemonic() == Mnemonic::Lea {
+        return None;
+    }
+    match info.info(instruction).op_access(operand) {
+        OpAccess::Read | OpAccess::CondRead => Some((Use::Read, bytes)),
+        OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => {
+            Some((Use::Write, bytes))
+        }
+        _ => None,
+    }
+}
+
+/// Gives a host instruction another memory operand.
+pub fn set_memory(host: &mut Instruction, mem: Mem) {
+    let name = |register: Reg| Register::RAX + u32::from(register.0);
+    host.set_memory_base(mem.base.map_or(Register::None, name));
+    host.set_memory_index(mem.index.map_or(Register::None, |(register, _)| name(register)));
+    host.set_memory_index_scale(mem.index.map_or(1, |(_, shift)| 1 << shift));
+    host.set_memory_displacement64(mem.displacement as i64 as u64);
+    host.set_memory_displ_size(match mem.displacement {
+        0 => 0,
+        -128..128 => 1,
+        _ => 8,
+    });
+    host.set_segment_prefix(Register::None);
+}
 
 /// Whether a memory operand has 64-bit address registers, or none.
 pub fn has_wide_address(instruction: &Instruction) -> bool {

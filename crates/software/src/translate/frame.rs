@@ -4,6 +4,7 @@ use std::mem::offset_of;
 
 use super::arena::{JUMPS, frame_offset};
 use super::assembler::{Mem, RSP};
+use super::groups::SLOTS;
 use super::lockstep::Journal;
 use crate::cpu::{Cpu, cr4};
 use crate::flags;
@@ -76,6 +77,12 @@ pub struct Frame {
     pub bits_63: u64,
     /// The exposed address of the translator while its code runs.
     pub translator: usize,
+    /// Host addresses of groups' stretches, and of their pages' notes.
+    pub stretches: [u64; SLOTS],
+    pub notes: [u64; SLOTS],
+    /// Bits 0 to 11, and bit 12.
+    pub offset_mask: u64,
+    pub next_page_mask: u64,
     /// In lockstep: what translated code has stored to.
     pub journal: Option<Box<Journal>>,
 }
@@ -110,6 +117,10 @@ impl Default for Frame {
             bits_31: 31,
             bits_63: 63,
             translator: 0,
+            stretches: [0; SLOTS],
+            notes: [0; SLOTS],
+            offset_mask: 0xfff,
+            next_page_mask: 0x1000,
             journal: None,
         }
     }
@@ -150,6 +161,8 @@ fields! {
     CANONICAL_MASK = canonical_mask;
     DIRECTION_MASK = direction_mask;
     TIME_STAMP_DISABLE = time_stamp_disable;
+    OFFSET_MASK = offset_mask;
+    NEXT_PAGE_MASK = next_page_mask;
     BITS_31 = bits_31;
     BITS_63 = bits_63;
 }
@@ -160,6 +173,16 @@ pub const ARITHMETIC: Mem = cpu_field(offset_of!(Cpu, arithmetic));
 /// One of the places for values that wait while the scratch registers are in use.
 pub const fn temporary(index: usize) -> Mem {
     Mem::base(RSP, frame_offset(offset_of!(Frame, temporary) + 8 * index))
+}
+
+/// Where a group keeps the host address of its stretch.
+pub const fn stretch_slot(slot: usize) -> Mem {
+    Mem::base(RSP, frame_offset(offset_of!(Frame, stretches) + 8 * slot))
+}
+
+/// Where a group that is stored to keeps the address of its page's note.
+pub const fn note_slot(slot: usize) -> Mem {
+    Mem::base(RSP, frame_offset(offset_of!(Frame, notes) + 8 * slot))
 }
 
 /// The slot of a guest register in [`Cpu::gpr`].

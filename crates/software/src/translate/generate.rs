@@ -12,9 +12,13 @@ use std::mem::offset_of;
 use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory};
 
 use super::assembler::{Assembler, Binary, Label, Mem, Reg, Relocation, condition};
-use super::frame::{CALLOUT_OP, EXIT, MISS, MISS_ADDRESS, RIP, VECTORS_MISSING, cpu_field, exit, register_slot};
+use super::frame::{
+    CALLOUT_OP, EXIT, MISS, MISS_ADDRESS, NEXT_PAGE_MASK, OFFSET_MASK, RIP, VECTORS_MISSING, cpu_field, exit,
+    register_slot,
+};
+use super::groups::{self, Plan};
 use super::guest_code::{Item, item_at};
-use super::registers::{ADDEND, ADDRESS, SPARE, home};
+use super::registers::{ADDRESS, SPARE, home};
 use super::thunks::Thunks;
 use super::x87::X87Site;
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
@@ -37,15 +41,17 @@ pub enum Cold {
         retry: Label,
         miss: u32,
         rip: u64,
+        /// Where to go on if the bytes lie in two pages; `None`: such a look-up may miss like others.
+        split: Option<Split>,
         x87: Option<X87Site>,
     },
-    /// A store to a watched page is done; `collapsed`: the host address is in ADDRESS alone.
+    /// A store to a watched page at `host` is done.
     Noted {
         entry: Label,
         resume: Label,
         bytes: u32,
         next: Option<u64>,
-        collapsed: bool,
+        host: Mem,
         x87: Option<X87Site>,
     },
     Leave {
@@ -73,6 +79,14 @@ pub enum Cold {
     },
 }
 
+/// Where a group goes on whose stretch lies in two pages.
+#[derive(Debug, Clone, Copy)]
+pub struct Split {
+    pub entry: Label,
+    /// The link that leads there.
+    pub link: Option<usize>,
+}
+
 /// A way out of a unit to a known address.
 #[derive(Debug, Clone, Copy)]
 pub struct LinkSite {
@@ -83,6 +97,8 @@ pub struct LinkSite {
     pub space_at: Option<usize>,
     /// Where the jump leads while it is not linked.
     pub stub: usize,
+    /// It leads to the plain form of the unit there, without groups.
+    pub plain: bool,
 }
 
 /// Ops whose addresses are in generated code.
@@ -128,6 +144,8 @@ pub struct Context<'a> {
     pub counts: bool,
     /// Every look-up for writing misses first, so that what is stored to can be kept.
     pub keeps_journal: bool,
+    /// Nothing is shared between accesses.
+    pub plain: bool,
     /// Number of the first link.
     pub first_link: usize,
 }
@@ -170,6 +188,13 @@ pub struct Generator<'a> {
     pub entry_table: usize,
     /// Items that jumps inside the unit lead to.
     is_target: Vec<bool>,
+    pub plan: Plan,
+    /// The item that is being generated.
+    pub index: usize,
+    /// The group whose stretch ADDEND has the host address of.
+    pub held: Option<usize>,
+    /// The same at the start of the instruction that is being generated, until ADDEND is used.
+    pub held_before: Option<usize>,
 }
 
 const X87_MISSING: Mem = cpu_field(offset_of!(Cpu, vector) + VectorState::X87_MISSING_OFFSET);
@@ -203,6 +228,10 @@ impl<'a> Generator<'a> {
             tables: super::system::tables(items, context.table, context.guards_user_pages),
             entry_table: context.table,
             is_target,
+            plan: if context.plain { Plan::default() } else { groups::plan(items) },
+            index: 0,
+            held: None,
+            held_before: None,
         }
     }
 
@@ -211,12 +240,14 @@ impl<'a> Generator<'a> {
         let mut ended = false;
         for index in 0..self.items.len() {
             let item = self.items[index];
+            self.index = index;
             if self.is_target[index] || !super::x87::leaves_pointers(&item.instruction) {
                 self.store_x87_pointers();
             }
             if self.is_target[index] {
                 self.vectors_loaded = false;
                 self.x87_loaded = false;
+                self.held = None;
             }
             if let Some(tables) = &self.tables {
                 self.context.table = tables[index];
@@ -324,20 +355,30 @@ impl<'a> Generator<'a> {
     fn emit_cold(&mut self) {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { entry, retry, miss, rip, x87 } => {
+                Cold::Miss { entry, retry, miss, rip, split, x87 } => {
                     self.asm.bind(entry);
                     if let Some(site) = x87 {
                         self.store_pointers_of(site);
+                    }
+                    if let Some(split) = split {
+                        let bytes = (miss & !MISS_WRITE) as i32;
+                        self.asm.extract(SPARE, ADDRESS, OFFSET_MASK);
+                        self.asm.lea(SPARE, Mem::base(SPARE, bytes - 1));
+                        self.asm.extract(SPARE, SPARE, NEXT_PAGE_MASK);
+                        self.asm.jump_unless_rcx_zero(split.entry);
+                        if let Some(link) = split.link {
+                            self.links[link].jump_at = self.asm.position() - 4;
+                        }
                     }
                     self.asm.store32_imm(MISS, miss);
                     self.store_rip(rip);
                     self.call_thunk(self.context.thunks.miss);
                     self.asm.jump(retry);
                 }
-                Cold::Noted { entry, resume, bytes, next, collapsed, x87 } => {
+                Cold::Noted { entry, resume, bytes, next, host, x87 } => {
                     self.asm.bind(entry);
-                    if !collapsed {
-                        self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+                    if !is_only(host, ADDRESS) {
+                        self.asm.lea(ADDRESS, host);
                     }
                     self.asm.store32_imm(MISS, bytes | if next.is_some() { NOTED_LEAVES } else { 0 });
                     if let Some(site) = x87 {
@@ -490,4 +531,9 @@ impl<'a> Generator<'a> {
         self.store_rip(instruction.ip());
         self.call_thunk(self.context.thunks.callout);
     }
+}
+
+/// Whether a memory operand is what a register points at.
+fn is_only(mem: Mem, register: Reg) -> bool {
+    mem.base == Some(register) && mem.index.is_none() && mem.displacement == 0
 }

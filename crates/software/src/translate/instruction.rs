@@ -2,16 +2,18 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Code, EncodingKind, FlowControl, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, FlowControl, Mnemonic, OpAccess, OpKind, Register};
 
 use super::assembler::{Mem, R9, RCX, Reg};
 use super::forms::{
-    has_wide_address, is_implied_count, is_known_integer, is_plain, may_raise, renamed, set_operand_register,
-    turned_homes, uses_vectors, writes_rcx,
+    has_same_form, has_wide_address, is_implied_count, may_raise, memory_operand, renamed, set_memory,
+    set_operand_register, turned_homes, uses_vectors, writes_rcx,
 };
 use super::frame::{register_slot, temporary};
 use super::generate::{Generator, GiveUp, Result, Use};
+use super::groups::Access;
 use super::guest_code::{Item, general_register, is_of_model};
+use super::memory::{COLLAPSED, Place};
 use super::registers::{ADDEND, ADDRESS, SPARE, home};
 
 impl Generator<'_> {
@@ -22,6 +24,7 @@ impl Generator<'_> {
             self.interpret(instruction.ip());
             return Ok(true);
         }
+        self.held_before = self.held.take();
         match instruction.flow_control() {
             FlowControl::Next => {
                 self.straight(item)?;
@@ -42,7 +45,10 @@ impl Generator<'_> {
             | Mnemonic::Prefetcht0
             | Mnemonic::Prefetcht1
             | Mnemonic::Prefetcht2
-            | Mnemonic::Prefetchw => return Ok(()),
+            | Mnemonic::Prefetchw => {
+                self.held = self.held_before;
+                return Ok(());
+            }
             Mnemonic::Lea if instruction.memory_base() == Register::RIP || has_wide_address(instruction) => {
                 return self.load_address(item);
             }
@@ -96,34 +102,15 @@ impl Generator<'_> {
     /// Emits the instruction as itself, registers renamed and memory looked up. `false`: it has no such form here.
     fn same_form(&mut self, item: &Item) -> Result<bool> {
         let guest = &item.instruction;
-        if !is_plain(guest) {
+        if !has_same_form(guest) {
             return Ok(false);
         }
         let vector = uses_vectors(guest);
         let mmx = super::x87::uses_mmx(guest);
-        if guest.encoding() == EncodingKind::Legacy && !vector && !mmx && !is_known_integer(guest) {
-            return Ok(false);
-        }
         let memory = (0..guest.op_count()).find(|&operand| guest.op_kind(operand) == OpKind::Memory);
-        if memory.is_some() && !has_wide_address(guest) {
-            return Ok(false);
-        }
-        let accesses = self.info.info(guest);
-        let access = |operand: u32| accesses.op_access(operand);
-        let mut usage = None;
         let is_address_only = guest.mnemonic() == Mnemonic::Lea;
-        if let Some(operand) = memory {
-            usage = match access(operand) {
-                _ if is_address_only => None,
-                OpAccess::Read | OpAccess::CondRead => Some(Use::Read),
-                OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => {
-                    Some(Use::Write)
-                }
-                _ => return Ok(false),
-            };
-        }
-        let bytes = if memory.is_some() { guest.memory_size().size() as u32 } else { 0 };
-        if memory.is_some() && (bytes == 0 || bytes > 64) {
+        let access = memory_operand(&mut self.info, guest);
+        if memory.is_some() && (!has_wide_address(guest) || access.is_none() && !is_address_only) {
             return Ok(false);
         }
         // Which registers are operands, and which of them live in memory.
@@ -144,7 +131,7 @@ impl Generator<'_> {
             has_high_byte |= high;
             needs_prefix |= home(number) != Some(Reg(number)) || number >= 4;
             if home(number).is_none() {
-                slots.push((operand, number, access(operand)));
+                slots.push((operand, number, self.info.info(guest).op_access(operand)));
             }
         }
         let turned = match (has_high_byte && needs_prefix).then(|| turned_homes(guest)) {
@@ -154,9 +141,6 @@ impl Generator<'_> {
         };
         let is_exchange_16 = matches!(guest.mnemonic(), Mnemonic::Cmpxchg16b | Mnemonic::Cmpxchg8b);
         let wants_rcx = shifts_by_rcx || is_exchange_16;
-        if wants_rcx && memory.is_some() && !is_exchange_16 {
-            return Ok(false);
-        }
         let live = item.live_before != 0;
         if mmx {
             self.need_x87(live);
@@ -164,38 +148,33 @@ impl Generator<'_> {
         let mut host = *guest;
         // Scratch registers that operands may be put into.
         let mut free: Vec<Reg> = Vec::new();
-        let mut collapsed = false;
-        match (memory, usage) {
-            (Some(_), Some(usage)) => {
-                self.memory_address(item, ADDRESS)?;
-                if vector {
-                    self.need_vectors(live);
-                }
-                self.look_up(item, bytes, usage, live);
-                let spares = usize::from(usage == Use::Read && !wants_rcx);
-                if slots.len() > spares {
-                    self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
-                    collapsed = true;
+        if vector {
+            self.need_vectors(live);
+        }
+        let mut place = None;
+        match access {
+            Some((usage, bytes)) => {
+                let mut reached = self.reach(item, Access::Operand, bytes, usage)?;
+                let has_spare = !wants_rcx && (usage == Use::Read || reached.note.is_some());
+                if reached.mem.index.is_none() {
+                    free.push(ADDRESS);
+                } else if slots.len() > usize::from(has_spare) {
+                    self.asm.lea(ADDRESS, reached.mem);
+                    reached = COLLAPSED;
                     free.push(ADDEND);
                 }
-                if usage == Use::Read && !wants_rcx {
+                if has_spare {
                     free.push(SPARE);
                 }
-                host.set_memory_base(Register::R10);
-                host.set_memory_index(if collapsed { Register::None } else { Register::R11 });
-                host.set_memory_index_scale(1);
-                host.set_memory_displacement64(0);
-                host.set_memory_displ_size(0);
-                host.set_segment_prefix(Register::None);
+                set_memory(&mut host, reached.mem);
+                place = Some((usage, bytes, reached));
             }
-            _ => {
-                if vector {
-                    self.need_vectors(live);
-                }
-                free.extend([ADDRESS, ADDEND]);
+            None => {
+                free.extend([ADDEND, ADDRESS]);
                 if !wants_rcx {
                     free.push(SPARE);
                 }
+                self.held = self.held_before;
             }
         }
         // One scratch register for each guest register in memory, however often it is named.
@@ -207,6 +186,9 @@ impl Generator<'_> {
                 Some(placed) => placed.2 |= writes,
                 None => {
                     let Some(scratch) = free.pop() else { return Err(GiveUp) };
+                    if scratch == ADDEND {
+                        self.held = None;
+                    }
                     self.asm.load(scratch, register_slot(number));
                     placed.push((number, scratch, writes));
                 }
@@ -225,8 +207,10 @@ impl Generator<'_> {
                 set_operand_register(&mut host, operand, renamed(register, to));
             }
         }
+        // The note's address, while RCX is the guest's.
+        let note_waits = wants_rcx && matches!(place, Some((Use::Write, _, Place { note: None, .. })));
         if wants_rcx {
-            if is_exchange_16 {
+            if note_waits {
                 self.asm.store(temporary(0), SPARE);
             }
             self.asm.mov(RCX, R9);
@@ -241,7 +225,7 @@ impl Generator<'_> {
         for &home in &turned {
             self.asm.rotate_right(home, home, 56);
         }
-        if is_exchange_16 {
+        if note_waits {
             self.asm.load(SPARE, temporary(0));
         }
         if writes_rcx(guest) {
@@ -252,12 +236,9 @@ impl Generator<'_> {
                 self.asm.store(register_slot(number), scratch);
             }
         }
-        if usage == Some(Use::Write) {
+        if let Some((Use::Write, bytes, place)) = place {
             // After the instruction: its own flags may be live.
-            if collapsed && placed.iter().any(|&(_, scratch, _)| scratch == ADDRESS) {
-                return Err(GiveUp);
-            }
-            self.check_note(item, bytes, collapsed, Some(guest.next_ip()));
+            self.check_note(item, bytes, place, Some(guest.next_ip()));
         }
         Ok(true)
     }

@@ -5,8 +5,9 @@ use iced_x86::{Code, FlowControl, Instruction, OpKind};
 use super::assembler::{self, Binary, Mem, R9, R15};
 use super::frame::{JUMP_TABLE, RIP, SPACE, exit, temporary};
 use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Use};
+use super::groups::Access;
 use super::guest_code::{Item, branch_target, general_register, item_at};
-use super::registers::{ADDEND, ADDRESS, SPARE};
+use super::registers::{ADDRESS, SPARE};
 use super::thunks;
 use crate::lower::condition;
 
@@ -71,7 +72,7 @@ impl Generator<'_> {
         }
         self.asm.jump(entry);
         let jump_at = self.asm.position() - 4;
-        self.links.push(LinkSite { target, jump_at, space_at, stub: 0 });
+        self.links.push(LinkSite { target, jump_at, space_at, stub: 0, plain: false });
         self.link_stubs.push(entry);
         self.cold.push(Cold::Link { entry, link });
     }
@@ -92,7 +93,7 @@ impl Generator<'_> {
             let entry = self.asm.label();
             self.asm.jump_if(code, entry);
             let jump_at = self.asm.position() - 4;
-            self.links.push(LinkSite { target, jump_at, space_at: None, stub: 0 });
+            self.links.push(LinkSite { target, jump_at, space_at: None, stub: 0, plain: false });
             self.link_stubs.push(entry);
             self.cold.push(Cold::Link { entry, link });
             return;
@@ -135,6 +136,7 @@ impl Generator<'_> {
             (FlowControl::ConditionalBranch, Some(target)) if instruction.is_jcc_short_or_near() => {
                 let Some(code) = condition(instruction) else { return Err(GiveUp) };
                 self.link_if(code as u8, target, live);
+                self.held = self.held_before;
                 return Ok(false);
             }
             (FlowControl::UnconditionalBranch, Some(target)) => {
@@ -145,9 +147,8 @@ impl Generator<'_> {
                 self.link(target, live);
             }
             (FlowControl::Return, _) if matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16) => {
-                self.asm.mov(ADDRESS, R15);
-                self.look_up(item, 8, Use::Read, item.live_before != 0);
-                self.asm.load(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+                let place = self.reach(item, Access::Pop, 8, Use::Read)?;
+                self.asm.load(ADDRESS, place.mem);
                 let extra = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
                 self.asm.lea(R15, Mem::base(R15, 8 + extra));
                 self.jump_indirect(instruction.ip(), 8 + extra);
@@ -201,12 +202,10 @@ impl Generator<'_> {
     /// JMP and CALL through a register or memory.
     pub fn indirect(&mut self, item: &Item) -> Result<()> {
         let instruction = &item.instruction;
-        let live = item.live_before != 0;
         let is_call = instruction.flow_control() == FlowControl::IndirectCall;
         if instruction.op0_kind() == OpKind::Memory {
-            self.memory_address(item, ADDRESS)?;
-            self.look_up(item, 8, Use::Read, live);
-            self.asm.load(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+            let place = self.reach(item, Access::Operand, 8, Use::Read)?;
+            self.asm.load(ADDRESS, place.mem);
         } else {
             let (number, _) = general_register(instruction.op0_register()).ok_or(GiveUp)?;
             let from = self.register(number, ADDRESS);

@@ -31,6 +31,9 @@ const STEPS_MAX: usize = 2 * ITEMS_MAX;
 /// The flags that floating-point instructions set in MXCSR and leave there.
 const MXCSR_STICKY: u32 = 0x3f;
 
+/// The accessed and the dirty bit of an entry of a page table.
+const WALK_BITS: u8 = 0x60;
+
 /// What lockstep has seen.
 #[derive(Debug, Default)]
 pub struct Lockstep {
@@ -87,12 +90,24 @@ impl Journal {
     }
 
     /// The host address of the first byte that is not as kept, with what is there and what was kept.
+    ///
+    /// Accessed and dirty bits that were set when translated code looked a page up are no difference, they are set again: the interpreter found
+    /// the translation and did not walk the tables.
     fn first_change(&self) -> Option<(u64, u8, u8)> {
-        self.0.iter().find_map(|kept| {
+        for kept in &self.0 {
             let now = bytes_of(kept.page);
-            let at = now.iter().zip(kept.bytes.iter()).position(|(now, kept)| now != kept)?;
-            Some((kept.page as u64 + at as u64, now[at], kept.bytes[at]))
-        })
+            for (at, (&now, &kept_byte)) in now.iter().zip(kept.bytes.iter()).enumerate() {
+                // SAFETY: inside the page.
+                let place = unsafe { kept.page.add(at) };
+                if at % 8 == 0 && kept_byte & !now & WALK_BITS != 0 && (kept_byte ^ now) & !WALK_BITS == 0 {
+                    // SAFETY: a page of guest RAM, as `keep` was promised.
+                    unsafe { raw::copy(&(now | kept_byte), place, 1) };
+                } else if now != kept_byte {
+                    return Some((place as u64, now, kept_byte));
+                }
+            }
+        }
+        None
     }
 }
 

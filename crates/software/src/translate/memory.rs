@@ -4,13 +4,27 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, Register};
 
-use super::assembler::{Binary, Mem, RSP, Reg, condition};
-use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, temporary};
-use super::generate::{Cold, Generator, GiveUp, MISS_WRITE, Result, Use};
+use super::assembler::{Binary, Mem, R15, RBP, RSP, Reg, condition};
+use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_slot, temporary};
+use super::generate::{Cold, Generator, GiveUp, LinkSite, MISS_WRITE, Result, Split, Use};
+use super::groups::Access;
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};
 use crate::cpu::Cpu;
 use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb};
+
+/// Where an access is in the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub mem: Mem,
+    /// The slot with the address of the page's note; `None`: SPARE has it.
+    pub note: Option<Mem>,
+}
+
+/// Where a look-up leads.
+pub const LOOKED_UP: Place = Place { mem: Mem::indexed(ADDRESS, ADDEND, 0, 0), note: None };
+/// The same after both were added in ADDRESS.
+pub const COLLAPSED: Place = Place { mem: Mem::base(ADDRESS, 0), note: None };
 
 const TLB: usize = offset_of!(Cpu, tlb) + Tlb::DATA_OFFSET;
 
@@ -62,6 +76,13 @@ impl Generator<'_> {
     /// The look-up of the guest address in ADDRESS: afterwards ADDRESS + ADDEND is the host address of `bytes` bytes; after one for writing
     /// SPARE is the address of the page's note.
     pub fn look_up(&mut self, item: &Item, bytes: u32, usage: Use, live: bool) {
+        self.look_up_stretch(item, bytes, usage, live, false);
+    }
+
+    /// As [`Generator::look_up`]. With `splits` what lies in two pages goes on in the plain form.
+    fn look_up_stretch(&mut self, item: &Item, bytes: u32, usage: Use, live: bool, splits: bool) {
+        let rip = item.instruction.ip();
+        let split = splits.then(|| self.split(rip));
         let retry = self.asm.label();
         let entry = self.asm.label();
         let table = (TLB + self.context.table * DATA_ENTRIES * size_of::<DataEntry>()) as i32;
@@ -105,34 +126,93 @@ impl Generator<'_> {
         }
         self.asm.load(ADDEND, field(offset_of!(DataEntry, addend) as i32));
         let write = if usage == Use::Write { MISS_WRITE } else { 0 };
-        self.cold.push(Cold::Miss {
-            entry,
-            retry,
-            miss: bytes | write,
-            rip: item.instruction.ip(),
-            x87: self.last_x87,
-        });
+        self.cold.push(Cold::Miss { entry, retry, miss: bytes | write, rip, split, x87: self.last_x87 });
     }
 
-    /// Looks at the note after a store, whose address is in SPARE.
-    pub fn check_note(&mut self, item: &Item, bytes: u32, collapsed: bool, next: Option<u64>) {
+    /// A way to the plain form of the unit from `rip` on.
+    fn split(&mut self, rip: u64) -> Split {
+        if self.context.keeps_journal {
+            // Lockstep compares what starts elsewhere than the last piece.
+            return Split { entry: self.leave_label(exit::INTERPRET, rip), link: None };
+        }
+        let link = self.links.len();
         let entry = self.asm.label();
+        self.links.push(LinkSite { target: rip, jump_at: 0, space_at: None, stub: 0, plain: true });
+        self.link_stubs.push(entry);
+        self.cold.push(Cold::Link { entry, link });
+        Split { entry, link: Some(link) }
+    }
+
+    /// Looks at the page's note after a store.
+    pub fn check_note(&mut self, item: &Item, bytes: u32, place: Place, next: Option<u64>) {
         let resume = self.asm.label();
+        let entry = self.asm.label();
+        if let Some(note) = place.note {
+            self.asm.load(SPARE, note);
+        }
         if item.live_after == 0 {
             self.asm.compare8_imm(Mem::base(SPARE, 0), 0);
             self.asm.jump_if(condition::NOT_EQUAL, entry);
         } else {
             self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
-            self.asm.jump_if_rcx_zero(resume);
-            self.asm.jump(entry);
+            self.asm.jump_unless_rcx_zero(entry);
         }
         self.asm.bind(resume);
-        self.cold.push(Cold::Noted { entry, resume, bytes, next, collapsed, x87: self.last_x87 });
+        self.cold.push(Cold::Noted { entry, resume, bytes, next, host: place.mem, x87: self.last_x87 });
     }
 
-    /// The linear address of the instruction's memory operand, in `to` (ADDRESS).
-    pub fn memory_address(&mut self, item: &Item, to: Reg) -> Result<()> {
-        self.effective_address(&item.instruction, to)?;
+    /// Finds the host address of an access: by the look-up of its group or by its own. Uses all scratch registers; afterwards a place outside of
+    /// a group lies at [`LOOKED_UP`], one in a group at ADDEND, and ADDRESS is free.
+    pub fn reach(&mut self, item: &Item, access: Access, bytes: u32, usage: Use) -> Result<Place> {
+        let held = self.held.take().or(self.held_before.take());
+        let share = self.plan.share(self.index, access);
+        let Some(share) = share.filter(|share| share.is_head || self.plan.groups[share.group].is_ready) else {
+            self.linear_address(item, access, 0)?;
+            self.look_up(item, bytes, usage, item.live_before != 0);
+            return Ok(LOOKED_UP);
+        };
+        let group = self.plan.groups[share.group];
+        let mem = Mem::base(ADDEND, share.offset as i32);
+        let note = note_slot(group.slot);
+        if !share.is_head {
+            if held != Some(share.group) {
+                self.asm.load(ADDEND, stretch_slot(group.slot));
+            }
+            self.held = Some(share.group);
+            return Ok(Place { mem, note: (usage == Use::Write).then_some(note) });
+        }
+        self.linear_address(item, access, group.lead)?;
+        self.look_up_stretch(item, group.len, usage, item.live_before != 0, group.len > bytes);
+        self.asm.lea(ADDEND, LOOKED_UP.mem);
+        self.asm.store(stretch_slot(group.slot), ADDEND);
+        if usage == Use::Write {
+            self.asm.store(note, SPARE);
+        }
+        self.plan.groups[share.group].is_ready = true;
+        self.held = Some(share.group);
+        Ok(Place { mem, note: None })
+    }
+
+    /// Puts the address of an access and `lead` into ADDRESS.
+    fn linear_address(&mut self, item: &Item, access: Access, lead: i32) -> Result<()> {
+        match access {
+            Access::Operand => {
+                self.memory_address(item)?;
+                if lead != 0 {
+                    self.asm.lea(ADDRESS, Mem::base(ADDRESS, lead));
+                }
+            }
+            Access::Push => self.asm.lea(ADDRESS, Mem::base(R15, lead - 8)),
+            Access::Pop if lead == 0 => self.asm.mov(ADDRESS, R15),
+            Access::Pop => self.asm.lea(ADDRESS, Mem::base(R15, lead)),
+            Access::Frame => self.asm.lea(ADDRESS, Mem::base(RBP, lead)),
+        }
+        Ok(())
+    }
+
+    /// Puts the linear address of the instruction's memory operand into ADDRESS.
+    pub fn memory_address(&mut self, item: &Item) -> Result<()> {
+        self.effective_address(&item.instruction, ADDRESS)?;
         self.add_segment_base(&item.instruction);
         Ok(())
     }

@@ -240,7 +240,14 @@ impl Translator {
                 self.flush(jumps);
             }
             self.select_space(processor, jumps);
-            let mut host = self.known(processor.rip, jumps);
+            let mut host = None;
+            if self.wants_plain.take() == Some(processor.rip) {
+                let Some(unit) = self.plain(processor, jumps) else { return self.interpret(cpu, blocks) };
+                host = self.host_of(unit);
+            }
+            if host.is_none() {
+                host = self.known(processor.rip, jumps);
+            }
             if host.is_none() {
                 let mut unit = self.find(processor, jumps);
                 if unit.is_none() && self.threshold == 0 {
@@ -339,12 +346,20 @@ impl Translator {
     /// The code that the link whose number is in `exit` leads to; RIP is set.
     fn over_link(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u64> {
         let link = std::mem::replace(&mut cpu.frame.exit, exit::INDIRECT);
-        cpu.rip = self.link_target(link)?;
+        let (target, plain) = self.link_target(link)?;
+        cpu.rip = target;
         if self.lockstep.is_some() {
             return None;
         }
         cpu.freshen_tables();
-        let unit = self.find(cpu, jumps)?;
+        let unit = if plain {
+            // Making it might drop the unit that runs.
+            self.wants_plain = Some(target);
+            self.unit_at(cpu, true)?
+        } else {
+            self.find(cpu, jumps)?
+        };
+        self.wants_plain = None;
         self.aim(link, unit, cpu.frame.space);
         let host = self.host_of(unit)?;
         self.go_on_in_space(cpu, jumps).then_some(host)

@@ -2,87 +2,94 @@
 
 use iced_x86::{Code, OpKind};
 
-use super::assembler::{Mem, R15, Relocation};
+use super::assembler::{Mem, R15, RBP, Reg, Relocation};
 use super::frame::{register_slot, temporary};
 use super::generate::{Generator, GiveUp, Result, Use};
+use super::groups::Access;
 use super::guest_code::{Item, general_register};
+use super::memory::{COLLAPSED, Place};
 use super::registers::{ADDEND, ADDRESS, home};
 
 const RSP_NUMBER: u8 = 4;
-const RBP_NUMBER: u8 = 5;
 
 impl Generator<'_> {
     /// Pushes a constant (`linear`: a guest address near the unit's own). `next`: where the guest goes on, if that is known; else a watched page is noticed at the jump that follows.
     pub fn push_constant(&mut self, item: &Item, value: u64, linear: bool, next: Option<u64>) -> Result<()> {
-        // Live before: the instruction itself changes no flag.
-        self.asm.lea(ADDRESS, Mem::base(R15, -8));
-        self.look_up(item, 8, Use::Write, item.live_before != 0);
-        let host = Mem::indexed(ADDRESS, ADDEND, 0, 0);
-        match i32::try_from(value as i64) {
+        self.push_with(item, next, |generator, place| match i32::try_from(value as i64) {
             Ok(short) => {
-                self.asm.store_imm(host, short);
+                generator.asm.store_imm(place.mem, short);
                 if linear {
-                    self.asm.relocate(4, Relocation::LinearSigned);
+                    generator.asm.relocate(4, Relocation::LinearSigned);
                 }
+                place
             }
             Err(_) => {
-                self.asm.lea(ADDRESS, host);
-                self.asm.linear_constant(ADDEND, value);
-                self.asm.store(Mem::base(ADDRESS, 0), ADDEND);
-                self.asm.lea(R15, Mem::base(R15, -8));
-                self.check_note(item, 8, true, next);
-                return Ok(());
+                let (place, scratch) = generator.with_scratch(place);
+                if linear {
+                    generator.asm.linear_constant(scratch, value);
+                } else {
+                    generator.asm.constant(scratch, value);
+                }
+                generator.asm.store(place.mem, scratch);
+                place
             }
-        }
+        })
+    }
+
+    /// Pushes what is in a field of the processor.
+    pub fn push_field(&mut self, item: &Item, field: Mem, next: Option<u64>) -> Result<()> {
+        self.push_with(item, next, |generator, place| {
+            let (place, scratch) = generator.with_scratch(place);
+            generator.asm.load(scratch, field);
+            generator.asm.store(place.mem, scratch);
+            place
+        })
+    }
+
+    /// Reaches the place below the stack, lets `store` fill it, and moves RSP.
+    fn push_with(
+        &mut self,
+        item: &Item,
+        next: Option<u64>,
+        store: impl FnOnce(&mut Self, Place) -> Place,
+    ) -> Result<()> {
+        let place = self.reach(item, Access::Push, 8, Use::Write)?;
+        let place = store(self, place);
         self.asm.lea(R15, Mem::base(R15, -8));
-        self.check_note(item, 8, false, next);
+        self.check_note(item, 8, place, next);
         Ok(())
+    }
+
+    /// A scratch register beside a place that was reached for writing; the place may have to become another form of itself.
+    fn with_scratch(&mut self, place: Place) -> (Place, Reg) {
+        if place.mem.index.is_none() {
+            return (place, ADDRESS);
+        }
+        self.asm.lea(ADDRESS, place.mem);
+        (COLLAPSED, ADDEND)
     }
 
     pub fn push(&mut self, item: &Item) -> Result<()> {
         let instruction = &item.instruction;
-        let live = item.live_before != 0;
+        let next = Some(instruction.next_ip());
         match instruction.code() {
             Code::Push_r64 | Code::Push_rm64 if instruction.op0_kind() == OpKind::Register => {
-                let Some((number, _)) = general_register(instruction.op0_register()) else {
-                    return Err(GiveUp);
-                };
-                self.asm.lea(ADDRESS, Mem::base(R15, -8));
-                self.look_up(item, 8, Use::Write, live);
-                let mut collapsed = false;
+                let (number, _) = general_register(instruction.op0_register()).ok_or(GiveUp)?;
                 match home(number) {
-                    Some(host) => self.asm.store(Mem::indexed(ADDRESS, ADDEND, 0, 0), host),
-                    None => {
-                        self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
-                        self.asm.load(ADDEND, register_slot(number));
-                        self.asm.store(Mem::base(ADDRESS, 0), ADDEND);
-                        collapsed = true;
-                    }
+                    Some(host) => self.push_with(item, next, |generator, place| {
+                        generator.asm.store(place.mem, host);
+                        place
+                    }),
+                    None => self.push_field(item, register_slot(number), next),
                 }
-                self.asm.lea(R15, Mem::base(R15, -8));
-                self.check_note(item, 8, collapsed, Some(instruction.next_ip()));
-                Ok(())
             }
-            Code::Pushq_imm8 => {
-                self.push_constant(item, instruction.immediate8to64() as u64, false, Some(instruction.next_ip()))
-            }
-            Code::Pushq_imm32 => {
-                self.push_constant(item, instruction.immediate32to64() as u64, false, Some(instruction.next_ip()))
-            }
+            Code::Pushq_imm8 => self.push_constant(item, instruction.immediate8to64() as u64, false, next),
+            Code::Pushq_imm32 => self.push_constant(item, instruction.immediate32to64() as u64, false, next),
             Code::Push_rm64 => {
-                self.memory_address(item, ADDRESS)?;
-                self.look_up(item, 8, Use::Read, live);
-                self.asm.load(ADDEND, Mem::indexed(ADDRESS, ADDEND, 0, 0));
-                let kept = temporary(1);
-                self.asm.store(kept, ADDEND);
-                self.asm.lea(ADDRESS, Mem::base(R15, -8));
-                self.look_up(item, 8, Use::Write, live);
-                self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
-                self.asm.load(ADDEND, kept);
-                self.asm.store(Mem::base(ADDRESS, 0), ADDEND);
-                self.asm.lea(R15, Mem::base(R15, -8));
-                self.check_note(item, 8, true, Some(instruction.next_ip()));
-                Ok(())
+                let place = self.reach(item, Access::Operand, 8, Use::Read)?;
+                self.asm.load(ADDRESS, place.mem);
+                self.asm.store(temporary(1), ADDRESS);
+                self.push_field(item, temporary(1), next)
             }
             _ => {
                 self.callout(item);
@@ -103,10 +110,9 @@ impl Generator<'_> {
             self.callout(item);
             return Ok(());
         };
-        self.asm.mov(ADDRESS, R15);
-        self.look_up(item, 8, Use::Read, item.live_before != 0);
-        let to = home(number).unwrap_or(ADDEND);
-        self.asm.load(to, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+        let place = self.reach(item, Access::Pop, 8, Use::Read)?;
+        let to = home(number).unwrap_or(ADDRESS);
+        self.asm.load(to, place.mem);
         self.set_register(number, to);
         if number != RSP_NUMBER {
             self.asm.lea(R15, Mem::base(R15, 8));
@@ -116,11 +122,9 @@ impl Generator<'_> {
 
     /// LEAVE
     pub fn leave_frame(&mut self, item: &Item) -> Result<()> {
-        let base = self.register(RBP_NUMBER, ADDRESS);
-        self.asm.mov(ADDRESS, base);
-        self.look_up(item, 8, Use::Read, item.live_before != 0);
-        self.asm.lea(R15, Mem::base(base, 8));
-        self.asm.load(base, Mem::indexed(ADDRESS, ADDEND, 0, 0));
+        let place = self.reach(item, Access::Frame, 8, Use::Read)?;
+        self.asm.lea(R15, Mem::base(RBP, 8));
+        self.asm.load(RBP, place.mem);
         Ok(())
     }
 }

@@ -6,11 +6,11 @@ use std::mem::offset_of;
 
 use iced_x86::{FlowControl, Instruction, Mnemonic};
 
-use super::assembler::{Mem, R15, RAX, Reg};
+use super::assembler::{Mem, RAX};
 use super::frame::{
     ARITHMETIC, DEFERRED, TABLES_STALE, WITHOUT_ACCESS, WITHOUT_INTERRUPTS, cpu_field, exit, temporary,
 };
-use super::generate::{Generator, Result, Use};
+use super::generate::{Generator, Result};
 use super::guest_code::{Item, branch_target, item_at};
 use super::memory::segment_base;
 use super::registers::{ADDEND, ADDRESS, SPARE};
@@ -124,14 +124,7 @@ impl Generator<'_> {
         self.asm.store(temporary(3), SPARE);
         self.asm.flags_from_ax();
         self.asm.load(RAX, temporary(2));
-        self.asm.lea(ADDRESS, Mem::base(R15, -8));
-        self.look_up(item, 8, Use::Write, item.live_before != 0);
-        self.asm.lea(ADDRESS, Mem::indexed(ADDRESS, ADDEND, 0, 0));
-        self.asm.load(ADDEND, temporary(3));
-        self.asm.store(Mem::base(ADDRESS, 0), ADDEND);
-        let stack: Reg = R15;
-        self.asm.lea(stack, Mem::base(stack, -8));
-        self.check_note(item, 8, true, Some(item.instruction.next_ip()));
+        self.push_field(item, temporary(3), Some(item.instruction.next_ip()))?;
         Ok(())
     }
 }

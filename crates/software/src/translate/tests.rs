@@ -177,3 +177,88 @@ fn a_unit_at_the_end_of_a_page_goes_on_in_the_next_and_faults_there() {
     assert!(matches!(bench.run(100), Stop::Fault(exception) if exception.vector == 14 && exception.detail == end));
     assert_eq!(bench.cpu.rip, end);
 }
+
+/// Pages of data side by side whose frames are not, so that a host address does not lead from one to the next.
+fn scatter(bench: &mut TestBench) {
+    for page in 0..4 {
+        bench.write(entry_of(DATA + (page << 12)), &((DATA + 0x1_0000 + ((3 - page) << 13)) | 7).to_le_bytes());
+    }
+    bench.cpu.tlb.flush_all();
+}
+
+/// Where the bytes at an address of [`scatter`]ed data are in memory.
+fn scattered(address: u64) -> u64 {
+    let page = (address - DATA) >> 12;
+    DATA + 0x1_0000 + ((3 - page) << 13) + address % 0x1000
+}
+
+#[test]
+fn accesses_that_share_a_look_up_find_both_pages_where_they_lie_in_two() {
+    let Some(mut bench) = bench() else { return };
+    scatter(&mut bench);
+    // mov rax, [rdi]; mov rbx, [rdi + 24]; mov [rdi + 8], rbx; mov [rdi + 16], rax; add [rdi + 8], rax; ud2
+    let mut code = vec![0x48, 0x8b, 0x07, 0x48, 0x8b, 0x5f, 24, 0x48, 0x89, 0x5f, 8];
+    code.extend([0x48, 0x89, 0x47, 16, 0x48, 0x01, 0x47, 8, 0x0f, 0x0b]);
+    for end in [DATA + 0x1000, DATA + 0x2000, DATA + 0x3000] {
+        for start in (end - 48..end + 8).chain([DATA]) {
+            for n in 0..4 {
+                for byte in 0..8 {
+                    bench.write(scattered(start + 8 * n + byte), &[(n * 16 + byte) as u8]);
+                }
+            }
+            bench.cpu.gpr[crate::cpu::RDI] = start;
+            assert_eq!(vector(bench.run_code(&code, 100)), 6);
+            let word = |n: u64| {
+                u64::from_le_bytes(std::array::from_fn(|byte| {
+                    bench.read::<1>(scattered(start + 8 * n + byte as u64))[0]
+                }))
+            };
+            let first = 0x0706_0504_0302_0100;
+            let last = 0x3736_3534_3332_3130;
+            assert_eq!([word(0), word(1), word(2), word(3)], [first, first + last, first, last], "{start:#x}");
+            assert_eq!((bench.cpu.gpr[RAX], bench.cpu.gpr[RBX]), (first, last));
+        }
+    }
+    // Only the single accesses that cross are the interpreter's: of five, at seven places each, at three ends.
+    assert_eq!(bench.translation_counters().interpreted_singly, 5 * 7 * 3);
+}
+
+#[test]
+fn an_access_that_shares_a_look_up_faults_itself() {
+    let Some(mut bench) = bench() else { return };
+    scatter(&mut bench);
+    let (first, second) = (DATA + 0x1000, DATA + 0x2000);
+    // mov rax, [rdi]; mov rbx, [rdi + 8]; mov [rdi], rbx; ud2
+    let code = [0x48, 0x8b, 0x07, 0x48, 0x8b, 0x5f, 8, 0x48, 0x89, 0x1f, 0x0f, 0x0b];
+    let frame = |address: u64| scattered(address) & !0xfff;
+    let entries = [(first, frame(first)), (second, frame(second))];
+    // (what the second page's entry lacks, RDI, the instruction that faults, the address)
+    let cases = [
+        (7, second - 8, CODE + 3, second),
+        (7, second - 4, CODE, second),
+        (2, second, CODE + 7, second),
+        (2, second - 8, 0, 0),
+        (2, second - 4, CODE + 7, second),
+        (7, second - 16, 0, 0),
+    ];
+    for privilege in [0, 3] {
+        bench.set_mode(CodeSize::Bits64, privilege);
+        (bench.cpu.xcr0, bench.cpu.cr0) = (7, bench.cpu.cr0 | crate::cpu::cr0::WP);
+        bench.cpu.update_mode();
+        for round in 0..2 {
+            for (lacks, start, at, address) in cases {
+                bench.write(entry_of(entries[0].0), &(entries[0].1 | 7).to_le_bytes());
+                bench.write(entry_of(entries[1].0), &(entries[1].1 | 7 & !lacks).to_le_bytes());
+                bench.cpu.tlb.flush_all();
+                bench.cpu.gpr[crate::cpu::RDI] = start;
+                match bench.run_code(&code, 100) {
+                    Stop::Fault(exception) if at != 0 => {
+                        let found = (exception.vector, exception.detail, bench.cpu.rip);
+                        assert_eq!(found, (14, address, at), "{round} {lacks} {start:#x}");
+                    }
+                    stop => assert_eq!((vector(stop), at), (6, 0), "{round} {lacks} {start:#x}"),
+                }
+            }
+        }
+    }
+}

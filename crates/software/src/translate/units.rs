@@ -36,11 +36,20 @@ const ROUNDS_AFTER_EVICTION: u8 = 4;
 const READS_MAX: u32 = 4;
 const NO_UNIT: u32 = u32::MAX;
 
+/// What code is translated for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Form {
+    /// The data table.
+    table: u8,
+    /// Accesses share no look-ups.
+    plain: bool,
+}
+
 /// A translated piece of guest code.
 struct Unit {
     linear: u64,
     physical: u64,
-    table: u8,
+    form: Form,
     /// 64-byte granules of the page that its bytes lie in.
     granules: u64,
     /// Places in the code cache.
@@ -122,9 +131,9 @@ pub struct Translator {
     /// From the oldest to the newest, as their code lies in the cache; the first one's number is `first_unit`.
     units: VecDeque<Unit>,
     first_unit: u32,
-    by_address: Map<(u64, u64, u8), u32>,
-    /// A unit for a physical address and data table, whatever its linear address.
-    templates: Map<(u64, u8), u32>,
+    by_address: Map<(u64, u64, Form), u32>,
+    /// A unit for a physical address and form, whatever its linear address.
+    templates: Map<(u64, Form), u32>,
     pages: Map<u64, Vec<u32>>,
     /// From the oldest unit's to the newest's; the first one's number is `first_link`.
     links: VecDeque<Link>,
@@ -140,6 +149,8 @@ pub struct Translator {
     previous: usize,
     last_space: u32,
     clock: u64,
+    /// An address whose plain form is wanted.
+    pub(super) wants_plain: Option<u64>,
     /// CR4.SMAP, as the units that there are assume it.
     pub(super) guards_user_pages: bool,
     /// Times that a block is interpreted before it is translated.
@@ -207,6 +218,7 @@ impl Translator {
             previous: 0,
             last_space: 0,
             clock: 0,
+            wants_plain: None,
             guards_user_pages: false,
             threshold,
             statistics: Statistics::default(),
@@ -291,7 +303,7 @@ impl Translator {
         let Some(unit) = self.unit_mut(id) else { return };
         unit.valid = false;
         let incoming = std::mem::take(&mut unit.incoming);
-        let key = (unit.linear, unit.physical, unit.table);
+        let key = (unit.linear, unit.physical, unit.form);
         let (linear, first, count) = (unit.linear, unit.first_link, unit.links);
         if self.by_address.get(&key) == Some(&id) {
             self.by_address.remove(&key);
@@ -349,7 +361,7 @@ impl Translator {
     /// Whether the code at RIP, which is hot, should be interpreted for some time yet: it was evicted not long ago.
     pub(super) fn was_evicted_lately(&mut self, cpu: &mut Cpu) -> bool {
         let left = self.evicted[evicted_index(cpu.rip)];
-        if left == 0 || self.unit_at(cpu).is_some() {
+        if left == 0 || self.unit_at(cpu, false).is_some() {
             return false;
         }
         self.evicted[evicted_index(cpu.rip)] -= 1;
@@ -423,7 +435,7 @@ impl Translator {
     /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.
     pub(super) fn find(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         let linear = cpu.rip;
-        let id = self.unit_at(cpu)?;
+        let id = self.unit_at(cpu, false)?;
         let host = self.host_of(id)?;
         // That may have changed what the address space is to instruction fetch.
         self.select_space(cpu, jumps);
@@ -442,7 +454,15 @@ impl Translator {
         (self.current != 0 && jumps.keys[at] == linear).then(|| jumps.hosts[at])
     }
 
-    fn unit_at(&mut self, cpu: &mut Cpu) -> Option<u32> {
+    /// The unit in plain form at RIP, where the stretch of a group lies in two pages; made if need be.
+    pub(super) fn plain(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
+        let before = cpu.stopwatch.turn_to(Activity::Translator);
+        let unit = self.make_unit(cpu, jumps, true);
+        cpu.stopwatch.turn_to(before);
+        unit
+    }
+
+    pub(super) fn unit_at(&mut self, cpu: &mut Cpu, plain: bool) -> Option<u32> {
         if !is_canonical(cpu.rip, 48) || cpu.debugger.cuts_at(cpu.rip) {
             return None;
         }
@@ -450,25 +470,25 @@ impl Translator {
         let physical = page_number * PAGE_SIZE + cpu.rip % PAGE_SIZE;
         // The jump table depends on this page's translation from here on.
         cpu.tlb.note_way(cpu.rip);
-        self.by_address.get(&(cpu.rip, physical, cpu.tlb.data_table() as u8)).copied()
+        self.by_address.get(&(cpu.rip, physical, Form { table: cpu.tlb.data_table() as u8, plain })).copied()
     }
 
     pub(super) fn host_of(&self, id: u32) -> Option<u64> {
         Some(self.cache.address(self.unit(id)?.code.start as usize))
     }
 
-    /// Where a link leads.
-    pub(super) fn link_target(&self, link: u32) -> Option<u64> {
-        self.link(link).map(|link| link.site.target)
+    /// Where a link leads, and whether to the plain form there.
+    pub(super) fn link_target(&self, link: u32) -> Option<(u64, bool)> {
+        self.link(link).map(|link| (link.site.target, link.site.plain))
     }
 
     /// Aims a link at a unit in the address space in use.
     pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
         let Some(unit) = self.unit(to) else { return };
-        let (target, table, page) = (unit.code.start as usize, unit.table, unit.physical / PAGE_SIZE);
+        let (target, table, page) = (unit.code.start as usize, unit.form.table, unit.physical / PAGE_SIZE);
         let Some(&Link { site, base, from, .. }) = self.link(link) else { return };
         let Some(source) = self.unit(from) else { return };
-        if source.table != table || site.space_at.is_none() && source.physical / PAGE_SIZE != page {
+        if source.form.table != table || site.space_at.is_none() && source.physical / PAGE_SIZE != page {
             // The page was mapped anew while its old code ran on; another space may have it as it was.
             return;
         }
@@ -500,13 +520,13 @@ impl Translator {
     /// Translates the code at RIP. `None`: it stays with the interpreter.
     pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         let before = cpu.stopwatch.turn_to(Activity::Translator);
-        let unit = self.make_unit(cpu, jumps);
+        let unit = self.make_unit(cpu, jumps, false);
         cpu.stopwatch.turn_to(before);
         unit
     }
 
-    fn make_unit(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
-        if let Some(id) = self.unit_at(cpu) {
+    fn make_unit(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, plain: bool) -> Option<u32> {
+        if let Some(id) = self.unit_at(cpu, plain) {
             return Some(id);
         }
         let linear = cpu.rip;
@@ -517,10 +537,11 @@ impl Translator {
         }
         let offset = (linear % PAGE_SIZE) as usize;
         let physical = page_number * PAGE_SIZE + offset as u64;
+        let form = Form { table: cpu.tlb.data_table() as u8, plain };
         let readable = cpu.debugger.uncut(linear, PAGE_SIZE as usize - offset);
         // Only whole units that nobody wants to see made.
         let is_whole = readable == PAGE_SIZE as usize - offset && !self.listings.address_is_near(linear);
-        let template = self.templates.get(&(physical, cpu.tlb.data_table() as u8)).copied().filter(|_| is_whole);
+        let template = self.templates.get(&(physical, form)).copied().filter(|_| is_whole);
         if let Some(copy) = template.and_then(|template| self.copy_unit(template, linear, jumps)) {
             return Some(copy);
         }
@@ -550,18 +571,18 @@ impl Translator {
             }
         }
         self.make_room(2 * items.len(), jumps);
-        let table = cpu.tlb.data_table();
         let position = self.cache.position();
         let first_link = (self.first_link + self.links.len() as u32) % LINK_NUMBERS;
         let context = Context {
             model: &cpu.model,
             thunks: self.thunks,
             position,
-            table,
+            table: cpu.tlb.data_table(),
             guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
             listed: self.listings.wants(&items),
             counts: cpu.stopwatch.is_on(),
             keeps_journal: self.lockstep.is_some(),
+            plain,
             first_link: first_link as usize,
         };
         let generated = Generator::new(context, &items).run().ok()?;
@@ -582,7 +603,7 @@ impl Translator {
         self.units.push_back(Unit {
             linear,
             physical,
-            table: table as u8,
+            form,
             granules: GuestMemory::granules(offset as u64, len as u64),
             code: position as u32..(position + generated.code.len()) as u32,
             first_link,
@@ -593,8 +614,8 @@ impl Translator {
             faults: generated.faults,
             valid: true,
         });
-        self.by_address.insert((linear, physical, table as u8), id);
-        self.templates.insert((physical, table as u8), id);
+        self.by_address.insert((linear, physical, form), id);
+        self.templates.insert((physical, form), id);
         self.pages.entry(page_number).or_default().push(id);
         self.statistics.units += 1;
         self.statistics.code_bytes += generated.code.len() as u64;
@@ -649,7 +670,7 @@ impl Translator {
         let copy = Unit {
             linear,
             physical: unit.physical,
-            table: unit.table,
+            form: unit.form,
             granules: unit.granules,
             code: position as u32..(position + code.len()) as u32,
             first_link,
@@ -664,7 +685,7 @@ impl Translator {
         self.cache.add(&code);
         let id = self.first_unit.wrapping_add(self.units.len() as u32);
         self.links.extend(sites.into_iter().map(|site| Link { site, base: position as u32, from: id, to: NO_UNIT }));
-        self.by_address.insert((linear, copy.physical, copy.table), id);
+        self.by_address.insert((linear, copy.physical, copy.form), id);
         self.pages.entry(copy.physical / PAGE_SIZE).or_default().push(id);
         self.units.push_back(copy);
         self.statistics.code_bytes += code.len() as u64;

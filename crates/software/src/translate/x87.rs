@@ -7,13 +7,14 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 use super::assembler::Mem;
-use super::forms::has_wide_address;
+use super::forms::{has_wide_address, set_memory};
 use super::frame::cpu_field;
 use super::generate::{Generator, Result, Use};
 use super::guest_code::Item;
+use super::memory::LOOKED_UP;
 use super::registers::{ADDRESS, SPARE};
 use crate::cpu::{CS, CodeSize, Cpu, DS, SS};
 use crate::lower::{x87_leaves_pointers, x87_opcode};
@@ -43,7 +44,8 @@ pub fn selector(segment: u8) -> Mem {
     )
 }
 
-fn is_x87(instruction: &Instruction) -> bool {
+/// Whether it is an instruction of the x87 unit.
+pub fn is_x87(instruction: &Instruction) -> bool {
     instruction
         .cpuid_features()
         .iter()
@@ -99,20 +101,15 @@ impl Generator<'_> {
             return Ok(false);
         }
         let bytes = guest.memory_size().size() as u32;
-        let usage = match InstructionInfoFactory::new().info(guest).op_access(operand) {
+        let usage = match self.info.info(guest).op_access(operand) {
             OpAccess::Read | OpAccess::CondRead => Use::Read,
             _ => Use::Write,
         };
         self.need_x87(live);
-        self.memory_address(item, ADDRESS)?;
+        self.memory_address(item)?;
         self.look_up(item, bytes, usage, live);
         let mut host = *guest;
-        host.set_memory_base(Register::R10);
-        host.set_memory_index(Register::R11);
-        host.set_memory_index_scale(1);
-        host.set_memory_displacement64(0);
-        host.set_memory_displ_size(0);
-        host.set_segment_prefix(Register::None);
+        set_memory(&mut host, LOOKED_UP.mem);
         self.may_fault(guest.ip());
         self.encode(&host)?;
         if leaves_pointers {
@@ -120,7 +117,7 @@ impl Generator<'_> {
             self.last_x87 = Some(site(guest, Some(segment)));
         }
         if usage == Use::Write {
-            self.check_note(item, bytes, false, Some(guest.next_ip()));
+            self.check_note(item, bytes, LOOKED_UP, Some(guest.next_ip()));
         }
         Ok(true)
     }
