@@ -47,9 +47,9 @@ struct Request {
 }
 
 impl HeldFile {
-    /// Mounts the file over `path` and answers on a thread until the file is mounted no more. Held reads wait until `released`
-    /// or until a test that fails must end.
-    pub fn mount(self, path: &Path, released: impl Fn() -> bool + Send + 'static) -> PathBuf {
+    /// Mounts the file over `path` and answers on a thread until the file is mounted no more. Held reads wait until `released`,
+    /// which is told how many there are, or until a test that fails must end.
+    pub fn mount(self, path: &Path, released: impl Fn(usize) -> bool + Send + 'static) -> PathBuf {
         File::create(path).expect("the scratch folder can be written");
         let mut device = OpenOptions::new().read(true).write(true).open("/dev/fuse").expect("the host has FUSE");
         let options = format!("fd={},rootmode={MODE:o},user_id=0,group_id=0\0", device.as_raw_fd());
@@ -58,9 +58,9 @@ impl HeldFile {
         mount("held", path, "fuse", MountFlags::NOSUID | MountFlags::NODEV, Some(options.as_c_str()))
             .expect("root of a mount namespace can mount");
         std::thread::spawn(move || {
-            let (mut held, mut open, start) = (Vec::new(), false, Instant::now());
+            let (mut held, mut open, start): (Vec<Request>, _, _) = (Vec::new(), false, Instant::now());
             loop {
-                if !open && (released() || start.elapsed() >= HELD_MAX) {
+                if !open && (released(held.len()) || start.elapsed() >= HELD_MAX) {
                     open = true;
                     held.drain(..).for_each(|request| self.answer(&mut device, &request));
                 }

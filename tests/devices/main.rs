@@ -2,6 +2,7 @@
 
 mod held_file;
 mod network;
+mod silent_disk;
 
 use std::fs::File;
 use std::io::Read;
@@ -96,7 +97,7 @@ fn a_slow_disk_does_not_starve_the_others() {
     fill_with_numbers(&other, 8 * MIB);
     let written = other.clone();
     // What is read at boot, to find partitions, is outside the held part.
-    let slow = HeldFile { len: 8 * MIB, held: MIB..7 * MIB }.mount(&scratch.path().join("slow.raw"), move || {
+    let slow = HeldFile { len: 8 * MIB, held: MIB..7 * MIB }.mount(&scratch.path().join("slow.raw"), move |_| {
         start_of(&written, 8 * MIB)[16383 * 512..].starts_with(b"all-else-went-on")
     });
     let script = "for i in 1 2 3 4 5 6; do dd if=/dev/vda of=/dev/null bs=64k skip=$((i * 16)) count=16 iflag=direct & slow=$slow' '$!; done; \

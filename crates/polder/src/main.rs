@@ -9,11 +9,16 @@ mod hint;
 mod image;
 mod instance;
 mod state_folder;
+mod watched;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use polder_basics::{Clock, SystemClock};
+use std::path::Path;
 use std::process::ExitCode;
+
+/// Anything but the guest's own end, and wrong usage.
+const STATUS_FAILED: u8 = 1;
 
 /// Virtual machines on any x86-64 Linux host.
 #[derive(Parser)]
@@ -51,16 +56,31 @@ fn main() -> ExitCode {
         _ => None,
     };
     log_to_stderr(filter);
-    match run(command, process_start_ns) {
-        Ok(status) => status,
-        Err(error) => {
-            eprintln!("polder: {error:#}");
-            if let Some(hint) = hint::hint(&error) {
-                eprintln!("hint: {hint}");
-            }
-            ExitCode::FAILURE
+    match command {
+        Command::Boot(arguments) => {
+            watched::run(&arguments.host_files(), |orders| boot::boot(&arguments, orders, process_start_ns), told)
         }
+        Command::MachineProcess(arguments) => {
+            let files = instance::host_files();
+            let files: Vec<&Path> = files.iter().map(|file| file.as_path()).collect();
+            watched::run(&files, |orders| instance::machine(&arguments, orders, process_start_ns), told)
+        }
+        command => match run(command) {
+            Ok(status) => status,
+            Err(error) => ExitCode::from(told(Err(error))),
+        },
     }
+}
+
+/// The exit status; an error is told first.
+fn told(result: Result<u8>) -> u8 {
+    result.unwrap_or_else(|error| {
+        eprintln!("polder: {error:#}");
+        if let Some(hint) = hint::hint(&error) {
+            eprintln!("hint: {hint}");
+        }
+        STATUS_FAILED
+    })
 }
 
 /// Events of the libraries go to stderr when POLDER_LOG asks for them (`POLDER_LOG=debug`, `POLDER_LOG=polder::exceptions=trace`).
@@ -72,9 +92,10 @@ fn log_to_stderr(otherwise: Option<&str>) {
     }
 }
 
-fn run(command: Command, process_start_ns: u64) -> Result<ExitCode> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Boot(arguments) => boot::boot(arguments, process_start_ns),
+        // These end with a machine's status.
+        Command::Boot(_) | Command::MachineProcess(_) => unreachable!("main runs machines"),
         Command::Doctor(arguments) => doctor::doctor(&arguments),
         Command::Image(arguments) => image::image(arguments).map(|()| ExitCode::SUCCESS),
         Command::Run(arguments) => instance::run(&arguments),
@@ -84,6 +105,5 @@ fn run(command: Command, process_start_ns: u64) -> Result<ExitCode> {
         Command::Balloon(arguments) => instance::balloon(&arguments),
         Command::Stop(arguments) => instance::stop(&arguments),
         Command::Rm(arguments) => instance::rm(&arguments),
-        Command::MachineProcess(arguments) => instance::machine(&arguments, process_start_ns),
     }
 }

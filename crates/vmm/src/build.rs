@@ -1,6 +1,7 @@
 //! Puts a machine together: memory, tables, engine, devices, kernel; then its vCPU threads.
 
 use std::fs::File;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -53,6 +54,17 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) first_entry_ns: Arc<OnceLock<u64>>,
     pub(crate) make_engine: EngineMaker<'a>,
     pub(crate) debugger: Option<&'a Arc<Debugger>>,
+}
+
+/// How often somebody is asked whether to wait on for a device.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
+
+/// What became of the devices' work in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Drained {
+    All,
+    /// A device waits for the host, on threads that nobody waits for.
+    Left,
 }
 
 /// A machine whose vCPU threads wait at the gate. Dropping it without [`Machine::shut_down`] stops it as well.
@@ -164,25 +176,45 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Stops the machine: vCPUs first, then the devices' work in flight, then the rest of the console's output.
-    pub(crate) fn shut_down(&mut self) {
+    /// Stops the machine: vCPUs first, then the devices' work in flight, then the rest of the console's output. Where the host does not
+    /// answer a device, `is_patient` is asked every [`DRAIN_LOOK`]; once it is not, the device is left to its threads, which
+    /// keep the guest's memory for as long as they wait. Whether every device has ended.
+    pub(crate) fn shut_down(&mut self, mut is_patient: impl FnMut() -> bool) -> Drained {
         self.gate.stop();
         for thread in self.threads.drain(..) {
             // A panic was reported as an event by the thread's guard.
             let _ = thread.join();
         }
+        let (ended, ends) = mpsc::channel::<()>();
         for device in self.virtio.drain(..) {
-            device.reset();
+            // One that waits keeps no other from its end.
+            let (ended, for_thread) = (ended.clone(), device.clone());
+            let reset = move || {
+                for_thread.reset();
+                drop(ended);
+            };
+            if std::thread::Builder::new().name("device end".to_owned()).spawn(reset).is_err() {
+                device.reset();
+            }
         }
+        drop(ended);
+        let drained = loop {
+            match ends.recv_timeout(DRAIN_LOOK) {
+                Err(RecvTimeoutError::Timeout) if is_patient() => {}
+                Err(RecvTimeoutError::Timeout) => break Drained::Left,
+                _ => break Drained::All,
+            }
+        };
         for output in &self.console {
             output.drain(CONSOLE_DRAIN);
         }
+        drained
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.shut_down();
+        self.shut_down(|| false);
     }
 }
 

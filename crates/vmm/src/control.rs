@@ -192,6 +192,11 @@ impl Control {
         }
     }
 
+    /// Whether the machine was ordered to stop and the order has not been taken yet.
+    pub(crate) fn is_stop_ordered(&self) -> bool {
+        lock(&self.shared.events).contains(&Event::Stop)
+    }
+
     /// Forgets what the machine that has just ended said; an order to stop stays.
     pub(crate) fn forget_guest_events(&self) {
         lock(&self.shared.events).retain(|event| *event == Event::Stop);

@@ -8,9 +8,9 @@
 //! vCPUs stop first and resume last: when a device is asked to stop, no vCPU gives it new work.
 //!
 //! Invariant: what a machine needs from the host is opened before the first guest instruction, and everything is closed and every
-//! vCPU thread has ended when [`run`] returns.
+//! vCPU thread has ended when [`run`] returns; only what waits for a host that does not answer is left to its own threads.
 //!
-//! Modules: `config` (what a machine is), `files` (its open files), `build` (putting it together), `engine` (which one), `calibration` (how fast one is), `gate` (vCPU
+//! Modules: `config` (what a machine is), `files` (its open files), `file_system` (which of the host's may not answer), `build` (putting it together), `engine` (which one), `calibration` (how fast one is), `gate` (vCPU
 //! threads run, pause and stop), `control` (events and the handle), `run` (from power-on to the end), `stats` (what it measured),
 //! `virtio` (its virtio devices), `listening_socket` (Unix sockets that the machine listens on), `gdb` (a debugger's way to the vCPUs), `agent_client` (the host's end of a session with the agent in the guest).
 
@@ -21,6 +21,7 @@ mod config;
 mod control;
 mod engine;
 mod error;
+mod file_system;
 mod files;
 mod gate;
 mod gdb;
@@ -40,5 +41,6 @@ pub use config::{
 pub use config::{GdbConfig, GdbPlace, GdbStart};
 pub use control::{Control, GuestShare};
 pub use error::VmmError;
+pub use file_system::may_not_answer;
 pub use run::{Console, Outcome, Report, run};
 pub use stats::{MemoryStats, Stats, Times};

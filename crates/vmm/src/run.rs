@@ -8,7 +8,7 @@ use polder_basics::Clock;
 use polder_machine::GuestRequest;
 use polder_memory::GuestMemory;
 
-use crate::build::{Machine, Surroundings};
+use crate::build::{Drained, Machine, Surroundings};
 use crate::control::{Control, Event, Running};
 use crate::engine::{self, EngineMaker};
 use crate::files::Files;
@@ -18,6 +18,10 @@ use crate::{MachineConfig, ResetPolicy, Stats, VmmError};
 
 /// How often the process' memory is looked at.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a host that does not answer a disk is waited for: when the guest ended by itself, and when somebody ended it.
+const DRAIN_OF_GUEST: Duration = Duration::from_secs(10);
+const DRAIN_OF_ORDER: Duration = Duration::from_millis(500);
 
 /// Where the serial console's output goes. Input comes by [`Control::type_in`].
 pub struct Console {
@@ -85,24 +89,24 @@ pub(crate) fn run_with(
     make_engine: EngineMaker<'_>,
 ) -> Result<Report, VmmError> {
     config.check()?;
-    let files = Files::open(config)?;
+    let mut files = Files::open(config)?;
     let gdb = config.gdb.as_ref().map(|gdb| Server::start(gdb, control)).transpose()?;
     let first_entry_ns = Arc::new(OnceLock::new());
-    let around = Surroundings {
-        config,
-        files: &files,
-        console: &console.output,
-        control,
-        clock: clock.clone(),
-        first_entry_ns: first_entry_ns.clone(),
-        make_engine,
-        debugger: gdb.as_ref().map(Server::debugger),
-    };
     let mut stats = Stats { version: STATS_VERSION, ..Stats::default() };
     stats.memory.guest_ram_bytes = config.ram_bytes;
     stats.times.process_start_ns = process_start_ns;
     let start_ns = clock.monotonic_ns();
     let outcome = loop {
+        let around = Surroundings {
+            config,
+            files: &files,
+            console: &console.output,
+            control,
+            clock: clock.clone(),
+            first_entry_ns: first_entry_ns.clone(),
+            make_engine,
+            debugger: gdb.as_ref().map(Server::debugger),
+        };
         control.forget_guest_events();
         let mut machine = Machine::build(&around)?;
         stats.boots += 1;
@@ -114,13 +118,22 @@ pub(crate) fn run_with(
         let outcome = wait(config, control, clock.as_ref(), start_ns, &machine.memory, &mut stats);
         // Looked at before the machine is taken apart: this is what it held.
         stats.memory.look();
-        machine.shut_down();
+        let mut patience = Patience::new(config, control, clock.as_ref(), start_ns, outcome.as_ref().ok().copied());
+        let drained = machine.shut_down(|| patience.lasts());
+        if drained == Drained::Left {
+            tracing::warn!("the host does not answer a disk; what was asked of it is left alone");
+            // Closing them would ask the host once more.
+            std::mem::forget(std::mem::take(&mut files.disks));
+        }
         stats.take_counters(machine.vcpus.iter().map(|vcpu| vcpu.counters()).collect());
         control.set_running(Running::default());
         if let Some(gdb) = &gdb {
             gdb.debugger().disown();
         }
         match outcome? {
+            Outcome::Reset if config.reset == ResetPolicy::Reboot && drained == Drained::Left => {
+                break patience.ending();
+            }
             Outcome::Reset if config.reset == ResetPolicy::Reboot => {}
             outcome => break outcome,
         }
@@ -132,6 +145,54 @@ pub(crate) fn run_with(
     stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
     stats.outcome = outcome.word().to_owned();
     Ok(Report { outcome, stats })
+}
+
+/// How long the devices' work in flight is waited for where the host does not answer.
+struct Patience<'a> {
+    config: &'a MachineConfig,
+    control: &'a Control,
+    clock: &'a dyn Clock,
+    start_ns: u64,
+    begin_ns: u64,
+    /// Nothing for a machine that is to boot again: its disk must be quiet first.
+    bound: Option<Duration>,
+}
+
+impl<'a> Patience<'a> {
+    fn new(
+        config: &'a MachineConfig,
+        control: &'a Control,
+        clock: &'a dyn Clock,
+        start_ns: u64,
+        outcome: Option<Outcome>,
+    ) -> Self {
+        let bound = match outcome {
+            Some(Outcome::Reset) if config.reset == ResetPolicy::Reboot => None,
+            Some(Outcome::PoweredOff | Outcome::Reset | Outcome::DebugExit(_)) => Some(DRAIN_OF_GUEST),
+            _ => Some(DRAIN_OF_ORDER),
+        };
+        Patience { config, control, clock, start_ns, begin_ns: clock.monotonic_ns(), bound }
+    }
+
+    fn is_time_up(&self) -> bool {
+        let ran = Duration::from_nanos(self.clock.monotonic_ns().saturating_sub(self.start_ns));
+        self.config.timeout.is_some_and(|timeout| ran >= timeout)
+    }
+
+    /// Whether to wait on.
+    fn lasts(&mut self) -> bool {
+        if self.bound != Some(DRAIN_OF_ORDER) && (self.control.is_stop_ordered() || self.is_time_up()) {
+            self.begin_ns = self.clock.monotonic_ns();
+            self.bound = Some(DRAIN_OF_ORDER);
+        }
+        let waited = Duration::from_nanos(self.clock.monotonic_ns().saturating_sub(self.begin_ns));
+        self.bound.is_none_or(|bound| waited < bound)
+    }
+
+    /// What ended the patience with a machine that was to boot again.
+    fn ending(&self) -> Outcome {
+        if self.control.is_stop_ordered() { Outcome::Stopped } else { Outcome::TimedOut }
+    }
 }
 
 /// Waits for the event that ends this boot.

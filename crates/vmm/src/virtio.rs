@@ -11,6 +11,7 @@ use polder_devices::virtio::rng::Rng;
 use polder_devices::virtio::vsock::{GUEST_CID_MIN, Vsock};
 
 use crate::build::Surroundings;
+use crate::file_system::file_may_not_answer;
 use crate::{DiskAccess, VmmError};
 
 /// Makes the devices that the configuration asks for: disks first, so that their slots do not depend on anything else.
@@ -54,7 +55,8 @@ fn disk(around: &Surroundings<'_>, index: usize) -> Result<Arc<dyn VirtioDevice>
         access,
         serial: format!("polder-{index}"),
         queues: config.cpus as u16,
-        engine: EngineChoice::default(),
+        // The kernel may wait inside the call that hands requests to io_uring, and what is in flight there holds the process' end.
+        engine: if file_may_not_answer(&disk.file) { EngineChoice::Threads } else { EngineChoice::Auto },
     };
     let block =
         Block::new(options).map_err(|source| VmmError::Disk { path: config.disks[index].path.clone(), source })?;

@@ -11,8 +11,7 @@ mod terminal;
 
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +23,7 @@ use polder_vmm::{
     MachineConfig, Measurements, NetConfig, Outcome, PerfMap, ResetPolicy, TestDevices, Translation,
 };
 
+use crate::watched::Orders;
 use options::{parse_address, parse_code_cache, parse_disk, parse_net};
 use stats_file::StatsFile;
 
@@ -118,6 +118,12 @@ pub struct BootArguments {
 }
 
 impl BootArguments {
+    /// The host's files that the machine is made of.
+    pub fn host_files(&self) -> Vec<&Path> {
+        let disks = self.disks.iter().map(|disk| disk.path.as_path());
+        disks.chain([self.kernel.as_path()]).chain(self.initrd.as_deref()).collect()
+    }
+
     /// What is logged to standard error for these arguments even if nobody asks for a log.
     pub fn log_filter(&self) -> Option<&'static str> {
         self.log_translation.map(|_| "polder::translation=info")
@@ -234,14 +240,17 @@ pub fn random_identity() -> Result<Identity> {
     Ok(identity)
 }
 
-/// Boots and waits for the end. `process_start_ns` is the process' first moment on the monotonic clock.
-pub fn boot(arguments: BootArguments, process_start_ns: u64) -> Result<ExitCode> {
+/// Boots and waits for the end; the exit status. `process_start_ns` is the process' first moment on the monotonic clock.
+pub fn boot(arguments: &BootArguments, orders: Orders, process_start_ns: u64) -> Result<u8> {
     let config = arguments.config()?;
     // Before any other thread exists, so that all threads inherit the mask and only the one that waits gets the signals.
     let signals = StopSignals::block().context("the signals that stop polder cannot be caught")?;
     let stats_file = arguments.stats.as_deref().map(StatsFile::create).transpose()?;
     let control = Control::new();
     let caught = signals.stop_on_arrival(control.clone())?;
+    if let Some(orders) = orders {
+        caught.listen(orders, control.clone())?;
+    }
 
     let output =
         std::io::stdout().as_fd().try_clone_to_owned().context("standard output cannot be used as the console")?;
@@ -257,7 +266,7 @@ pub fn boot(arguments: BootArguments, process_start_ns: u64) -> Result<ExitCode>
     if let Some(file) = stats_file {
         file.write(&report.stats)?;
     }
-    Ok(ExitCode::from(match report.outcome {
+    Ok(match report.outcome {
         Outcome::PoweredOff => 0,
         Outcome::Reset => STATUS_RESET,
         Outcome::Panicked | Outcome::TripleFault => {
@@ -275,5 +284,5 @@ pub fn boot(arguments: BootArguments, process_start_ns: u64) -> Result<ExitCode>
             None if left.is_set() => bail!("the machine was stopped by Ctrl-A x"),
             None => return Err(anyhow!("the machine was stopped")),
         },
-    }))
+    })
 }

@@ -1,6 +1,8 @@
 //! The signals that end polder stop the machine first, so that the terminal is restored and the guest's output is written.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -17,6 +19,20 @@ pub struct StopSignals(libc::sigset_t);
 pub struct Caught(Arc<AtomicI32>);
 
 impl Caught {
+    /// Starts a thread that stops the machine when a number of a signal comes from `orders`, or its end.
+    pub fn listen(&self, orders: OwnedFd, control: Control) -> Result<()> {
+        let caught = self.0.clone();
+        let body = move || {
+            let mut number = [0];
+            if matches!(File::from(orders).read(&mut number), Ok(1)) {
+                caught.store(number[0].into(), Ordering::SeqCst);
+            }
+            control.stop();
+        };
+        std::thread::Builder::new().name("orders".to_owned()).spawn(body).context("the host gave no thread")?;
+        Ok(())
+    }
+
     pub fn name(&self) -> Option<&'static str> {
         let number = self.0.load(Ordering::SeqCst);
         SIGNALS.iter().find(|(signal, _)| *signal == number).map(|(_, name)| *name)
@@ -24,6 +40,17 @@ impl Caught {
 }
 
 impl StopSignals {
+    /// A descriptor from which the signals are read as they arrive, by a process that waits for more than signals.
+    pub fn descriptor(&self) -> io::Result<File> {
+        // SAFETY: the set is valid.
+        let descriptor = unsafe { libc::signalfd(-1, &self.0, libc::SFD_CLOEXEC) };
+        if descriptor < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call made the descriptor, and nobody else owns it.
+        Ok(unsafe { File::from_raw_fd(descriptor) })
+    }
+
     /// Blocks the signals. Call while the process has one thread.
     pub fn block() -> io::Result<Self> {
         // SAFETY: a sigset_t of zeros is valid storage, and sigemptyset makes it a set before it is used.

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::net::UnixListener;
-use std::process::ExitCode;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use super::record::{InstanceRecord, InstanceTable, Lifetime};
 use crate::boot::{EngineName, StopSignals, parse_gdb, random_identity};
 use crate::image::ImageRecord;
 use crate::state_folder::StateFolder;
+use crate::watched::Orders;
 
 /// How soon it is noticed that the machine runs.
 const LOOK: Duration = Duration::from_millis(5);
@@ -51,10 +52,15 @@ impl Starter {
     }
 }
 
-/// Runs the machine of an instance.
-pub fn machine(arguments: &MachineArguments, process_start_ns: u64) -> Result<ExitCode> {
+/// Where the files of instances are; nothing if that cannot be known, which is explained when one is run.
+pub fn host_files() -> Vec<PathBuf> {
+    StateFolder::open().map(|state| state.path().to_owned()).into_iter().collect()
+}
+
+/// Runs the machine of an instance; its exit status.
+pub fn machine(arguments: &MachineArguments, orders: Orders, process_start_ns: u64) -> Result<u8> {
     let starter = Arc::new(Starter { told: AtomicBool::new(false) });
-    let result = run_instance(arguments, process_start_ns, &starter);
+    let result = run_instance(arguments, orders, process_start_ns, &starter);
     if let Err(error) = &result {
         let hint = crate::hint::hint(error).map_or(String::new(), |hint| format!(" ({hint})"));
         starter.tell(&format!("{error:#}{hint}"));
@@ -62,7 +68,12 @@ pub fn machine(arguments: &MachineArguments, process_start_ns: u64) -> Result<Ex
     result
 }
 
-fn run_instance(arguments: &MachineArguments, process_start_ns: u64, starter: &Arc<Starter>) -> Result<ExitCode> {
+fn run_instance(
+    arguments: &MachineArguments,
+    orders: Orders,
+    process_start_ns: u64,
+    starter: &Arc<Starter>,
+) -> Result<u8> {
     let name = &arguments.name;
     // Fails only for a process that leads a session already.
     let _ = rustix::process::setsid();
@@ -75,7 +86,10 @@ fn run_instance(arguments: &MachineArguments, process_start_ns: u64, starter: &A
     config.gdb.clone_from(&arguments.gdb);
 
     let control = Control::new();
-    signals.stop_on_arrival(control.clone())?;
+    let caught = signals.stop_on_arrival(control.clone())?;
+    if let Some(orders) = orders {
+        caught.listen(orders, control.clone())?;
+    }
     if record.lifetime == Lifetime::Command {
         end_with_starter(control.clone())?;
     }
@@ -112,7 +126,7 @@ fn run_instance(arguments: &MachineArguments, process_start_ns: u64, starter: &A
         }
     }
     let report = result?;
-    Ok(ExitCode::from(ending_status(report.outcome)))
+    Ok(ending_status(report.outcome))
 }
 
 fn config(state: &StateFolder, folder: &InstanceFolder, record: &InstanceRecord) -> Result<MachineConfig> {

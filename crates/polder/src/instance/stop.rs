@@ -10,7 +10,7 @@ use polder_vmm::agent_client;
 
 use super::control_socket::{self, Order};
 use super::folder::InstanceFolder;
-use super::record::{InstanceRecord, InstanceTable};
+use super::record::{InstanceRecord, InstanceTable, Phase};
 use crate::state_folder::StateFolder;
 
 /// How long a guest may take to switch itself off.
@@ -19,6 +19,8 @@ pub const STOP_TIMEOUT: Duration = Duration::from_secs(120);
 const AGENT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a machine's process may take to end once it was told to.
 const END_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a process that has said its machine's end may take to be gone.
+const GONE_PATIENCE: Duration = Duration::from_millis(500);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Switch instances off
@@ -58,7 +60,7 @@ pub fn stop_instance(state: &StateFolder, name: &str, timeout: Duration) -> Resu
             // Without an agent the guest's kernel may still listen to the button.
             let _ = control_socket::send(&folder.control_socket(), Order::PowerButton);
         }
-        if wait_for_end(&record, timeout.saturating_sub(start.elapsed())) {
+        if wait_for_end(&table, &record, timeout.saturating_sub(start.elapsed())) {
             return Ok(());
         }
         eprintln!("polder: {name} did not switch itself off within {} s; its machine is stopped", timeout.as_secs());
@@ -70,11 +72,11 @@ pub fn stop_instance(state: &StateFolder, name: &str, timeout: Duration) -> Resu
 pub fn end(state: &StateFolder, table: &InstanceTable, record: &InstanceRecord) -> Result<()> {
     let told = InstanceFolder::open(state, &record.name)
         .and_then(|folder| control_socket::send(&folder.control_socket(), Order::Stop));
-    if told.is_ok() && wait_for_end(record, END_PATIENCE) {
+    if told.is_ok() && wait_for_end(table, record, END_PATIENCE) {
         return Ok(());
     }
     record.process.kill();
-    wait_for_end(record, END_PATIENCE);
+    wait_for_end(table, record, END_PATIENCE);
     table.set_inactive(&record.name, "killed")
 }
 
@@ -85,14 +87,55 @@ fn ask_agent(folder: &InstanceFolder, patience: Duration) -> bool {
     sender.send(&Message::PowerOff).is_ok() && matches!(receiver.receive(), Ok(Message::PoweringOff))
 }
 
-/// Waits for the end of an instance's process; whether it has ended.
-fn wait_for_end(record: &InstanceRecord, timeout: Duration) -> bool {
+/// Waits for the end of an instance's machine; whether it has ended. Its process says so in the table, and soon after it is gone,
+/// unless the host does not answer it: what is left of it then is no longer waited for.
+fn wait_for_end(table: &InstanceTable, record: &InstanceRecord, timeout: Duration) -> bool {
     let start = Instant::now();
+    let mut said = None;
     while record.process.is_alive() {
+        let runs = |now: &InstanceRecord| now.phase == Phase::Active && now.process == record.process;
+        if said.is_none() && !table.get(&record.name).as_ref().is_ok_and(runs) {
+            said = Some(Instant::now());
+        }
+        if said.is_some_and(|said| said.elapsed() >= GONE_PATIENCE) {
+            return true;
+        }
         if start.elapsed() >= timeout {
-            return false;
+            return said.is_some();
         }
         std::thread::sleep(LOOK);
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instance::record::{Lifetime, NewInstance};
+
+    /// This test's own process stands for one that the host's kernel does not let end.
+    #[test]
+    fn a_process_that_said_its_machines_end_is_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("polder-stop-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        let table = InstanceTable::open(&StateFolder::at(path.clone())).unwrap();
+        let instance = NewInstance {
+            name: "web".to_owned(),
+            image: "debian".to_owned(),
+            cpus: 1,
+            ram: polder_basics::ByteSize(1 << 30),
+            engine: "auto".to_owned(),
+            lifetime: Lifetime::Kept,
+        };
+        table.claim(&instance).unwrap();
+        table.set_active("web").unwrap();
+        let record = table.get("web").unwrap();
+        assert!(!wait_for_end(&table, &record, Duration::from_millis(700)));
+        table.set_inactive("web", "stopped").unwrap();
+        let start = Instant::now();
+        assert!(wait_for_end(&table, &record, Duration::from_secs(60)));
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        std::fs::remove_dir_all(path).unwrap();
+    }
 }
