@@ -35,8 +35,13 @@ fuzz_target!(|input: &[u8]| {
     }
     let mut reader = &input[..];
     let initrd = (choices & 4 != 0).then_some(Initrd { len: input.len() as u64, reader: &mut reader });
-    let boot =
-        Boot { kernel: &kernel, kernel_name: "kernel", initrd, command_line: "console=ttyS0", rsdp: layout::RSDP_START };
+    let boot = Boot {
+        kernel: &kernel,
+        kernel_name: "kernel",
+        initrd,
+        command_line: "console=ttyS0",
+        rsdp: layout::RSDP_START,
+    };
     if let Ok(state) = load(&memory, boot) {
         assert!(memory.host_range(GuestAddress(state.gdtr.base), u64::from(state.gdtr.limit)).is_ok());
     }

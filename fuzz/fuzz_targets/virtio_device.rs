@@ -15,6 +15,7 @@ use polder_basics::SystemClock;
 use polder_devices::pci::{Ecam, PciBus};
 use polder_devices::virtio::balloon::Balloon;
 use polder_devices::virtio::block::{Block, BlockOptions, DiskAccess, EngineChoice};
+use polder_devices::virtio::console::Console;
 use polder_devices::virtio::net::{Net, NetBackend, NetOptions, Offloads};
 use polder_devices::virtio::rng::Rng;
 use polder_devices::virtio::vsock::{GUEST_CID_MIN, Vsock};
@@ -71,7 +72,7 @@ fn block(engine: EngineChoice) -> Arc<dyn VirtioDevice> {
 }
 
 fn device(choice: u8) -> Arc<dyn VirtioDevice> {
-    match choice % 6 {
+    match choice % 7 {
         0 => block(EngineChoice::Auto),
         1 => block(EngineChoice::Threads),
         2 => {
@@ -82,6 +83,11 @@ fn device(choice: u8) -> Arc<dyn VirtioDevice> {
         }
         3 => Arc::new(Rng::new(Arc::new(SystemClock))),
         4 => Arc::new(Balloon::new()),
+        5 => {
+            let console = Console::new(Box::new(std::io::sink()));
+            console.push_input(b"typed before there is a driver");
+            Arc::new(console)
+        }
         _ => {
             let path = std::env::temp_dir().join(format!("polder-fuzz-{}", std::process::id()));
             let _ = std::fs::remove_file(&path);
