@@ -95,6 +95,8 @@ counters! {
     translated_units
     /// Bytes of their code.
     translated_code_bytes
+    /// Times that translated code met an address space that it did not know, or no longer.
+    translated_spaces
     /// Size of the code cache.
     code_cache_bytes
     /// Units that were dropped to make room for others.

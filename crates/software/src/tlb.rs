@@ -100,6 +100,23 @@ struct Context {
     used: u64,
 }
 
+/// What is remembered of instruction fetch at one privilege.
+#[derive(Default)]
+struct Ways {
+    /// Changes whenever a translation that instruction fetch has used may have changed other than by a new generation.
+    epoch: u64,
+    /// Pages that instruction fetch has used in this epoch. A page of data that is taken for one of them costs much: in a new epoch translated code has to find all its
+    /// ways again.
+    pages: Filter<8192>,
+}
+
+impl Ways {
+    fn begin_epoch(&mut self) {
+        self.epoch += 1;
+        self.pages.clear();
+    }
+}
+
 /// All tables of one vCPU.
 pub struct Tlb {
     data: [DataEntry; 4 * DATA_ENTRIES],
@@ -124,14 +141,12 @@ pub struct Tlb {
     has_local_way: bool,
     /// Key of the address space in use.
     current_key: u64,
-    /// Which regions of 4 MiB and of 1 GiB may have entries that come from a large page: a set of hashes.
-    large: Box<[u64; LARGE_WORDS]>,
+    /// Which regions of 4 MiB and of 1 GiB may have entries that come from a large page.
+    large: Filter<1024>,
     contexts: [Context; CONTEXTS],
     clock: u64,
-    /// Changes whenever a translation that instruction fetch has used may have changed other than by a new generation.
-    epoch: u64,
-    /// Pages that instruction fetch has used in this epoch: a set of hashes.
-    ways: Box<[u64; WAY_WORDS]>,
+    /// Of the supervisor's and of the user's instruction fetch.
+    ways: [Ways; 2],
     /// [`crate::cpu::CodeSize`] of the running code.
     code_size: u8,
     /// Equal at two moments only if instruction fetch at every linear address that was possible at the first leads to the same
@@ -162,37 +177,57 @@ impl Default for Tlb {
             local_kernel_pages: 0,
             has_local_way: false,
             current_key: NO_KEY,
-            large: Box::new([0; LARGE_WORDS]),
+            large: Filter::default(),
             contexts: [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS],
             clock: 0,
-            epoch: 1,
-            ways: Box::new([0; WAY_WORDS]),
+            ways: [Ways::default(), Ways::default()],
             code_size: 0,
             fetch_tag: 0,
         }
     }
 }
 
-/// Words of the set of hashes of pages with code: 16,384 bits.
-const WAY_WORDS: usize = 256;
+/// A set of numbers that may hold more than was put in, but hardly ever does: each number has two bits by two hashes (B. H. Bloom, CACM 13(7), 1970).
+struct Filter<const WORDS: usize>(Box<[u64; WORDS]>);
 
-/// Word and bit of a page in the set of pages with code.
-fn way_bit(linear: u64) -> (usize, u64) {
-    let hash = (linear / PAGE_SIZE).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50;
-    ((hash >> 6) as usize % WAY_WORDS, 1 << (hash & 63))
+impl<const WORDS: usize> Default for Filter<WORDS> {
+    fn default() -> Self {
+        let words = vec![0; WORDS].into_boxed_slice();
+        Filter(words.try_into().unwrap_or_else(|_| unreachable!("same length")))
+    }
 }
 
-/// Words of the set of hashes: 65,536 bits.
-const LARGE_WORDS: usize = 1024;
+impl<const WORDS: usize> Filter<WORDS> {
+    /// Words and bits of a number.
+    fn places(number: u64) -> [(usize, u64); 2] {
+        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let place = |hash: u64| ((hash >> 6) as usize % WORDS, 1 << (hash & 63));
+        [place(hash >> 40), place((hash ^ hash >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40)]
+    }
+
+    fn add(&mut self, number: u64) {
+        for (word, bit) in Self::places(number) {
+            self.0[word] |= bit;
+        }
+    }
+
+    fn has(&self, number: u64) -> bool {
+        Self::places(number).iter().all(|&(word, bit)| self.0[word] & bit != 0)
+    }
+
+    fn clear(&mut self) {
+        self.0.fill(0);
+    }
+}
+
 /// Regions that large pages of 2 or 4 MiB are noted by.
 const MIDDLE_SHIFT: u32 = 22;
 /// Regions that pages of 1 GiB are noted by.
 const HUGE_SHIFT: u32 = 30;
 
-/// Word and bit of a region in the set of hashes.
-fn large_bit(linear: u64, shift: u32) -> (usize, u64) {
-    let hash = (linear >> shift | u64::from(shift) << 58).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
-    ((hash >> 6) as usize % LARGE_WORDS, 1 << (hash & 63))
+/// The number of a region in the set of those.
+fn region(linear: u64, shift: u32) -> u64 {
+    linear >> shift | u64::from(shift) << 58
 }
 
 /// Where generated code finds what [`Tlb::data_entry`] and [`Tlb::tag`] look at: offsets in [`Tlb`].
@@ -353,24 +388,25 @@ impl Tlb {
 
     /// Notes that a translation came from a page of `1 << shift` bytes, more than 4 KiB: entries hold parts of it.
     pub fn note_large(&mut self, linear: u64, shift: u32) {
-        let (word, bit) = large_bit(linear, if shift > MIDDLE_SHIFT { HUGE_SHIFT } else { MIDDLE_SHIFT });
-        self.large[word] |= bit;
+        self.large.add(region(linear, if shift > MIDDLE_SHIFT { HUGE_SHIFT } else { MIDDLE_SHIFT }));
     }
 
     /// Drops one page from all tables, whatever address space its entries belong to; of a large page, all its parts.
     pub fn invalidate_page(&mut self, linear: u64) {
-        let (word, bit) = way_bit(linear);
-        let mut led_to_code = self.ways[word] & bit != 0;
+        let mut is_new = false;
+        for ways in self.ways.iter_mut().filter(|ways| ways.pages.has(linear / PAGE_SIZE)) {
+            ways.begin_epoch();
+            is_new = true;
+        }
         for shift in [MIDDLE_SHIFT, HUGE_SHIFT] {
-            let (word, bit) = large_bit(linear, shift);
-            if self.large[word] & bit != 0 {
+            if self.large.has(region(linear, shift)) {
                 self.invalidate_region(linear, shift);
-                led_to_code = true;
+                self.begin_epochs();
+                is_new = true;
             }
         }
         // Most invalidated pages hold data: ways to blocks stay.
-        if led_to_code {
-            self.begin_epoch();
+        if is_new {
             self.retag();
         }
         self.drop_data(linear);
@@ -458,13 +494,12 @@ impl Tlb {
     }
 
     fn forget_contexts(&mut self) {
-        self.large.fill(0);
+        self.large.clear();
         self.contexts = [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS];
     }
 
-    fn begin_epoch(&mut self) {
-        self.epoch += 1;
-        self.ways.fill(0);
+    fn begin_epochs(&mut self) {
+        self.ways.iter_mut().for_each(Ways::begin_epoch);
     }
 
     /// Notes that a way to a block is remembered, with the fetch tag as it is, for an address in the page of `linear`.
@@ -472,8 +507,7 @@ impl Tlb {
     /// The supervisor's fetch tag has the supervisor tables' generation as long as all its ways lead through global pages, and that of the address
     /// space otherwise; so this may change it.
     pub fn note_way(&mut self, linear: u64) {
-        let (word, bit) = way_bit(linear);
-        self.ways[word] |= bit;
+        self.ways[usize::from(self.code_base != 0)].pages.add(linear / PAGE_SIZE);
         if self.code_base == 0 && !self.has_local_way {
             let entry = &self.code[index(linear, CODE_ENTRIES)];
             if entry.tag != linear & PAGE_MASK | self.generations[SUPERVISOR] {
@@ -486,7 +520,7 @@ impl Tlb {
     fn retag(&mut self) {
         let user = u64::from(self.code_base != 0);
         let generation = self.code_generation(!self.has_local_way);
-        self.fetch_tag = self.epoch << 16 | generation << 4 | user << 2 | u64::from(self.code_size);
+        self.fetch_tag = self.ways[user as usize].epoch << 16 | generation << 4 | user << 2 | u64::from(self.code_size);
     }
 
     /// A generation that no entry has. When they run out, everything is cleared; the caller makes the result the current one.
@@ -501,7 +535,7 @@ impl Tlb {
             }
             self.second.clear();
             self.forget_contexts();
-            self.begin_epoch();
+            self.begin_epochs();
             self.local.fill(0);
             self.generations[SUPERVISOR_TABLES].fill(1);
             self.last_generation = 1;

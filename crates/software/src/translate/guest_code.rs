@@ -7,6 +7,8 @@ use crate::flags;
 
 /// Instructions of a unit.
 pub const ITEMS_MAX: usize = 96;
+/// The longest instruction (SDM vol. 2, 2.3.11).
+pub const INSTRUCTION_BYTES_MAX: usize = 15;
 /// Instructions looked at to find out whether code behind a jump needs the flags.
 const LOOK_AHEAD: usize = 8;
 /// The arithmetic flags.
@@ -66,11 +68,11 @@ pub fn is_of_model(model: &CpuModel, instruction: &Instruction) -> bool {
     !instruction.is_invalid() && instruction.cpuid_features().iter().all(|&kind| model.supports(kind))
 }
 
-/// Decodes a unit from bytes of one page, up to its first unconditional transfer.
-pub fn decode(bytes: &[u8], linear: u64, options: u32) -> Vec<Item> {
+/// Decodes a unit, up to its first unconditional transfer or `most` instructions.
+pub fn decode(bytes: &[u8], linear: u64, options: u32, most: usize) -> Vec<Item> {
     let mut decoder = Decoder::with_ip(64, bytes, linear, options);
-    let mut items = Vec::with_capacity(ITEMS_MAX);
-    while items.len() < ITEMS_MAX && decoder.can_decode() {
+    let mut items = Vec::with_capacity(most);
+    while items.len() < most && decoder.can_decode() {
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             break;

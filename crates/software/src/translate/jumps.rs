@@ -6,10 +6,11 @@ use super::assembler::{self, Binary, Mem, R9, R15};
 use super::frame::{JUMP_TABLE, RIP, SPACE, exit, temporary};
 use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Use};
 use super::groups::Access;
-use super::guest_code::{Item, branch_target, general_register, item_at};
+use super::guest_code::{INSTRUCTION_BYTES_MAX, Item, branch_target, general_register, item_at};
 use super::registers::{ADDRESS, SPARE};
 use super::thunks;
 use crate::lower::condition;
+use polder_memory::PAGE_SIZE;
 
 impl Generator<'_> {
     /// Looks for attention before a jump backwards; SPARE is used.
@@ -32,9 +33,10 @@ impl Generator<'_> {
         self.context.table != self.entry_table
     }
 
-    /// Whether two addresses lie in one page.
-    pub fn same_page(&self, target: u64) -> bool {
-        self.items.first().is_some_and(|first| first.instruction.ip() >> 12 == target >> 12)
+    /// Whether the instruction at `target` surely lies in this page.
+    pub fn is_near(&self, target: u64) -> bool {
+        let is_whole = target % PAGE_SIZE <= PAGE_SIZE - INSTRUCTION_BYTES_MAX as u64;
+        is_whole && self.items.first().is_some_and(|first| first.instruction.ip() >> 12 == target >> 12)
     }
 
     /// Jumps to a known address: inside the unit, or by a link.
@@ -53,7 +55,7 @@ impl Generator<'_> {
             self.asm.jump(leave);
             return;
         }
-        let same_page = self.same_page(target);
+        let same_page = self.is_near(target);
         let is_backward = self.items.first().is_some_and(|first| target <= first.instruction.ip());
         if is_backward {
             self.poll(target, live);
@@ -86,7 +88,7 @@ impl Generator<'_> {
                 return;
             }
         } else if !self.is_other_space()
-            && self.same_page(target)
+            && self.is_near(target)
             && self.items.first().is_some_and(|first| target > first.instruction.ip())
         {
             let link = self.links.len();

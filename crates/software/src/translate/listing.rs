@@ -68,12 +68,12 @@ fn listing(items: &[Item], starts: &[usize], code: &[u8], host: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::translate::guest_code::decode;
+    use crate::translate::guest_code::{ITEMS_MAX, decode};
 
     #[test]
     fn guest_instructions_stand_above_their_host_code() {
         // add eax, 1; ret
-        let items = decode(&[0x83, 0xc0, 1, 0xc3], 0x1000, DecoderOptions::NONE);
+        let items = decode(&[0x83, 0xc0, 1, 0xc3], 0x1000, DecoderOptions::NONE, ITEMS_MAX);
         let text = listing(&items, &[0, 3], &[0x83, 0xc0, 1, 0x90, 0xc3], 0x7000);
         let lines: Vec<&str> = text.lines().map(str::trim).collect();
         assert_eq!(lines.len(), 5, "{text}");

@@ -256,7 +256,7 @@ impl Before {
     fn live_at(&self, cpu: &mut Cpu, rip: u64) -> u64 {
         let options = cpu.model.decoder_options();
         let (start, code) = (self.0.rip, self.code(cpu));
-        let items = guest_code::decode(&code, start, options);
+        let items = guest_code::decode(&code, start, options, ITEMS_MAX);
         let live = match guest_code::item_at(&items, rip) {
             Some(index) => items[index].live_before,
             None => guest_code::live_at(&code, start, rip, options),

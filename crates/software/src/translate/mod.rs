@@ -17,17 +17,19 @@
 //! - Units are dropped, links aimed and code written by the vCPU's own thread, while it runs no translated code.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated, and how it is found), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated, and how it is found), `fetch` (bytes of code), `copies` (units at other addresses), `run`
 //! (the loop around), `signal` (exceptions on the host), `lockstep` (each unit compared with the interpreter).
 
 mod arena;
 mod assembler;
 mod bits;
 mod cache;
+mod copies;
 #[cfg(test)]
 mod count_tests;
 #[cfg(test)]
 mod eviction_tests;
+mod fetch;
 mod forms;
 mod frame;
 mod generate;

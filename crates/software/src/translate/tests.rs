@@ -262,3 +262,34 @@ fn an_access_that_shares_a_look_up_faults_itself() {
         }
     }
 }
+
+#[test]
+fn an_instruction_in_two_pages_is_translated_and_follows_both() {
+    let Some(mut bench) = bench() else { return };
+    let end = CODE + 0x7000;
+    let other = CODE + 0x9000;
+    // mov eax, imm over the page's end | ud2
+    let code = [0xb8, 1, 0, 0, 0, 0x0f, 0x0b];
+    bench.write(end - 2, &code);
+    let run = |bench: &mut TestBench| {
+        bench.cpu.rip = end - 2;
+        assert_eq!(vector(bench.run(100)), 6);
+        bench.cpu.gpr[RAX]
+    };
+    assert_eq!(run(&mut bench), 1);
+    let interpreted = bench.translation_counters().interpreted_singly;
+    assert_eq!(run(&mut bench), 1);
+    assert_eq!(bench.translation_counters().interpreted_singly, interpreted);
+    // Stores into either half are seen.
+    bench.write(end + 1, &[3]);
+    assert_eq!(run(&mut bench), 0x30001);
+    bench.write(end - 1, &[2]);
+    assert_eq!(run(&mut bench), 0x30002);
+    // So is another second page, with a flush of its own, and the first again.
+    bench.write(other, &[5, 0, 0, 0x0f, 0x0b]);
+    for (frame, value) in [(other, 0x502), (end, 0x30002), (other, 0x502)] {
+        bench.write(entry_of(end), &(frame | 7).to_le_bytes());
+        bench.cpu.tlb.invalidate_page(end);
+        assert_eq!(run(&mut bench), value);
+    }
+}

@@ -6,13 +6,13 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
+use polder_memory::{GuestMemory, PAGE_SIZE};
 
 use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::assembler::Relocation;
 use super::cache::CodeCache;
+use super::fetch::{next_page, read_code};
 use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
-use super::guest_code::{self};
 use super::listing::Listings;
 use super::lockstep::Lockstep;
 use super::thunks::{self, Functions, Thunks};
@@ -26,19 +26,17 @@ const UNIT_BYTES_MAX: usize = 64 << 10;
 /// Links of a vCPU.
 const LINKS_MAX: usize = 4 << 20;
 /// Links are numbered round these; the exits that are no links' are beyond.
-const LINK_NUMBERS: u32 = 1 << 31;
+pub const LINK_NUMBERS: u32 = 1 << 31;
 /// Units of a flush that are freed with each translation after it.
 const FREED_AT_A_TIME: usize = 64;
 /// Entries of [`Translator::evicted`], and what an eviction puts there.
 const EVICTED: usize = 1 << 16;
 const ROUNDS_AFTER_EVICTION: u8 = 4;
-/// Attempts to read bytes that another processor keeps changing.
-const READS_MAX: u32 = 4;
-const NO_UNIT: u32 = u32::MAX;
+pub const NO_UNIT: u32 = u32::MAX;
 
 /// What code is translated for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Form {
+pub struct Form {
     /// The data table.
     table: u8,
     /// Accesses share no look-ups.
@@ -46,40 +44,56 @@ struct Form {
 }
 
 /// A translated piece of guest code.
-struct Unit {
-    linear: u64,
-    physical: u64,
-    form: Form,
+pub struct Unit {
+    pub(super) linear: u64,
+    pub(super) physical: u64,
+    pub(super) form: Form,
     /// 64-byte granules of the page that its bytes lie in.
-    granules: u64,
+    pub(super) granules: u64,
+    /// Number of the second page, of a unit of one instruction that lies in two.
+    pub(super) second_page: Option<u64>,
     /// Places in the code cache.
-    code: std::ops::Range<u32>,
-    first_link: u32,
-    links: u32,
+    pub(super) code: std::ops::Range<u32>,
+    pub(super) first_link: u32,
+    pub(super) links: u32,
     /// Links of other units that lead here.
-    incoming: Vec<u32>,
+    pub(super) incoming: Vec<u32>,
     /// Handlers that its code calls with these ops.
-    ops: SharedOps,
-    relocations: Arc<[(u32, Relocation)]>,
-    faults: Vec<FaultSite>,
-    valid: bool,
+    pub(super) ops: SharedOps,
+    pub(super) relocations: Arc<[(u32, Relocation)]>,
+    pub(super) faults: Vec<FaultSite>,
+    pub(super) valid: bool,
+}
+
+impl Unit {
+    /// Guest-physical numbers of its pages.
+    fn pages(&self) -> [Option<u64>; 2] {
+        [Some(self.physical / PAGE_SIZE), self.second_page]
+    }
+
+    /// The granules of one of its pages that its bytes lie in.
+    fn granules_on(&self, page_number: u64) -> u64 {
+        let first = if page_number == self.physical / PAGE_SIZE { self.granules } else { 0 };
+        // Less than an instruction of the second page: it lies in the first granule.
+        first | u64::from(self.second_page == Some(page_number))
+    }
 }
 
 /// Ops of a unit and of its copies. They hold cells.
 #[derive(Clone)]
-struct SharedOps(#[expect(dead_code, reason = "kept for the code that calls handlers with them")] Rc<Ops>);
+pub struct SharedOps(#[expect(dead_code, reason = "kept for the code that calls handlers with them")] Rc<Ops>);
 
 // SAFETY: all copies belong to one translator, which one thread uses at a time.
 unsafe impl Send for SharedOps {}
 
 /// A way out of a unit.
 #[derive(Clone, Copy)]
-struct Link {
-    site: LinkSite,
+pub struct Link {
+    pub(super) site: LinkSite,
     /// Place of the unit's code.
-    base: u32,
-    from: u32,
-    to: u32,
+    pub(super) base: u32,
+    pub(super) from: u32,
+    pub(super) to: u32,
 }
 
 /// Hashes integers by multiplication.
@@ -253,6 +267,7 @@ impl Translator {
         counters.translated_units = self.statistics.units;
         counters.translated_code_bytes = self.statistics.code_bytes;
         counters.code_cache_bytes = self.cache.len() as u64;
+        counters.translated_spaces = u64::from(self.last_space);
         counters.code_cache_evicted = self.statistics.evicted;
         if let Some(lockstep) = &self.lockstep {
             counters.lockstep_units = lockstep.units;
@@ -269,7 +284,7 @@ impl Translator {
         let mut dropped = Vec::new();
         on_page.retain(|&id| {
             let stale = match self.units.get(id.wrapping_sub(self.first_unit) as usize) {
-                Some(unit) => unit.granules & granules != 0,
+                Some(unit) => unit.granules_on(page_number) & granules != 0,
                 None => true,
             };
             if stale {
@@ -282,7 +297,7 @@ impl Translator {
         }
     }
 
-    fn unit(&self, id: u32) -> Option<&Unit> {
+    pub(super) fn unit(&self, id: u32) -> Option<&Unit> {
         self.units.get(id.wrapping_sub(self.first_unit) as usize)
     }
 
@@ -290,7 +305,7 @@ impl Translator {
         self.units.get_mut(id.wrapping_sub(self.first_unit) as usize)
     }
 
-    fn link(&self, number: u32) -> Option<&Link> {
+    pub(super) fn link(&self, number: u32) -> Option<&Link> {
         self.links.get((number.wrapping_sub(self.first_link) % LINK_NUMBERS) as usize)
     }
 
@@ -339,14 +354,17 @@ impl Translator {
     fn evict_oldest(&mut self, jumps: &mut Jumps) {
         let id = self.first_unit;
         let Some(unit) = self.units.front() else { return };
-        let (linear, physical, is_valid) = (unit.linear, unit.physical, unit.valid);
+        let (linear, is_valid) = (unit.linear, unit.valid);
+        let pages = unit.pages();
         if is_valid {
             self.evicted[evicted_index(linear)] = ROUNDS_AFTER_EVICTION;
             self.drop_unit(id, jumps);
-            if let Some(on_page) = self.pages.get_mut(&(physical / PAGE_SIZE)) {
-                on_page.retain(|&other| other != id);
-                if on_page.is_empty() {
-                    self.pages.remove(&(physical / PAGE_SIZE));
+            for page_number in pages.into_iter().flatten() {
+                if let Some(on_page) = self.pages.get_mut(&page_number) {
+                    on_page.retain(|&other| other != id);
+                    if on_page.is_empty() {
+                        self.pages.remove(&page_number);
+                    }
                 }
             }
         }
@@ -369,7 +387,7 @@ impl Translator {
     }
 
     /// Makes room for a unit with up to `links` links at the cache's position. The cache is a ring: the oldest units go, no more of them than must.
-    fn make_room(&mut self, links: usize, jumps: &mut Jumps) {
+    pub(super) fn make_room(&mut self, links: usize, jumps: &mut Jumps) {
         self.flushed.truncate(self.flushed.len().saturating_sub(FREED_AT_A_TIME));
         let mut start = None;
         if self.cache.free() < UNIT_BYTES_MAX {
@@ -470,7 +488,16 @@ impl Translator {
         let physical = page_number * PAGE_SIZE + cpu.rip % PAGE_SIZE;
         // The jump table depends on this page's translation from here on.
         cpu.tlb.note_way(cpu.rip);
-        self.by_address.get(&(cpu.rip, physical, Form { table: cpu.tlb.data_table() as u8, plain })).copied()
+        let form = Form { table: cpu.tlb.data_table() as u8, plain };
+        let id = *self.by_address.get(&(cpu.rip, physical, form))?;
+        if let Some(second_page) = self.unit(id)?.second_page {
+            let second = next_page(cpu.rip);
+            if block_cache::code_page(cpu, second).ok()? != second_page {
+                return None;
+            }
+            cpu.tlb.note_way(second);
+        }
+        Some(id)
     }
 
     pub(super) fn host_of(&self, id: u32) -> Option<u64> {
@@ -486,9 +513,12 @@ impl Translator {
     pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
         let Some(unit) = self.unit(to) else { return };
         let (target, table, page) = (unit.code.start as usize, unit.form.table, unit.physical / PAGE_SIZE);
+        let has_one_page = unit.second_page.is_none();
         let Some(&Link { site, base, from, .. }) = self.link(link) else { return };
         let Some(source) = self.unit(from) else { return };
-        if source.form.table != table || site.space_at.is_none() && source.physical / PAGE_SIZE != page {
+        if source.form.table != table
+            || site.space_at.is_none() && !(has_one_page && source.physical / PAGE_SIZE == page)
+        {
             // The page was mapped anew while its old code ran on; another space may have it as it was.
             return;
         }
@@ -531,7 +561,6 @@ impl Translator {
         }
         let linear = cpu.rip;
         let page_number = block_cache::code_page(cpu, linear).ok()?;
-        let page = cpu.services.memory.page(page_number)?;
         if page_number == cpu.apic_page || cpu.debugger.cuts_at(linear) {
             return None;
         }
@@ -545,34 +574,11 @@ impl Translator {
         if let Some(copy) = template.and_then(|template| self.copy_unit(template, linear, jumps)) {
             return Some(copy);
         }
-        let mut bytes = [0; PAGE_SIZE as usize];
-        // SAFETY: `readable` bytes from `offset` lie in the page.
-        let source = unsafe { page.pointer.add(offset) };
-        let mut items = Vec::new();
-        let mut len = 0;
-        for round in 0.. {
-            if round == READS_MAX {
-                return None;
-            }
-            // SAFETY: as above; the buffer is long enough.
-            unsafe { raw::copy(source, bytes.as_mut_ptr(), readable) };
-            items = guest_code::decode(&bytes[..readable], linear, cpu.model.decoder_options());
-            let end = items.last()?.instruction.next_ip();
-            len = end.wrapping_sub(linear) as usize;
-            let granules = GuestMemory::granules(offset as u64, len as u64);
-            if cpu.services.memory.notes().watch_code(page.page_index, granules) {
-                PageNotes::publish();
-            }
-            let mut again = [0; PAGE_SIZE as usize];
-            // SAFETY: as above.
-            unsafe { raw::copy(source, again.as_mut_ptr(), len) };
-            if again[..len] == bytes[..len] {
-                break;
-            }
-        }
+        let (items, second_page) = read_code(cpu, linear, page_number, readable)?;
+        let len = items.last()?.instruction.next_ip().wrapping_sub(linear);
         self.make_room(2 * items.len(), jumps);
         let position = self.cache.position();
-        let first_link = (self.first_link + self.links.len() as u32) % LINK_NUMBERS;
+        let first_link = self.next_link();
         let context = Context {
             model: &cpu.model,
             thunks: self.thunks,
@@ -589,22 +595,14 @@ impl Translator {
         if generated.code.len() > UNIT_BYTES_MAX {
             return None;
         }
-        self.cache.add(&generated.code);
         let host = self.cache.address(position);
         self.listings.list(&items, &generated.starts, &generated.code, host);
-        self.listings.name(linear, host, generated.code.len());
-        let id = self.first_unit.wrapping_add(self.units.len() as u32);
-        self.links.extend(generated.links.iter().map(|&site| Link {
-            site,
-            base: position as u32,
-            from: id,
-            to: NO_UNIT,
-        }));
-        self.units.push_back(Unit {
+        let unit = Unit {
             linear,
             physical,
             form,
-            granules: GuestMemory::granules(offset as u64, len as u64),
+            granules: GuestMemory::granules(offset as u64, len.min(PAGE_SIZE - offset as u64)),
+            second_page,
             code: position as u32..(position + generated.code.len()) as u32,
             first_link,
             links: generated.links.len() as u32,
@@ -613,90 +611,34 @@ impl Translator {
             relocations: generated.relocations.into(),
             faults: generated.faults,
             valid: true,
-        });
-        self.by_address.insert((linear, physical, form), id);
-        self.templates.insert((physical, form), id);
-        self.pages.entry(page_number).or_default().push(id);
-        self.statistics.units += 1;
-        self.statistics.code_bytes += generated.code.len() as u64;
-        Some(id)
-    }
-
-    /// The same code at another linear address: that of another program, most often. `None` if its numbers do not fit.
-    fn copy_unit(&mut self, template: u32, linear: u64, jumps: &mut Jumps) -> Option<u32> {
-        let links = self.unit(template)?.links;
-        self.make_room(links as usize, jumps);
-        let unit = self.unit(template).filter(|unit| unit.valid)?;
-        let delta = linear.wrapping_sub(unit.linear);
-        let position = self.cache.position();
-        let first_link = (self.first_link + self.links.len() as u32) % LINK_NUMBERS;
-        let mut code = self.cache.bytes(unit.code.start as usize..unit.code.end as usize).to_vec();
-        let mut sites = Vec::with_capacity(links as usize);
-        for number in 0..links {
-            let mut site = self.link((unit.first_link + number) % LINK_NUMBERS)?.site;
-            put(&mut code, site.jump_at, (site.stub as i64 - (site.jump_at as i64 + 4)) as i32)?;
-            if let Some(at) = site.space_at {
-                put(&mut code, at, 0)?;
-            }
-            site.target = site.target.wrapping_add(delta);
-            sites.push(site);
-        }
-        for &(at, relocation) in unit.relocations.iter() {
-            let at = at as usize;
-            let old = i32::from_le_bytes(code.get(at..at + 4)?.try_into().ok()?);
-            let new = match relocation {
-                Relocation::Linear => {
-                    let field = code.get_mut(at..at + 8)?;
-                    let value = u64::from_le_bytes(field.try_into().ok()?).wrapping_add(delta);
-                    field.copy_from_slice(&value.to_le_bytes());
-                    continue;
-                }
-                Relocation::LinearLow => u32::try_from(u64::from(old as u32).wrapping_add(delta)).ok()? as i32,
-                Relocation::LinearSigned => i32::try_from(i64::from(old).wrapping_add(delta as i64)).ok()?,
-                Relocation::Distance => (i64::from(old) + i64::from(unit.code.start) - position as i64) as i32,
-                Relocation::Link => {
-                    ((old as u32).wrapping_sub(unit.first_link) % LINK_NUMBERS).wrapping_add(first_link) as i32
-                }
-            };
-            put(&mut code, at, new)?;
-        }
-        let mut faults = unit.faults.clone();
-        for site in &mut faults {
-            site.rip = site.rip.wrapping_add(delta);
-            if let Some(x87) = &mut site.x87 {
-                x87.rip = x87.rip.wrapping_add(delta);
-            }
-        }
-        let copy = Unit {
-            linear,
-            physical: unit.physical,
-            form: unit.form,
-            granules: unit.granules,
-            code: position as u32..(position + code.len()) as u32,
-            first_link,
-            links,
-            incoming: Vec::new(),
-            ops: unit.ops.clone(),
-            relocations: unit.relocations.clone(),
-            faults,
-            valid: true,
         };
-        self.listings.name(linear, self.cache.address(position), code.len());
-        self.cache.add(&code);
-        let id = self.first_unit.wrapping_add(self.units.len() as u32);
-        self.links.extend(sites.into_iter().map(|site| Link { site, base: position as u32, from: id, to: NO_UNIT }));
-        self.by_address.insert((linear, copy.physical, copy.form), id);
-        self.pages.entry(copy.physical / PAGE_SIZE).or_default().push(id);
-        self.units.push_back(copy);
-        self.statistics.code_bytes += code.len() as u64;
+        let id = self.add(unit, &generated.code, &generated.links);
+        if second_page.is_none() {
+            self.templates.insert((physical, form), id);
+        }
+        self.statistics.units += 1;
         Some(id)
     }
-}
 
-/// Puts a 32-bit number into code.
-fn put(code: &mut [u8], at: usize, value: i32) -> Option<()> {
-    code.get_mut(at..at + 4)?.copy_from_slice(&value.to_le_bytes());
-    Some(())
+    /// Adds a unit whose place was found at the cache's position.
+    pub(super) fn add(&mut self, unit: Unit, code: &[u8], sites: &[LinkSite]) -> u32 {
+        self.listings.name(unit.linear, self.cache.address(unit.code.start as usize), code.len());
+        self.cache.add(code);
+        let id = self.first_unit.wrapping_add(self.units.len() as u32);
+        self.links.extend(sites.iter().map(|&site| Link { site, base: unit.code.start, from: id, to: NO_UNIT }));
+        self.by_address.insert((unit.linear, unit.physical, unit.form), id);
+        for page_number in unit.pages().into_iter().flatten() {
+            self.pages.entry(page_number).or_default().push(id);
+        }
+        self.statistics.code_bytes += code.len() as u64;
+        self.units.push_back(unit);
+        id
+    }
+
+    /// The number of the next link.
+    pub(super) fn next_link(&self) -> u32 {
+        (self.first_link + self.links.len() as u32) % LINK_NUMBERS
+    }
 }
 
 /// Processor time of this thread in nanoseconds: what others on the host do is no pause of ours.

@@ -1,0 +1,77 @@
+//! Units at other linear addresses.
+
+use super::Translator;
+use super::arena::Jumps;
+use super::assembler::Relocation;
+use super::units::{LINK_NUMBERS, Unit};
+
+impl Translator {
+    /// The same code at another linear address: that of another program, most often. `None` if its numbers do not fit.
+    pub(super) fn copy_unit(&mut self, template: u32, linear: u64, jumps: &mut Jumps) -> Option<u32> {
+        let links = self.unit(template)?.links;
+        self.make_room(links as usize, jumps);
+        let unit = self.unit(template).filter(|unit| unit.valid)?;
+        let delta = linear.wrapping_sub(unit.linear);
+        let position = self.cache.position();
+        let first_link = self.next_link();
+        let mut code = self.cache.bytes(unit.code.start as usize..unit.code.end as usize).to_vec();
+        let mut sites = Vec::with_capacity(links as usize);
+        for number in 0..links {
+            let mut site = self.link((unit.first_link + number) % LINK_NUMBERS)?.site;
+            put(&mut code, site.jump_at, (site.stub as i64 - (site.jump_at as i64 + 4)) as i32)?;
+            if let Some(at) = site.space_at {
+                put(&mut code, at, 0)?;
+            }
+            site.target = site.target.wrapping_add(delta);
+            sites.push(site);
+        }
+        for &(at, relocation) in unit.relocations.iter() {
+            let at = at as usize;
+            let old = i32::from_le_bytes(code.get(at..at + 4)?.try_into().ok()?);
+            let new = match relocation {
+                Relocation::Linear => {
+                    let field = code.get_mut(at..at + 8)?;
+                    let value = u64::from_le_bytes(field.try_into().ok()?).wrapping_add(delta);
+                    field.copy_from_slice(&value.to_le_bytes());
+                    continue;
+                }
+                Relocation::LinearLow => u32::try_from(u64::from(old as u32).wrapping_add(delta)).ok()? as i32,
+                Relocation::LinearSigned => i32::try_from(i64::from(old).wrapping_add(delta as i64)).ok()?,
+                Relocation::Distance => (i64::from(old) + i64::from(unit.code.start) - position as i64) as i32,
+                Relocation::Link => {
+                    ((old as u32).wrapping_sub(unit.first_link) % LINK_NUMBERS).wrapping_add(first_link) as i32
+                }
+            };
+            put(&mut code, at, new)?;
+        }
+        let mut faults = unit.faults.clone();
+        for site in &mut faults {
+            site.rip = site.rip.wrapping_add(delta);
+            if let Some(x87) = &mut site.x87 {
+                x87.rip = x87.rip.wrapping_add(delta);
+            }
+        }
+        let copy = Unit {
+            linear,
+            physical: unit.physical,
+            form: unit.form,
+            granules: unit.granules,
+            second_page: None,
+            code: position as u32..(position + code.len()) as u32,
+            first_link,
+            links,
+            incoming: Vec::new(),
+            ops: unit.ops.clone(),
+            relocations: unit.relocations.clone(),
+            faults,
+            valid: true,
+        };
+        Some(self.add(copy, &code, &sites))
+    }
+}
+
+/// Puts a 32-bit number into code.
+fn put(code: &mut [u8], at: usize, value: i32) -> Option<()> {
+    code.get_mut(at..at + 4)?.copy_from_slice(&value.to_le_bytes());
+    Some(())
+}

@@ -1,0 +1,88 @@
+//! The bytes that become a unit.
+
+use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
+
+use super::guest_code::{self, INSTRUCTION_BYTES_MAX, ITEMS_MAX, Item};
+use crate::block_cache;
+use crate::cpu::Cpu;
+
+/// Attempts to read bytes that another processor keeps changing.
+const READS_MAX: u32 = 4;
+
+/// Bytes of code in one page of RAM.
+struct Piece {
+    page_index: usize,
+    offset: u64,
+    source: *const u8,
+    len: usize,
+}
+
+impl Piece {
+    fn new(cpu: &Cpu, page_number: u64, offset: u64, len: usize) -> Option<Piece> {
+        let page = cpu.services.memory.page(page_number)?;
+        debug_assert!(offset as usize + len <= PAGE_SIZE as usize);
+        // SAFETY: inside the page.
+        let source = unsafe { page.pointer.add(offset as usize) };
+        Some(Piece { page_index: page.page_index, offset, source, len })
+    }
+}
+
+/// Bytes of all pieces, one after the other.
+fn read(pieces: &[Piece], bytes: &mut [u8; PAGE_SIZE as usize + INSTRUCTION_BYTES_MAX]) {
+    let mut at = 0;
+    for piece in pieces {
+        let to = &mut bytes[at..at + piece.len];
+        // SAFETY: the piece lies in a page of RAM; `to` is as long.
+        unsafe { raw::copy(piece.source, to.as_mut_ptr(), piece.len) };
+        at += piece.len;
+    }
+}
+
+/// The instructions of a unit at `linear`, whose bytes are watched from now on, and the second page of a single instruction that lies in two. `readable` bytes of the
+/// first page may be used.
+pub fn read_code(cpu: &mut Cpu, linear: u64, page_number: u64, readable: usize) -> Option<(Vec<Item>, Option<u64>)> {
+    let offset = linear % PAGE_SIZE;
+    let options = cpu.model.decoder_options();
+    let mut bytes = [0; PAGE_SIZE as usize + INSTRUCTION_BYTES_MAX];
+    let mut pieces = vec![Piece::new(cpu, page_number, offset, readable)?];
+    let mut second_page = None;
+    for _ in 0..READS_MAX {
+        read(&pieces, &mut bytes);
+        let mut items = guest_code::decode(&bytes[..readable], linear, options, ITEMS_MAX);
+        if items.is_empty() && offset as usize + readable == PAGE_SIZE as usize && readable < INSTRUCTION_BYTES_MAX {
+            let next = next_page(linear);
+            let len = INSTRUCTION_BYTES_MAX - readable;
+            if second_page.is_none() {
+                let number = block_cache::code_page(cpu, next).ok()?;
+                if number == cpu.apic_page || cpu.debugger.uncut(next, len) != len {
+                    return None;
+                }
+                pieces.push(Piece::new(cpu, number, 0, len)?);
+                second_page = Some(number);
+                read(&pieces, &mut bytes);
+            }
+            items = guest_code::decode(&bytes[..INSTRUCTION_BYTES_MAX], linear, options, 1);
+        }
+        let len = items.last()?.instruction.next_ip().wrapping_sub(linear) as usize;
+        let mut left = len;
+        for piece in &pieces {
+            let here = left.min(piece.len);
+            left -= here;
+            let granules = GuestMemory::granules(piece.offset, here as u64);
+            if here != 0 && cpu.services.memory.notes().watch_code(piece.page_index, granules) {
+                PageNotes::publish();
+            }
+        }
+        let mut again = [0; PAGE_SIZE as usize + INSTRUCTION_BYTES_MAX];
+        read(&pieces, &mut again);
+        if again[..len] == bytes[..len] {
+            return Some((items, second_page.filter(|_| len > readable)));
+        }
+    }
+    None
+}
+
+/// The start of the page behind that of an address.
+pub fn next_page(linear: u64) -> u64 {
+    (linear | (PAGE_SIZE - 1)).wrapping_add(1)
+}
