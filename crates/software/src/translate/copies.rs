@@ -44,12 +44,9 @@ impl Translator {
             };
             put(&mut code, at, new)?;
         }
-        let mut faults = unit.faults.clone();
-        for site in &mut faults {
+        let mut x87 = unit.x87.clone();
+        for site in &mut x87 {
             site.rip = site.rip.wrapping_add(delta);
-            if let Some(x87) = &mut site.x87 {
-                x87.rip = x87.rip.wrapping_add(delta);
-            }
         }
         let copy = Unit {
             linear,
@@ -63,7 +60,8 @@ impl Translator {
             incoming: Vec::new(),
             ops: unit.ops.clone(),
             relocations: unit.relocations.clone(),
-            faults,
+            sites: unit.sites.clone(),
+            x87,
             valid: true,
         };
         Some(self.add(copy, &code, &sites))

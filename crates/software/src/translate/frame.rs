@@ -41,9 +41,9 @@ pub struct Frame {
     /// Where to go on in translated code.
     pub target: u64,
     pub exit: u32,
-    /// Bytes, and bit 31 for a write: what the missed look-up wanted.
-    pub miss: u32,
+    /// ADDRESS and SPARE at a call into Rust.
     pub miss_address: u64,
+    pub argument: u64,
     pub return_address: u64,
     /// ADDEND during a call into Rust.
     pub kept_addend: u64,
@@ -95,8 +95,8 @@ impl Default for Frame {
             host_stack: 0,
             target: 0,
             exit: exit::INDIRECT,
-            miss: 0,
             miss_address: 0,
+            argument: 0,
             return_address: 0,
             kept_addend: 0,
             countdown: LINKS_BETWEEN_AIMS,
@@ -143,7 +143,7 @@ fields! {
     HOST_STACK = host_stack;
     TARGET = target;
     EXIT = exit;
-    MISS = miss;
+    ARGUMENT = argument;
     MISS_ADDRESS = miss_address;
     RETURN_ADDRESS = return_address;
     KEPT_ADDEND = kept_addend;

@@ -13,8 +13,7 @@ use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory};
 
 use super::assembler::{Assembler, Binary, Label, Mem, Reg, Relocation, condition};
 use super::frame::{
-    CALLOUT_OP, EXIT, MISS, MISS_ADDRESS, NEXT_PAGE_MASK, OFFSET_MASK, RIP, VECTORS_MISSING, cpu_field, exit,
-    register_slot,
+    CALLOUT_OP, EXIT, NEXT_PAGE_MASK, OFFSET_MASK, RIP, VECTORS_MISSING, cpu_field, exit, register_slot,
 };
 use super::groups::{self, Plan};
 use super::guest_code::{Item, item_at};
@@ -27,11 +26,8 @@ use crate::lower::{self, CodeContext};
 use crate::op::Op;
 use crate::vector::VectorState;
 
-/// Bit of [`super::frame::Frame::miss`] for a write.
-pub const MISS_WRITE: u32 = 1 << 31;
-
-/// Bit of [`super::frame::Frame::miss`]: after a store to a watched page RIP is set, and translated code may be left.
-pub const NOTED_LEAVES: u32 = 1 << 30;
+/// Bit of [`super::frame::Frame::argument`]: after a store to a watched page translated code may be left.
+pub const NOTED_LEAVES: u64 = 1 << 30;
 
 /// Code off the straight path, emitted after it.
 pub enum Cold {
@@ -39,7 +35,8 @@ pub enum Cold {
     Miss {
         entry: Label,
         retry: Label,
-        miss: u32,
+        bytes: u32,
+        usage: Use,
         rip: u64,
         /// Where to go on if the bytes lie in two pages; `None`: such a look-up may miss like others.
         split: Option<Split>,
@@ -111,20 +108,29 @@ pub struct Generated {
     pub code: Vec<u8>,
     pub links: Vec<LinkSite>,
     pub ops: Ops,
-    /// Instructions that may raise exceptions on the host; ascending.
-    pub faults: Vec<FaultSite>,
+    pub sites: Sites,
     pub relocations: Vec<(u32, Relocation)>,
 }
 
-/// An instruction that may raise an exception on the host.
+/// A place in the code that stands for an instruction of the guest: one that may raise an exception on the host, or the last byte of a
+/// call into Rust that may not come back.
 #[derive(Debug, Clone, Copy)]
-pub struct FaultSite {
-    /// Place from the unit's start.
+pub struct Site {
+    /// From the unit's start.
     pub at: u32,
-    /// Its guest address.
-    pub rip: u64,
-    /// The x87 instruction before it, if code has not stored that one's pointers yet.
-    pub x87: Option<X87Site>,
+    /// The instruction, from the unit's first one.
+    pub offset: u16,
+    /// The number in [`Sites::x87`] plus one of the x87 instruction before it, if code has not stored that one's pointers yet.
+    pub x87: u16,
+    /// Of an indirect jump: what it has moved RSP by.
+    pub moved: i32,
+}
+
+/// The sites of a unit; ascending.
+#[derive(Debug, Default)]
+pub struct Sites {
+    pub sites: Vec<Site>,
+    pub x87: Vec<X87Site>,
 }
 
 /// What generation depends on beside the instructions.
@@ -175,7 +181,7 @@ pub struct Generator<'a> {
     /// (link, label of its stub), to fill in `LinkSite::stub`.
     pub link_stubs: Vec<Label>,
     ops: Ops,
-    faults: Vec<FaultSite>,
+    sites: Sites,
     /// The vector registers are surely loaded here.
     pub vectors_loaded: bool,
     /// The x87 registers are surely in the host's here.
@@ -221,7 +227,7 @@ impl<'a> Generator<'a> {
             links: Vec::new(),
             link_stubs: Vec::new(),
             ops: Ops::new(),
-            faults: Vec::new(),
+            sites: Sites::default(),
             vectors_loaded: false,
             x87_loaded: false,
             last_x87: None,
@@ -279,7 +285,7 @@ impl<'a> Generator<'a> {
             code: self.asm.bytes,
             links: self.links,
             ops: self.ops,
-            faults: self.faults,
+            sites: self.sites,
             starts,
             relocations: self.asm.relocations,
         })
@@ -355,24 +361,24 @@ impl<'a> Generator<'a> {
     fn emit_cold(&mut self) {
         for cold in std::mem::take(&mut self.cold) {
             match cold {
-                Cold::Miss { entry, retry, miss, rip, split, x87 } => {
+                Cold::Miss { entry, retry, bytes, usage, rip, split, x87 } => {
                     self.asm.bind(entry);
-                    if let Some(site) = x87 {
-                        self.store_pointers_of(site);
-                    }
                     if let Some(split) = split {
-                        let bytes = (miss & !MISS_WRITE) as i32;
+                        if let Some(site) = x87 {
+                            self.store_pointers_of(site);
+                        }
                         self.asm.extract(SPARE, ADDRESS, OFFSET_MASK);
-                        self.asm.lea(SPARE, Mem::base(SPARE, bytes - 1));
+                        self.asm.lea(SPARE, Mem::base(SPARE, bytes as i32 - 1));
                         self.asm.extract(SPARE, SPARE, NEXT_PAGE_MASK);
                         self.asm.jump_unless_rcx_zero(split.entry);
                         if let Some(link) = split.link {
                             self.links[link].jump_at = self.asm.position() - 4;
                         }
                     }
-                    self.asm.store32_imm(MISS, miss);
-                    self.store_rip(rip);
-                    self.call_thunk(self.context.thunks.miss);
+                    self.asm.constant(SPARE, u64::from(bytes));
+                    let thunks = &self.context.thunks;
+                    self.call_thunk(if usage == Use::Write { thunks.miss_write } else { thunks.miss_read });
+                    self.call_site(rip, x87, 0);
                     self.asm.jump(retry);
                 }
                 Cold::Noted { entry, resume, bytes, next, host, x87 } => {
@@ -380,18 +386,26 @@ impl<'a> Generator<'a> {
                     if !is_only(host, ADDRESS) {
                         self.asm.lea(ADDRESS, host);
                     }
-                    self.asm.store32_imm(MISS, bytes | if next.is_some() { NOTED_LEAVES } else { 0 });
-                    if let Some(site) = x87 {
-                        self.store_pointers_of(site);
-                    }
-                    if let Some(next) = next {
-                        self.store_rip(next);
-                    }
+                    let leaves = if next.is_some() { NOTED_LEAVES } else { 0 };
+                    self.asm.constant(SPARE, u64::from(bytes) | leaves);
                     self.call_thunk(self.context.thunks.noted);
+                    if let Some(next) = next {
+                        self.call_site(next, x87, 0);
+                    }
                     self.asm.jump(resume);
                 }
                 Cold::Leave { entry, exit, rip } => {
                     self.asm.bind(entry);
+                    let thunk = match exit {
+                        exit::INTERPRET => Some(self.context.thunks.interpret),
+                        exit::ATTENTION => Some(self.context.thunks.attend),
+                        _ => None,
+                    };
+                    if let Some(thunk) = thunk.filter(|_| self.offset_of(rip).is_some()) {
+                        self.call_thunk(thunk);
+                        self.call_site(rip, None, 0);
+                        continue;
+                    }
                     self.store_rip(rip);
                     self.asm.store32_imm(EXIT, exit);
                     self.jump_thunk(self.context.thunks.exit);
@@ -419,9 +433,8 @@ impl<'a> Generator<'a> {
                 }
                 Cold::Indirect { entry, rip, moved } => {
                     self.asm.bind(entry);
-                    self.store_linear(MISS_ADDRESS, rip);
-                    self.asm.store32_imm(MISS, moved as u32);
-                    self.jump_thunk(self.context.thunks.jump);
+                    self.call_thunk(self.context.thunks.jump);
+                    self.call_site(rip, None, moved);
                 }
             }
         }
@@ -442,7 +455,27 @@ impl<'a> Generator<'a> {
 
     /// Notes that the host may fault in the instruction that is emitted next.
     pub fn may_fault(&mut self, rip: u64) {
-        self.faults.push(FaultSite { at: self.asm.position() as u32, rip, x87: self.last_x87 });
+        self.site(self.asm.position(), rip, self.last_x87, 0);
+    }
+
+    /// The distance of an address from the unit's first instruction, if it lies close behind.
+    fn offset_of(&self, rip: u64) -> Option<u16> {
+        u16::try_from(rip.wrapping_sub(self.items.first()?.instruction.ip())).ok()
+    }
+
+    /// Notes that the call that was emitted last stands for the instruction at `rip`.
+    fn call_site(&mut self, rip: u64, x87: Option<X87Site>, moved: i32) {
+        self.site(self.asm.position() - 1, rip, x87, moved);
+    }
+
+    /// Notes that a place stands for the instruction at `rip`, which lies in the unit or right behind it.
+    fn site(&mut self, at: usize, rip: u64, x87: Option<X87Site>, moved: i32) {
+        let x87 = x87.map_or(0, |site| {
+            self.sites.x87.push(site);
+            self.sites.x87.len() as u16
+        });
+        let offset = self.offset_of(rip).unwrap_or_default();
+        self.sites.sites.push(Site { at: at as u32, offset, x87, moved });
     }
 
     /// Whether STAC and CLAC are translated in this unit.

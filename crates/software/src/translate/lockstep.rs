@@ -296,8 +296,7 @@ impl Translator {
         let mut journal = cpu.frame.journal.take().unwrap_or_default();
         let code = cpu.frame.exit;
         if code == exit::HOST_FAULT {
-            let site = self.guest_of_fault(cpu.frame.miss_address)?;
-            cpu.rip = site.rip;
+            cpu.rip = self.guest_of(cpu.frame.miss_address)?.rip;
         }
         let translated = Registers::take(cpu);
         let start = &before.0;

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Register};
 
 use super::assembler::{Binary, Mem, R15, RBP, RSP, Reg, condition};
 use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_slot, temporary};
-use super::generate::{Cold, Generator, GiveUp, LinkSite, MISS_WRITE, Result, Split, Use};
+use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Split, Use};
 use super::groups::Access;
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};
@@ -125,8 +125,7 @@ impl Generator<'_> {
             self.asm.load(SPARE, field(offset_of!(DataEntry, note) as i32));
         }
         self.asm.load(ADDEND, field(offset_of!(DataEntry, addend) as i32));
-        let write = if usage == Use::Write { MISS_WRITE } else { 0 };
-        self.cold.push(Cold::Miss { entry, retry, miss: bytes | write, rip, split, x87: self.last_x87 });
+        self.cold.push(Cold::Miss { entry, retry, bytes, usage, rip, split, x87: self.last_x87 });
     }
 
     /// A way to the plain form of the unit from `rip` on.

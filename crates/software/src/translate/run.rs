@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use super::Translator;
 use super::arena::{CpuBox, Jumps, jumps_of};
 use super::frame::{LINKS_BETWEEN_AIMS, exit};
-use super::generate::{MISS_WRITE, NOTED_LEAVES};
+use super::generate::NOTED_LEAVES;
 use super::lockstep::Before;
 use super::thunks::{Enter, Functions, GO_ON, LEAVE};
 use crate::block::COLD_FOR_EVER;
@@ -19,18 +19,31 @@ use crate::tlb::WATCHED;
 use crate::vector::class;
 
 /// The functions that translated code calls.
-pub const FUNCTIONS: Functions = Functions { miss, noted, callout, load_x87, jump, link };
+pub const FUNCTIONS: Functions =
+    Functions { miss_read, miss_write, noted, callout, load_x87, jump, link, interpret, attend };
+
+unsafe extern "sysv64" fn miss_read(pointer: *mut Cpu) -> u64 {
+    // SAFETY: as in `miss`.
+    unsafe { miss(pointer, Access::Read) }
+}
+
+unsafe extern "sysv64" fn miss_write(pointer: *mut Cpu) -> u64 {
+    // SAFETY: as in `miss`.
+    unsafe { miss(pointer, Access::Write) }
+}
 
 /// A look-up missed: fills the table, or leaves the access to the interpreter.
-unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u64 {
-    // SAFETY: translated code passes the processor that runs it, to which nobody else has a reference meanwhile.
-    let cpu = unsafe { &mut *cpu };
+///
+/// # Safety
+/// `pointer` is what translated code passes to functions that it calls: the processor that runs it, to which nobody else has a reference meanwhile.
+unsafe fn miss(pointer: *mut Cpu, access: Access) -> u64 {
+    // SAFETY: the caller's promise.
+    let cpu = unsafe { &mut *pointer };
     cpu.counters.translated_misses += 1;
     cpu.freshen_tables();
-    let write = cpu.frame.miss & MISS_WRITE != 0;
-    let bytes = u64::from(cpu.frame.miss & !MISS_WRITE);
+    let bytes = cpu.frame.argument;
     let linear = cpu.frame.miss_address;
-    let access = if write { Access::Write } else { Access::Read };
+    let write = access == Access::Write;
     let filled = cpu.check_access(linear, bytes, access, crate::cpu::DS, Privilege::Current).is_ok();
     let entry = cpu.tlb.data_entry(linear);
     let tag = if write { entry.write_tag } else { entry.read_tag };
@@ -42,18 +55,49 @@ unsafe extern "sysv64" fn miss(cpu: *mut Cpu) -> u64 {
         }
         return GO_ON;
     }
-    cpu.frame.exit = exit::INTERPRET;
-    LEAVE
+    // SAFETY: as above; no reference to the processor is used after this.
+    unsafe { leave_at_site(pointer, exit::INTERPRET) }
 }
 
 /// A store to a watched page is done.
-unsafe extern "sysv64" fn noted(cpu: *mut Cpu) -> u64 {
+unsafe extern "sysv64" fn noted(pointer: *mut Cpu) -> u64 {
     // SAFETY: as in `miss`.
-    let cpu = unsafe { &mut *cpu };
-    let bytes = u64::from(cpu.frame.miss & !NOTED_LEAVES);
+    let cpu = unsafe { &mut *pointer };
+    let bytes = cpu.frame.argument & !NOTED_LEAVES;
     cpu.stored_to_noted(cpu.frame.miss_address as *mut u8, bytes);
-    cpu.frame.exit = exit::ATTENTION;
-    if cpu.frame.miss & NOTED_LEAVES != 0 && cpu.frame_attention() { LEAVE } else { GO_ON }
+    if cpu.frame.argument & NOTED_LEAVES != 0 && cpu.frame_attention() {
+        // SAFETY: as in `miss`.
+        return unsafe { leave_at_site(pointer, exit::ATTENTION) };
+    }
+    GO_ON
+}
+
+/// The interpreter runs the instruction.
+unsafe extern "sysv64" fn interpret(pointer: *mut Cpu) -> u64 {
+    // SAFETY: as in `miss`.
+    unsafe { leave_at_site(pointer, exit::INTERPRET) }
+}
+
+/// Somebody wants attention.
+unsafe extern "sysv64" fn attend(pointer: *mut Cpu) -> u64 {
+    // SAFETY: as in `miss`.
+    unsafe { leave_at_site(pointer, exit::ATTENTION) }
+}
+
+/// Leaves translated code at the instruction that the call stands for.
+///
+/// # Safety
+/// As for [`around`].
+unsafe fn leave_at_site(pointer: *mut Cpu, exit: u32) -> u64 {
+    // SAFETY: the caller's promise.
+    let (translator, cpu, _) = unsafe { around(pointer) };
+    let place = translator.guest_of(cpu.frame.return_address - 1).expect("every such call is noted when it is emitted");
+    cpu.rip = place.rip;
+    if let Some(last) = place.x87 {
+        cpu.remember_x87(last);
+    }
+    cpu.frame.exit = exit;
+    LEAVE
 }
 
 /// Translated code is about to use the x87 registers.
@@ -116,8 +160,13 @@ unsafe extern "sysv64" fn callout(pointer: *mut Cpu, op: *const Op) -> u64 {
 /// An indirect jump is not in the jump table.
 unsafe extern "sysv64" fn jump(pointer: *mut Cpu) -> u64 {
     // SAFETY: as in `miss`.
-    let cpu = unsafe { &mut *pointer };
-    if cpu.judge_jump() {
+    let (translator, cpu, _) = unsafe { around(pointer) };
+    if !is_canonical(cpu.rip, 48) {
+        // It faults itself (SDM vol. 2, JMP, CALL, RET).
+        let place =
+            translator.guest_of(cpu.frame.return_address - 1).expect("every such call is noted when it is emitted");
+        cpu.rip = place.rip;
+        cpu.gpr[RSP] = cpu.gpr[RSP].wrapping_sub(i64::from(place.moved) as u64);
         cpu.frame.exit = exit::INTERPRET;
         return LEAVE;
     }
@@ -177,17 +226,6 @@ impl Cpu {
             self.frame.tables_stale = 0;
             self.select_tables();
         }
-    }
-
-    /// Whether an indirect jump in translated code faults itself, because RIP is not canonical now (SDM vol. 2, JMP, CALL, RET); then RIP and RSP
-    /// are put back: `miss_address` is the instruction's address, `miss` what it has moved RSP by.
-    fn judge_jump(&mut self) -> bool {
-        let faults = !is_canonical(self.rip, 48);
-        if faults {
-            self.rip = self.frame.miss_address;
-            self.gpr[RSP] = self.gpr[RSP].wrapping_sub(self.frame.miss as i32 as i64 as u64);
-        }
-        faults
     }
 
     /// Whether an interrupt waits for IF or for its turn.
@@ -313,7 +351,7 @@ impl Translator {
             exit::CALLOUT => Some(Outcome::Leave),
             exit::FAULT => Some(Outcome::Fault),
             exit::HOST_FAULT => {
-                let site = self.guest_of_fault(processor.frame.miss_address)?;
+                let site = self.guest_of(processor.frame.miss_address)?;
                 processor.rip = site.rip;
                 if let Some(last) = site.x87 {
                     processor.remember_x87(last);

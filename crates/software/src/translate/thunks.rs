@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use super::arena::{HOSTS, KEYS};
 use super::assembler::{Assembler, Binary, Label, Mem, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Reg, condition};
 use super::frame::{
-    ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND, MISS_ADDRESS,
+    ARGUMENT, ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND, MISS_ADDRESS,
     RETURN_ADDRESS, TARGET, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit, register_slot, temporary,
 };
 use super::registers::{ADDEND, ADDRESS, HOMES, SPARE};
@@ -27,8 +27,10 @@ pub type Enter = unsafe extern "sysv64" fn(cpu: *mut Cpu, host: u64);
 /// The Rust functions that translated code calls.
 #[derive(Clone, Copy)]
 pub struct Functions {
-    /// A look-up missed.
-    pub miss: Call,
+    /// A look-up for reading missed.
+    pub miss_read: Call,
+    /// A look-up for writing missed.
+    pub miss_write: Call,
     /// A store went to a page that somebody watches.
     pub noted: Call,
     /// An instruction that has no translation.
@@ -39,6 +41,10 @@ pub struct Functions {
     pub jump: Call,
     /// A link leads nowhere yet, or is another address space's.
     pub link: Call,
+    /// The interpreter runs the instruction.
+    pub interpret: Call,
+    /// Somebody wants attention before the instruction.
+    pub attend: Call,
 }
 
 /// Places of the thunks in the code cache, as distances from its start.
@@ -46,13 +52,16 @@ pub struct Functions {
 pub struct Thunks {
     pub enter: usize,
     pub exit: usize,
-    pub miss: usize,
+    pub miss_read: usize,
+    pub miss_write: usize,
     pub noted: usize,
     pub callout: usize,
     pub load_vectors: usize,
     pub load_x87: usize,
-    /// Jumped to after an indirect jump that missed.
+    /// Called after an indirect jump that missed.
     pub jump: usize,
+    pub interpret: usize,
+    pub attend: usize,
     /// Jumped to by a link that leads nowhere yet.
     pub link: usize,
     /// As `link`, for one that is another address space's: looks into the jump table first, for the address in ADDRESS.
@@ -86,16 +95,26 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     save_vectors(asm);
     asm.bind(common.leave);
     leave(asm);
-    thunks.miss = asm.position();
-    call_out(asm, functions.miss as *const () as u64, &common);
+    thunks.miss_read = asm.position();
+    call_out(asm, functions.miss_read as *const () as u64, &common);
+    thunks.miss_write = asm.position();
+    call_out(asm, functions.miss_write as *const () as u64, &common);
     thunks.noted = asm.position();
     call_out(asm, functions.noted as *const () as u64, &common);
     thunks.callout = asm.position();
     call_out(asm, functions.callout as *const () as u64, &common);
     thunks.load_x87 = asm.position();
     call_out(asm, functions.load_x87 as *const () as u64, &common);
-    thunks.jump = asm.position();
-    jump_out(asm, functions.jump as *const () as u64, &common);
+    let for_good = [
+        (&mut thunks.jump, functions.jump),
+        (&mut thunks.interpret, functions.interpret),
+        (&mut thunks.attend, functions.attend),
+    ];
+    for (thunk, function) in for_good {
+        *thunk = asm.position();
+        asm.pop_mem(RETURN_ADDRESS);
+        jump_out(asm, function as *const () as u64, &common);
+    }
     let link = asm.label();
     thunks.far_link = asm.position();
     far_link(asm, link);
@@ -190,6 +209,7 @@ fn call_rust(asm: &mut Assembler, function: u64) {
 fn call_out(asm: &mut Assembler, function: u64, common: &Common) {
     asm.pop_mem(RETURN_ADDRESS);
     asm.store(MISS_ADDRESS, ADDRESS);
+    asm.store(ARGUMENT, SPARE);
     asm.store(KEPT_ADDEND, ADDEND);
     call_rust(asm, function);
     asm.jump_if(condition::EQUAL, common.leave);

@@ -12,10 +12,11 @@ use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::assembler::Relocation;
 use super::cache::CodeCache;
 use super::fetch::{next_page, read_code};
-use super::generate::{Context, FaultSite, Generator, LinkSite, Ops};
+use super::generate::{Context, Generator, LinkSite, Ops, Site};
 use super::listing::Listings;
 use super::lockstep::Lockstep;
 use super::thunks::{self, Functions, Thunks};
+use super::x87::X87Site;
 use crate::block_cache;
 use crate::counters::Counters;
 use crate::cpu::{Cpu, cr4, is_canonical};
@@ -61,7 +62,8 @@ pub struct Unit {
     /// Handlers that its code calls with these ops.
     pub(super) ops: SharedOps,
     pub(super) relocations: Arc<[(u32, Relocation)]>,
-    pub(super) faults: Vec<FaultSite>,
+    pub(super) sites: Arc<[Site]>,
+    pub(super) x87: Vec<X87Site>,
     pub(super) valid: bool,
 }
 
@@ -77,6 +79,17 @@ impl Unit {
         // Less than an instruction of the second page: it lies in the first granule.
         first | u64::from(self.second_page == Some(page_number))
     }
+}
+
+/// What a place in a unit's code stands for.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// The guest's instruction.
+    pub rip: u64,
+    /// The x87 instruction before it whose pointers are still to be stored.
+    pub x87: Option<X87Site>,
+    /// What the instruction, an indirect jump, has moved RSP by.
+    pub moved: i32,
 }
 
 /// Ops of a unit and of its copies. They hold cells.
@@ -534,8 +547,8 @@ impl Translator {
         self.cache.aim(base as usize + site.jump_at, target);
     }
 
-    /// The guest's instruction that raised an exception at a host address.
-    pub(super) fn guest_of_fault(&self, host: u64) -> Option<FaultSite> {
+    /// The guest's instruction that a host address stands for, by the last site at or before it.
+    pub(super) fn guest_of(&self, host: u64) -> Option<Place> {
         let position = self.cache.position_of(host)? as u32;
         // The oldest units lie from the cache's position to its end, the newest from its start on.
         let head = self.cache.position() as u32;
@@ -543,8 +556,13 @@ impl Translator {
         let index = self.units.partition_point(|unit| order(unit.code.end - 1) < order(position));
         let unit = self.units.get(index)?;
         let inside = position.checked_sub(unit.code.start)?;
-        let found = unit.faults.partition_point(|site| site.at <= inside);
-        unit.faults.get(found.checked_sub(1)?).copied()
+        let found = unit.sites.partition_point(|site| site.at <= inside);
+        let site = unit.sites.get(found.checked_sub(1)?)?;
+        Some(Place {
+            rip: unit.linear.wrapping_add(u64::from(site.offset)),
+            x87: site.x87.checked_sub(1).and_then(|number| unit.x87.get(usize::from(number)).copied()),
+            moved: site.moved,
+        })
     }
 
     /// Translates the code at RIP. `None`: it stays with the interpreter.
@@ -609,7 +627,8 @@ impl Translator {
             incoming: Vec::new(),
             ops: SharedOps(Rc::new(generated.ops)),
             relocations: generated.relocations.into(),
-            faults: generated.faults,
+            sites: generated.sites.sites.into(),
+            x87: generated.sites.x87,
             valid: true,
         };
         let id = self.add(unit, &generated.code, &generated.links);
