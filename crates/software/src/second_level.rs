@@ -8,7 +8,7 @@ use polder_memory::PAGE_SIZE;
 use crate::tlb::{DataEntry, WATCHED};
 
 /// Entries for each table.
-const ENTRIES: usize = 4096;
+const ENTRIES: usize = 16384;
 /// Tables that are filled: all but [`WATCHED`], which is the last.
 const TABLES: usize = WATCHED;
 

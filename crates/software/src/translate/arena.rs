@@ -41,6 +41,12 @@ pub struct Jumps {
 }
 
 impl Jumps {
+    /// Fills an entry.
+    pub fn put(&mut self, at: usize, key: u64, host: u64) {
+        self.keys[at] = key;
+        self.hosts[at] = host;
+    }
+
     /// Empties one table.
     pub fn clear(&mut self, table: usize) {
         let start = table * JUMPS;

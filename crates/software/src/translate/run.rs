@@ -284,7 +284,7 @@ impl Translator {
                 host = self.host_of(unit);
             }
             if host.is_none() {
-                host = self.known(processor.rip, jumps);
+                host = self.known(processor.rip, processor.frame.space, jumps);
             }
             if host.is_none() {
                 let mut unit = self.find(processor, jumps);
@@ -370,7 +370,7 @@ impl Translator {
             return None;
         }
         self.select_space(cpu, jumps);
-        let host = match self.known(cpu.rip, jumps) {
+        let host = match self.known(cpu.rip, cpu.frame.space, jumps) {
             Some(host) => host,
             None => {
                 let unit = self.find(cpu, jumps)?;

@@ -30,6 +30,8 @@ const LINKS_MAX: usize = 4 << 20;
 pub const LINK_NUMBERS: u32 = 1 << 31;
 /// Units of a flush that are freed with each translation after it.
 const FREED_AT_A_TIME: usize = 64;
+/// Entries of [`Translator::far_jumps`].
+const FAR_JUMPS: usize = 1 << 16;
 /// Entries of [`Translator::evicted`], and what an eviction puts there.
 const EVICTED: usize = 1 << 16;
 const ROUNDS_AFTER_EVICTION: u8 = 4;
@@ -150,6 +152,19 @@ struct Space {
     used: u64,
 }
 
+/// Where a jump leads in an address space.
+#[derive(Debug, Clone, Copy)]
+struct FarJump {
+    linear: u64,
+    /// The space's number; 0 is none's.
+    space: u32,
+    host: u64,
+}
+
+impl FarJump {
+    const NONE: FarJump = FarJump { linear: 0, space: 0, host: 0 };
+}
+
 /// The translated code of one vCPU.
 pub struct Translator {
     pub(super) cache: CodeCache,
@@ -171,6 +186,8 @@ pub struct Translator {
     /// what runs would else be filled without end.
     evicted: Box<[u8; EVICTED]>,
     spaces: [Option<Space>; JUMP_TABLES],
+    /// What the jump tables have lost to other addresses in the same place, of all address spaces.
+    far_jumps: Box<[FarJump]>,
     current: usize,
     /// The one before.
     previous: usize,
@@ -241,6 +258,7 @@ impl Translator {
             flushed: VecDeque::new(),
             evicted: Box::new([0; EVICTED]),
             spaces: [None; JUMP_TABLES],
+            far_jumps: vec![FarJump::NONE; FAR_JUMPS].into_boxed_slice(),
             current: 0,
             previous: 0,
             last_space: 0,
@@ -272,6 +290,7 @@ impl Translator {
             }
         }
         self.current = 0;
+        self.far_jumps.fill(FarJump::NONE);
         self.statistics.paused_since(start);
     }
 
@@ -354,6 +373,10 @@ impl Translator {
             if let Some(link) = self.link_mut(first.wrapping_add(number)) {
                 link.from = NO_UNIT;
             }
+        }
+        let far = &mut self.far_jumps[far_index(linear)];
+        if far.linear == linear {
+            *far = FarJump::NONE;
         }
         for slot in 1..JUMP_TABLES {
             let at = slot * JUMPS + jump_index(linear);
@@ -470,19 +493,29 @@ impl Translator {
         let host = self.host_of(id)?;
         // That may have changed what the address space is to instruction fetch.
         self.select_space(cpu, jumps);
-        let at = self.current * JUMPS + jump_index(linear);
         if self.current != 0 {
-            jumps.keys[at] = linear;
-            jumps.hosts[at] = host;
+            self.far_jumps[far_index(linear)] = FarJump { linear, space: cpu.frame.space, host };
+            jumps.put(self.current * JUMPS + jump_index(linear), linear, host);
         }
         Some(id)
     }
 
-    /// The address of code for RIP, if the jump table knows it.
+    /// The address of code for a linear address in the address space in use, if a jump table knows it.
     #[inline]
-    pub(super) fn known(&self, linear: u64, jumps: &Jumps) -> Option<u64> {
+    pub(super) fn known(&self, linear: u64, space: u32, jumps: &mut Jumps) -> Option<u64> {
+        if self.current == 0 {
+            return None;
+        }
         let at = self.current * JUMPS + jump_index(linear);
-        (self.current != 0 && jumps.keys[at] == linear).then(|| jumps.hosts[at])
+        if jumps.keys[at] == linear {
+            return Some(jumps.hosts[at]);
+        }
+        let far = self.far_jumps[far_index(linear)];
+        if far.linear != linear || far.space != space {
+            return None;
+        }
+        jumps.put(at, linear, far.host);
+        Some(far.host)
     }
 
     /// The unit in plain form at RIP, where the stretch of a group lies in two pages; made if need be.
@@ -668,6 +701,10 @@ fn thread_time() -> u64 {
 
 fn evicted_index(linear: u64) -> usize {
     (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize & (EVICTED - 1)
+}
+
+fn far_index(linear: u64) -> usize {
+    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize % FAR_JUMPS
 }
 
 fn jump_index(linear: u64) -> usize {
