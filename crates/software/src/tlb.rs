@@ -13,7 +13,7 @@
 //! a bitmap and dropped one by one at a switch. A guest whose kernel pages are not global would lose by that: after
 //! [`LOCAL_KERNEL_PAGES_MAX`] such pages between two switches its supervisor tables follow the address space as the user's does, until everything is flushed.
 //!
-//! The layout of [`DataEntry`], the place of a page in its table (bits 12 to 23 of the address) and [`Tlb::generations`] are what generated
+//! The layout of [`DataEntry`], the place of a page in its table (bits 12 to 22 of the address) and [`Tlb::generations`] are what generated
 //! code looks up; nothing else is.
 //!
 //! Stale entries may stay until the guest flushes, as the architecture allows (SDM vol. 3, 4.10).
@@ -27,7 +27,7 @@ use crate::flags;
 use crate::second_level::SecondLevel;
 
 /// Entries in a data table.
-pub const DATA_ENTRIES: usize = 4096;
+pub const DATA_ENTRIES: usize = 2048;
 /// Entries in a code table.
 pub const CODE_ENTRIES: usize = 1024;
 const PAGE_MASK: u64 = !(PAGE_SIZE - 1);

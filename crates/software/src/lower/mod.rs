@@ -12,7 +12,7 @@ mod vector;
 
 pub(crate) use integer::condition;
 pub use integer::fuse;
-pub(crate) use vector::{leaves_pointers as x87_leaves_pointers, x87_opcode};
+pub(crate) use vector::{classes as vector_classes, leaves_pointers as x87_leaves_pointers, x87_opcode};
 
 use iced_x86::{Instruction, OpKind, Register};
 

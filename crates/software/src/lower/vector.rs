@@ -306,7 +306,7 @@ fn stub_handler(classes: u8, memory: bool, writes: bool, aligned: bool) -> Handl
 }
 
 /// What must be enabled; `None`: not an instruction of this family.
-fn classes(instruction: &Instruction) -> Option<u8> {
+pub fn classes(instruction: &Instruction) -> Option<u8> {
     let code = instruction.code();
     let registers = (0..instruction.op_count())
         .filter(|&operand| instruction.op_kind(operand) == OpKind::Register)

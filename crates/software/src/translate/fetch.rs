@@ -38,9 +38,17 @@ fn read(pieces: &[Piece], bytes: &mut [u8; PAGE_SIZE as usize + INSTRUCTION_BYTE
     }
 }
 
-/// The instructions of a unit at `linear`, whose bytes are watched from now on, and the second page of a single instruction that lies in two. `readable` bytes of the
-/// first page may be used.
-pub fn read_code(cpu: &mut Cpu, linear: u64, page_number: u64, readable: usize) -> Option<(Vec<Item>, Option<u64>)> {
+/// The instructions of a unit.
+pub struct Code {
+    pub items: Vec<Item>,
+    /// The 64-byte granules of the first page that they lie in, or whose bytes they depend on: those tell which flags are live.
+    pub granules: u64,
+    /// Number of the second page of a single instruction that lies in two.
+    pub second_page: Option<u64>,
+}
+
+/// Reads the unit at `linear`; what it depends on is watched from now on. `readable` bytes of the first page may be used.
+pub fn read_code(cpu: &mut Cpu, linear: u64, page_number: u64, readable: usize) -> Option<Code> {
     let offset = linear % PAGE_SIZE;
     let options = cpu.model.decoder_options();
     let mut bytes = [0; PAGE_SIZE as usize + INSTRUCTION_BYTES_MAX];
@@ -48,7 +56,7 @@ pub fn read_code(cpu: &mut Cpu, linear: u64, page_number: u64, readable: usize) 
     let mut second_page = None;
     for _ in 0..READS_MAX {
         read(&pieces, &mut bytes);
-        let mut items = guest_code::decode(&bytes[..readable], linear, options, ITEMS_MAX);
+        let (mut items, mut looked) = guest_code::decode_and_look(&bytes[..readable], linear, options, ITEMS_MAX);
         if items.is_empty() && offset as usize + readable == PAGE_SIZE as usize && readable < INSTRUCTION_BYTES_MAX {
             let next = next_page(linear);
             let len = INSTRUCTION_BYTES_MAX - readable;
@@ -62,21 +70,32 @@ pub fn read_code(cpu: &mut Cpu, linear: u64, page_number: u64, readable: usize) 
                 read(&pieces, &mut bytes);
             }
             items = guest_code::decode(&bytes[..INSTRUCTION_BYTES_MAX], linear, options, 1);
+            let len = items.last()?.instruction.len();
+            // Without a look at what is behind it.
+            items = guest_code::decode(&bytes[..len], linear, options, 1);
+            looked = 0;
         }
         let len = items.last()?.instruction.next_ip().wrapping_sub(linear) as usize;
+        let looked_at = looked;
+        let granules = GuestMemory::granules(offset, len.min(readable) as u64) | looked;
         let mut left = len;
         for piece in &pieces {
             let here = left.min(piece.len);
             left -= here;
-            let granules = GuestMemory::granules(piece.offset, here as u64);
-            if here != 0 && cpu.services.memory.notes().watch_code(piece.page_index, granules) {
+            let granules = GuestMemory::granules(piece.offset, here as u64) | std::mem::take(&mut looked);
+            if granules != 0 && cpu.services.memory.notes().watch_code(piece.page_index, granules) {
                 PageNotes::publish();
             }
         }
         let mut again = [0; PAGE_SIZE as usize + INSTRUCTION_BYTES_MAX];
         read(&pieces, &mut again);
-        if again[..len] == bytes[..len] {
-            return Some((items, second_page.filter(|_| len > readable)));
+        let is_same = |granule: u64| {
+            let start = (granule * 64).saturating_sub(offset) as usize;
+            let end = (granule * 64 + 64).saturating_sub(offset) as usize;
+            again[start..end] == bytes[start..end]
+        };
+        if again[..len] == bytes[..len] && (0..64).filter(|granule| looked_at >> granule & 1 != 0).all(is_same) {
+            return Some(Code { items, granules, second_page: second_page.filter(|_| len > readable) });
         }
     }
     None

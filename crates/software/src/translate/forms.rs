@@ -7,6 +7,8 @@ use super::generate::Use;
 use super::guest_code::{branch_target, general_register};
 use super::registers::home;
 use super::x87::{is_x87, uses_mmx};
+use crate::lower::vector_classes;
+use crate::vector::class;
 
 /// Whether an instruction is emitted as itself, if its registers and its memory operand allow that.
 pub fn has_same_form(instruction: &Instruction) -> bool {
@@ -15,6 +17,13 @@ pub fn has_same_form(instruction: &Instruction) -> bool {
         || uses_mmx(instruction)
         || is_known_integer(instruction);
     is_plain(instruction) && is_data
+}
+
+/// The classes of vector and x87 instructions of which this one is, as far as the host must not run it for the guest while the guest has turned them off.
+pub fn classes(instruction: &Instruction) -> u8 {
+    // VZEROUPPER and VZEROALL name no register.
+    let is_bare = instruction.encoding() == EncodingKind::VEX && uses_vectors(instruction);
+    vector_classes(instruction).unwrap_or(if is_bare { class::AVX } else { 0 })
 }
 
 /// Whether an instruction surely leaves the translation of addresses as it is, and what may be done at them.

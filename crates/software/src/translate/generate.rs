@@ -28,6 +28,8 @@ use crate::vector::VectorState;
 
 /// Bit of [`super::frame::Frame::argument`]: after a store to a watched page translated code may be left.
 pub const NOTED_LEAVES: u64 = 1 << 30;
+/// The same: RIP is set, because the guest goes on far from the unit.
+pub const NOTED_FAR: u64 = 1 << 29;
 
 /// Code off the straight path, emitted after it.
 pub enum Cold {
@@ -142,6 +144,8 @@ pub struct Context<'a> {
     pub position: usize,
     /// The data table in use.
     pub table: usize,
+    /// The classes of vector and x87 instructions that are enabled.
+    pub enabled: u8,
     /// CR4.SMAP is set.
     pub guards_user_pages: bool,
     /// Places of the items are wanted.
@@ -386,12 +390,18 @@ impl<'a> Generator<'a> {
                     if !is_only(host, ADDRESS) {
                         self.asm.lea(ADDRESS, host);
                     }
-                    let leaves = if next.is_some() { NOTED_LEAVES } else { 0 };
+                    let far = next.filter(|&next| self.offset_of(next).is_none());
+                    if let Some(far) = far {
+                        self.store_rip(far);
+                    }
+                    let leaves = match (next, far) {
+                        (None, _) => 0,
+                        (Some(_), None) => NOTED_LEAVES,
+                        (Some(_), Some(_)) => NOTED_LEAVES | NOTED_FAR,
+                    };
                     self.asm.constant(SPARE, u64::from(bytes) | leaves);
                     self.call_thunk(self.context.thunks.noted);
-                    if let Some(next) = next {
-                        self.call_site(next, x87, 0);
-                    }
+                    self.call_site(next.filter(|_| far.is_none()).unwrap_or_else(|| self.first_ip()), x87, 0);
                     self.asm.jump(resume);
                 }
                 Cold::Leave { entry, exit, rip } => {
@@ -460,7 +470,12 @@ impl<'a> Generator<'a> {
 
     /// The distance of an address from the unit's first instruction, if it lies close behind.
     fn offset_of(&self, rip: u64) -> Option<u16> {
-        u16::try_from(rip.wrapping_sub(self.items.first()?.instruction.ip())).ok()
+        u16::try_from(rip.wrapping_sub(self.first_ip())).ok()
+    }
+
+    /// The address of the unit.
+    fn first_ip(&self) -> u64 {
+        self.items.first().map_or(0, |item| item.instruction.ip())
     }
 
     /// Notes that the call that was emitted last stands for the instruction at `rip`.
@@ -474,7 +489,9 @@ impl<'a> Generator<'a> {
             self.sites.x87.push(site);
             self.sites.x87.len() as u16
         });
-        let offset = self.offset_of(rip).unwrap_or_default();
+        let offset = self.offset_of(rip);
+        debug_assert!(offset.is_some(), "{rip:#x} is far from the unit at {:#x}", self.first_ip());
+        let offset = offset.unwrap_or_default();
         self.sites.sites.push(Site { at: at as u32, offset, x87, moved });
     }
 

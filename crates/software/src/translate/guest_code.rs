@@ -2,6 +2,8 @@
 
 use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
+use polder_memory::{GuestMemory, PAGE_SIZE};
+
 use crate::cpu_model::CpuModel;
 use crate::flags;
 
@@ -70,6 +72,11 @@ pub fn is_of_model(model: &CpuModel, instruction: &Instruction) -> bool {
 
 /// Decodes a unit, up to its first unconditional transfer or `most` instructions.
 pub fn decode(bytes: &[u8], linear: u64, options: u32, most: usize) -> Vec<Item> {
+    decode_and_look(bytes, linear, options, most).0
+}
+
+/// As [`decode`]; with the 64-byte granules of the page, behind the unit and at its jumps' targets, that were looked at to find out which flags are live.
+pub fn decode_and_look(bytes: &[u8], linear: u64, options: u32, most: usize) -> (Vec<Item>, u64) {
     let mut decoder = Decoder::with_ip(64, bytes, linear, options);
     let mut items = Vec::with_capacity(most);
     while items.len() < most && decoder.can_decode() {
@@ -83,8 +90,8 @@ pub fn decode(bytes: &[u8], linear: u64, options: u32, most: usize) -> Vec<Item>
             _ => break,
         }
     }
-    find_live_flags(&mut items, bytes, linear, options);
-    items
+    let looked = find_live_flags(&mut items, bytes, linear, options);
+    (items, looked)
 }
 
 /// Where in the unit an address is, if it is the start of an instruction.
@@ -92,16 +99,19 @@ pub fn item_at(items: &[Item], linear: u64) -> Option<usize> {
     items.binary_search_by(|item| item.instruction.ip().cmp(&linear)).ok()
 }
 
-fn find_live_flags(items: &mut [Item], bytes: &[u8], linear: u64, options: u32) {
-    let outside: Vec<u32> = items
-        .iter()
-        .map(|item| {
-            let target = branch_target(&item.instruction);
-            target.map_or(ARITHMETIC, |target| live_at(bytes, linear, target, options))
-        })
-        .collect();
+fn find_live_flags(items: &mut [Item], bytes: &[u8], linear: u64, options: u32) -> u64 {
+    let mut looked = 0;
+    let mut look = |target: u64| {
+        let (live, len) = look_ahead(bytes, linear, target, options);
+        if len != 0 {
+            looked |= GuestMemory::granules(target % PAGE_SIZE, len);
+        }
+        live
+    };
+    let outside: Vec<u32> =
+        items.iter().map(|item| branch_target(&item.instruction).map_or(ARITHMETIC, &mut look)).collect();
     let end = items.last().map_or(linear, |item| item.instruction.next_ip());
-    let behind = live_at(bytes, linear, end, options);
+    let behind = look(end);
     loop {
         let mut changed = false;
         for index in (0..items.len()).rev() {
@@ -124,7 +134,7 @@ fn find_live_flags(items: &mut [Item], bytes: &[u8], linear: u64, options: u32) 
             (item.live_before, item.live_after) = (live_before, live_after);
         }
         if !changed {
-            return;
+            return looked;
         }
     }
 }
@@ -137,8 +147,13 @@ pub fn branch_target(instruction: &Instruction) -> Option<u64> {
 
 /// Which flags the code at `target` may read before it overwrites them.
 pub fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
+    look_ahead(bytes, linear, target, options).0
+}
+
+/// As [`live_at`], with the number of bytes that the answer depends on.
+fn look_ahead(bytes: &[u8], linear: u64, target: u64, options: u32) -> (u32, u64) {
     let Some(rest) = usize::try_from(target.wrapping_sub(linear)).ok().and_then(|offset| bytes.get(offset..)) else {
-        return ARITHMETIC;
+        return (ARITHMETIC, 0);
     };
     let mut decoder = Decoder::with_ip(64, rest, target, options);
     let mut unknown = ARITHMETIC;
@@ -149,17 +164,18 @@ pub fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
         let instruction = decoder.decode();
         let (reads, kills) = flag_use(&instruction);
         if instruction.is_invalid() || reads & unknown != 0 {
-            return ARITHMETIC;
+            break;
         }
         unknown &= !kills;
         if unknown == 0 {
-            return 0;
+            return (0, decoder.ip().wrapping_sub(target));
         }
         if instruction.flow_control() != FlowControl::Next {
             break;
         }
     }
-    ARITHMETIC
+    // All of them, whatever is there.
+    (ARITHMETIC, 0)
 }
 
 /// Flags as RFLAGS has them.

@@ -6,7 +6,7 @@ use iced_x86::{Code, FlowControl, Mnemonic, OpAccess, OpKind, Register};
 
 use super::assembler::{Mem, R9, RCX, Reg};
 use super::forms::{
-    has_same_form, has_wide_address, is_implied_count, may_raise, memory_operand, renamed, set_memory,
+    classes, has_same_form, has_wide_address, is_implied_count, may_raise, memory_operand, renamed, set_memory,
     set_operand_register, turned_homes, uses_vectors, writes_rcx,
 };
 use super::frame::{register_slot, temporary};
@@ -20,7 +20,7 @@ impl Generator<'_> {
     /// Generates one instruction; tells whether control never goes on behind it.
     pub fn instruction(&mut self, item: &Item) -> Result<bool> {
         let instruction = &item.instruction;
-        if !is_of_model(self.context.model, instruction) {
+        if !is_of_model(self.context.model, instruction) || classes(instruction) & !self.context.enabled != 0 {
             self.interpret(instruction.ip());
             return Ok(true);
         }

@@ -77,6 +77,11 @@ impl Journal {
         }
     }
 
+    /// Whether a page was kept.
+    fn has(&self, page: *const u8) -> bool {
+        self.0.iter().any(|kept| std::ptr::eq(kept.page, page))
+    }
+
     /// Puts the kept bytes back; afterwards the journal has what was there instead.
     fn exchange(&mut self) {
         for kept in &mut self.0 {
@@ -109,6 +114,12 @@ impl Journal {
         }
         None
     }
+}
+
+/// Where the page of code at an address is in the host.
+fn code_page(cpu: &mut Cpu, linear: u64) -> Option<*mut u8> {
+    let number = block_cache::code_page(cpu, linear).ok()?;
+    cpu.services.memory.page(number).map(|page| page.pointer)
 }
 
 fn bytes_of(page: *const u8) -> Box<[u8; PAGE_SIZE as usize]> {
@@ -248,8 +259,7 @@ impl Before {
     /// The page that the unit lies in, from its start on.
     fn code(&self, cpu: &mut Cpu) -> Vec<u8> {
         let start = self.0.rip;
-        let page = block_cache::code_page(cpu, start).ok().and_then(|number| cpu.services.memory.page(number));
-        page.map_or(Vec::new(), |page| bytes_of(page.pointer)[(start % PAGE_SIZE) as usize..].to_vec())
+        code_page(cpu, start).map_or(Vec::new(), |page| bytes_of(page)[(start % PAGE_SIZE) as usize..].to_vec())
     }
 
     /// The arithmetic flags that count where a unit has led.
@@ -259,14 +269,25 @@ impl Before {
         let items = guest_code::decode(&code, start, options, ITEMS_MAX);
         let live = match guest_code::item_at(&items, rip) {
             Some(index) => items[index].live_before,
+            // An instruction in two pages, of which this sees one.
+            None if items.is_empty() => 0,
             None => guest_code::live_at(&code, start, rip, options),
         };
         // What the manual leaves undefined (after DIV, say) is the host's affair in one tier and ours in the other.
-        let on_the_way = items.iter().take_while(|item| item.instruction.ip() != rip);
-        let undefined = on_the_way.fold(0, |undefined, Item { instruction, .. }| {
-            undefined & !instruction.rflags_modified() | instruction.rflags_undefined()
-        });
+        // A jump may have led past any of the instructions that would overwrite it.
+        let undefined = items.iter().fold(0, |undefined, item| undefined | item.instruction.rflags_undefined());
         guest_code::rflags(live & !undefined)
+    }
+
+    /// Whether the unit reads a flag that the manual leaves undefined: each tier has its own then, and may go its own way.
+    fn reads_undefined(&self, cpu: &mut Cpu) -> bool {
+        let items = guest_code::decode(&self.code(cpu), self.0.rip, cpu.model.decoder_options(), ITEMS_MAX);
+        let mut undefined = 0;
+        items.iter().any(|Item { instruction, .. }| {
+            let reads = instruction.rflags_read() & undefined != 0;
+            undefined = undefined & !instruction.rflags_modified() | instruction.rflags_undefined();
+            reads
+        })
     }
 
     /// What the interpreter's state differs in from the translated one.
@@ -280,7 +301,11 @@ impl Before {
         if interpreted == *translated && change.is_none() {
             return None;
         }
-        let live = self.live_at(cpu, translated.rip) & flags::ARITHMETIC;
+        let mut live = self.live_at(cpu, translated.rip) & flags::ARITHMETIC;
+        if code_page(cpu, translated.rip).is_some_and(|page| journal.has(page)) {
+            // The code that was there overwrote flags; what the unit has put there may not.
+            live = 0;
+        }
         let mut lines = translated.differences(&interpreted, live);
         if let Some((address, interpreted, translated)) = change {
             let physical = cpu.services.memory.address_of(address as *mut u8).map(|address| address.0);
@@ -296,7 +321,8 @@ impl Translator {
         let mut journal = cpu.frame.journal.take().unwrap_or_default();
         let code = cpu.frame.exit;
         if code == exit::HOST_FAULT {
-            cpu.rip = self.guest_of(cpu.frame.miss_address)?.rip;
+            let place = self.guest_of(cpu.frame.miss_address)?;
+            cpu.stand_at(place);
         }
         let translated = Registers::take(cpu);
         let start = &before.0;
@@ -335,7 +361,7 @@ impl Translator {
         let lockstep = self.lockstep.get_or_insert_with(Box::default);
         lockstep.units += 1;
         lockstep.instructions += steps as u64;
-        if let Some(lines) = found {
+        if let Some(lines) = found.filter(|_| !before.reads_undefined(cpu)) {
             lockstep.differences += 1;
             let lines = first.unwrap_or(lines).join("; ");
             let code_bytes = before.code(cpu);

@@ -2,10 +2,10 @@
 //!
 //! Guest and host speak the same instruction set, so most instructions are emitted as themselves, on registers and flags that stay in the
 //! host's. What has to be added is the look-up of each memory operand ([`generate`]) and the finding of code behind jumps. Cold code, and everything that
-//! is not 64-bit code with all vector units on, is interpreted: an instruction always means what its handler of the interpreter means.
+//! is not 64-bit code, is interpreted: an instruction always means what its handler of the interpreter means.
 //!
 //! A *unit* is translated at a time: the instructions from one address to the first unconditional transfer, inside one page. A unit is a
-//! function of its bytes, their physical and their linear address, and of the data table in use. Ways out of a unit to known addresses are
+//! function of its bytes, their physical and their linear address, of the data table in use and of which vector and x87 instructions are enabled. Ways out of a unit to known addresses are
 //! *links*: jumps that lead into cold code until they are taken for the first time and are then aimed at the other unit. A link out of the
 //! page counts in one address space only; it compares the number of the space. Other jumps go through a jump table for the address space.
 //!

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use super::Translator;
 use super::arena::{CpuBox, Jumps, jumps_of};
 use super::frame::{LINKS_BETWEEN_AIMS, exit};
-use super::generate::NOTED_LEAVES;
+use super::generate::{NOTED_FAR, NOTED_LEAVES};
 use super::lockstep::Before;
 use super::thunks::{Enter, Functions, GO_ON, LEAVE};
+use super::units::Place;
 use crate::block::COLD_FOR_EVER;
 use crate::block_cache::Blocks;
 use crate::cpu::{Cpu, RSP, cr4, is_canonical};
@@ -16,7 +17,6 @@ use crate::page_walk::{Access, Privilege};
 use crate::run::Outcome;
 use crate::stopwatch::Activity;
 use crate::tlb::WATCHED;
-use crate::vector::class;
 
 /// The functions that translated code calls.
 pub const FUNCTIONS: Functions =
@@ -63,9 +63,14 @@ unsafe fn miss(pointer: *mut Cpu, access: Access) -> u64 {
 unsafe extern "sysv64" fn noted(pointer: *mut Cpu) -> u64 {
     // SAFETY: as in `miss`.
     let cpu = unsafe { &mut *pointer };
-    let bytes = cpu.frame.argument & !NOTED_LEAVES;
+    let argument = cpu.frame.argument;
+    let bytes = argument & !(NOTED_LEAVES | NOTED_FAR);
     cpu.stored_to_noted(cpu.frame.miss_address as *mut u8, bytes);
-    if cpu.frame.argument & NOTED_LEAVES != 0 && cpu.frame_attention() {
+    if argument & NOTED_LEAVES != 0 && cpu.frame_attention() {
+        if argument & NOTED_FAR != 0 {
+            cpu.frame.exit = exit::ATTENTION;
+            return LEAVE;
+        }
         // SAFETY: as in `miss`.
         return unsafe { leave_at_site(pointer, exit::ATTENTION) };
     }
@@ -92,10 +97,7 @@ unsafe fn leave_at_site(pointer: *mut Cpu, exit: u32) -> u64 {
     // SAFETY: the caller's promise.
     let (translator, cpu, _) = unsafe { around(pointer) };
     let place = translator.guest_of(cpu.frame.return_address - 1).expect("every such call is noted when it is emitted");
-    cpu.rip = place.rip;
-    if let Some(last) = place.x87 {
-        cpu.remember_x87(last);
-    }
+    cpu.stand_at(place);
     cpu.frame.exit = exit;
     LEAVE
 }
@@ -125,13 +127,15 @@ unsafe extern "sysv64" fn callout(pointer: *mut Cpu, op: *const Op) -> u64 {
     let deadline = cpu.apic.timer.deadline();
     let tag = cpu.tlb.fetch_tag;
     let table = cpu.tlb.data_table();
+    let enabled = cpu.vector.enabled;
     let flow = (op.handler.get())(cpu, op);
     // The unit counts it, if units count.
     let uncounted = u64::from(!cpu.stopwatch.is_on());
     cpu.instructions = cpu.instructions.wrapping_add(uncounted);
     match flow {
         Flow::Next => {
-            if cpu.tlb.fetch_tag == tag && cpu.tlb.data_table() == table && !cpu.frame_attention() {
+            let is_same = cpu.tlb.fetch_tag == tag && cpu.tlb.data_table() == table && cpu.vector.enabled == enabled;
+            if is_same && !cpu.frame_attention() {
                 return GO_ON;
             }
             cpu.rip = op.next_rip(cpu);
@@ -228,6 +232,14 @@ impl Cpu {
         }
     }
 
+    /// Puts RIP, and what code had still to store, to where translated code was left.
+    pub(super) fn stand_at(&mut self, place: Place) {
+        self.rip = place.rip;
+        if let Some(last) = place.x87 {
+            self.remember_x87(last);
+        }
+    }
+
     /// Whether an interrupt waits for IF or for its turn.
     #[inline]
     fn has_deferred(&self) -> bool {
@@ -245,12 +257,10 @@ impl Cpu {
             && !self.frame_attention()
     }
 
-    /// Whether the code at RIP may run translated: 64-bit code with everything on, nobody watching single accesses.
+    /// Whether the code at RIP may run translated: 64-bit code, nobody watching single accesses.
     #[inline]
     fn may_run_translated(&self) -> bool {
-        const ALL: u8 = class::X87 | class::MMX | class::SSE | class::AVX;
         self.is_64_bit()
-            && self.vector.enabled & ALL == ALL
             && self.tlb.data_table() != WATCHED
             && self.cr4 & cr4::LA57 == 0
             && matches!(self.mode.cpl, 0 | 3)
@@ -351,11 +361,8 @@ impl Translator {
             exit::CALLOUT => Some(Outcome::Leave),
             exit::FAULT => Some(Outcome::Fault),
             exit::HOST_FAULT => {
-                let site = self.guest_of(processor.frame.miss_address)?;
-                processor.rip = site.rip;
-                if let Some(last) = site.x87 {
-                    processor.remember_x87(last);
-                }
+                let place = self.guest_of(processor.frame.miss_address)?;
+                processor.stand_at(place);
                 Some(self.interpret(cpu, blocks))
             }
             _ => Some(self.interpret(cpu, blocks)),

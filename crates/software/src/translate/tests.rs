@@ -293,3 +293,80 @@ fn an_instruction_in_two_pages_is_translated_and_follows_both() {
         assert_eq!(run(&mut bench), value);
     }
 }
+
+#[test]
+fn vector_instructions_are_translated_as_far_as_they_are_enabled() {
+    use crate::cpu::{cr0, cr4};
+    let Some(mut bench) = bench() else { return };
+    // addps xmm0, xmm0; inc eax; ud2 | vaddps ymm0, ymm0, ymm0; ud2 | vzeroupper; ud2 | fnop; ud2 | paddb mm0, mm0; ud2
+    let codes: [(&[u8], u64); 5] = [
+        (&[0x0f, 0x58, 0xc0, 0xff, 0xc0, 0x0f, 0x0b], 5),
+        (&[0xc5, 0xfc, 0x58, 0xc0, 0x0f, 0x0b], 4),
+        (&[0xc5, 0xf8, 0x77, 0x0f, 0x0b], 3),
+        (&[0xd9, 0xd0, 0x0f, 0x0b], 2),
+        (&[0x0f, 0xfc, 0xc0, 0x0f, 0x0b], 3),
+    ];
+    let everything = (bench.cpu.cr0, bench.cpu.cr4, bench.cpu.xcr0);
+    let without = |bits: u64| everything.1 & !bits;
+    // CR0, CR4 and XCR0; the vector that each of the codes raises at its start, or 0.
+    let settings: [((u64, u64, u64), [u8; 5]); 6] = [
+        (everything, [0; 5]),
+        ((everything.0, everything.1, 3), [0, 6, 6, 0, 0]),
+        ((everything.0, without(cr4::OSXSAVE), 1), [0, 6, 6, 0, 0]),
+        ((everything.0, without(cr4::OSXSAVE | cr4::OSFXSR), 1), [6, 6, 6, 0, 0]),
+        ((everything.0 | cr0::TS, everything.1, 7), [7; 5]),
+        (everything, [0; 5]),
+    ];
+    for round in 0..2 {
+        for ((cr0, cr4, xcr0), expected) in settings {
+            (bench.cpu.cr0, bench.cpu.cr4, bench.cpu.xcr0) = (cr0, cr4, xcr0);
+            bench.cpu.update_mode();
+            for ((code, end), expected) in codes.iter().zip(expected) {
+                let found = vector(bench.run_code(code, 100));
+                let at = if expected == 0 { CODE + end } else { CODE };
+                assert_eq!(
+                    (found, bench.cpu.rip),
+                    (if expected == 0 { 6 } else { expected }, at),
+                    "{round} {cr0:#x} {cr4:#x} {xcr0} {code:x?}"
+                );
+            }
+        }
+    }
+    assert!(bench.translation_counters().exit_interpret > 0);
+}
+
+#[test]
+fn a_call_far_away_that_pushes_onto_a_page_of_code_gets_there() {
+    let Some(mut bench) = bench() else { return };
+    let target = CODE + 0x2_0000;
+    // mov ebx, 7; ud2
+    bench.write(target, &[0xbb, 7, 0, 0, 0, 0x0f, 0x0b]);
+    // mov rsp, CODE + 0x100; call target
+    let mut code = vec![0xbc];
+    code.extend((CODE as u32 + 0x100).to_le_bytes());
+    code.push(0xe8);
+    code.extend(((target - CODE - 10) as u32).to_le_bytes());
+    for _ in 0..3 {
+        bench.cpu.gpr[RBX] = 0;
+        assert_eq!(vector(bench.run_code(&code, 100)), 6);
+        assert_eq!((bench.cpu.gpr[RBX], bench.cpu.rip), (7, target + 5));
+        assert_eq!(bench.read_u64(CODE + 0xf8), CODE + 10);
+    }
+}
+
+#[test]
+fn code_that_tells_which_flags_are_live_is_watched_too() {
+    let Some(mut bench) = bench() else { return };
+    // cmp ebx, ebx; mov ecx, [DATA]; jmp +200 | add ecx, 1 or setz al; ud2
+    let mut code = vec![0x39, 0xdb, 0x8b, 0x0c, 0x25];
+    code.extend((DATA as u32).to_le_bytes());
+    code.extend([0xe9, 200, 0, 0, 0]);
+    let target = CODE + code.len() as u64 + 200;
+    bench.write(target, &[0x83, 0xc1, 1, 0x0f, 0x0b]);
+    assert_eq!(vector(bench.run_code(&code, 100)), 6);
+    // The look-up of the load may no longer clobber what the comparison has found.
+    bench.write(target, &[0x0f, 0x94, 0xc0, 0x0f, 0x0b]);
+    bench.cpu.gpr[RAX] = 0;
+    bench.cpu.rip = CODE;
+    assert_eq!((vector(bench.run(100)), bench.cpu.gpr[RAX]), (6, 1));
+}

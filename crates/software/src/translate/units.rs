@@ -6,12 +6,12 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use polder_memory::{GuestMemory, PAGE_SIZE};
+use polder_memory::PAGE_SIZE;
 
 use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::assembler::Relocation;
 use super::cache::CodeCache;
-use super::fetch::{next_page, read_code};
+use super::fetch::{Code, next_page, read_code};
 use super::generate::{Context, Generator, LinkSite, Ops, Site};
 use super::listing::Listings;
 use super::lockstep::Lockstep;
@@ -42,8 +42,17 @@ pub const NO_UNIT: u32 = u32::MAX;
 pub struct Form {
     /// The data table.
     table: u8,
+    /// The enabled classes of vector and x87 instructions.
+    enabled: u8,
     /// Accesses share no look-ups.
     plain: bool,
+}
+
+impl Form {
+    /// What code at RIP would be translated for now.
+    fn now(cpu: &Cpu, plain: bool) -> Form {
+        Form { table: cpu.tlb.data_table() as u8, enabled: cpu.vector.enabled, plain }
+    }
 }
 
 /// A translated piece of guest code.
@@ -137,11 +146,14 @@ impl Hasher for Multiply {
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiply>>;
 
-/// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table.
+/// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
+/// are enabled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct SpaceKey {
     fetch_tag: u64,
     table: usize,
+    /// As in [`Form`].
+    enabled: u8,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -448,7 +460,7 @@ impl Translator {
 
     /// Chooses the jump table for the processor's address space; gives its first index.
     pub(super) fn select_space(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> u32 {
-        let key = SpaceKey { fetch_tag: cpu.tlb.fetch_tag, table: cpu.tlb.data_table() };
+        let key = SpaceKey { fetch_tag: cpu.tlb.fetch_tag, table: cpu.tlb.data_table(), enabled: cpu.vector.enabled };
         self.clock += 1;
         let is_it = |space: &Option<Space>| space.is_some_and(|space| space.key == key);
         if !is_it(&self.spaces[self.current]) {
@@ -534,7 +546,7 @@ impl Translator {
         let physical = page_number * PAGE_SIZE + cpu.rip % PAGE_SIZE;
         // The jump table depends on this page's translation from here on.
         cpu.tlb.note_way(cpu.rip);
-        let form = Form { table: cpu.tlb.data_table() as u8, plain };
+        let form = Form::now(cpu, plain);
         let id = *self.by_address.get(&(cpu.rip, physical, form))?;
         if let Some(second_page) = self.unit(id)?.second_page {
             let second = next_page(cpu.rip);
@@ -558,11 +570,11 @@ impl Translator {
     /// Aims a link at a unit in the address space in use.
     pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
         let Some(unit) = self.unit(to) else { return };
-        let (target, table, page) = (unit.code.start as usize, unit.form.table, unit.physical / PAGE_SIZE);
+        let (target, form, page) = (unit.code.start as usize, unit.form, unit.physical / PAGE_SIZE);
         let has_one_page = unit.second_page.is_none();
         let Some(&Link { site, base, from, .. }) = self.link(link) else { return };
         let Some(source) = self.unit(from) else { return };
-        if source.form.table != table
+        if (source.form.table, source.form.enabled) != (form.table, form.enabled)
             || site.space_at.is_none() && !(has_one_page && source.physical / PAGE_SIZE == page)
         {
             // The page was mapped anew while its old code ran on; another space may have it as it was.
@@ -617,7 +629,7 @@ impl Translator {
         }
         let offset = (linear % PAGE_SIZE) as usize;
         let physical = page_number * PAGE_SIZE + offset as u64;
-        let form = Form { table: cpu.tlb.data_table() as u8, plain };
+        let form = Form::now(cpu, plain);
         let readable = cpu.debugger.uncut(linear, PAGE_SIZE as usize - offset);
         // Only whole units that nobody wants to see made.
         let is_whole = readable == PAGE_SIZE as usize - offset && !self.listings.address_is_near(linear);
@@ -625,8 +637,7 @@ impl Translator {
         if let Some(copy) = template.and_then(|template| self.copy_unit(template, linear, jumps)) {
             return Some(copy);
         }
-        let (items, second_page) = read_code(cpu, linear, page_number, readable)?;
-        let len = items.last()?.instruction.next_ip().wrapping_sub(linear);
+        let Code { items, granules, second_page } = read_code(cpu, linear, page_number, readable)?;
         self.make_room(2 * items.len(), jumps);
         let position = self.cache.position();
         let first_link = self.next_link();
@@ -635,6 +646,7 @@ impl Translator {
             thunks: self.thunks,
             position,
             table: cpu.tlb.data_table(),
+            enabled: cpu.vector.enabled,
             guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
             listed: self.listings.wants(&items),
             counts: cpu.stopwatch.is_on(),
@@ -652,7 +664,7 @@ impl Translator {
             linear,
             physical,
             form,
-            granules: GuestMemory::granules(offset as u64, len.min(PAGE_SIZE - offset as u64)),
+            granules,
             second_page,
             code: position as u32..(position + generated.code.len()) as u32,
             first_link,
