@@ -130,7 +130,7 @@ fn gdb_breaks_steps_reads_and_writes_and_hears_of_the_end() {
                 "= 0",
                 "= 0x123456789a",
                 "cr4 ",
-                "0x620",
+                "0x40620",
                 "efer ",
                 "0x500",
                 "Breakpoint 2, 0x",

@@ -93,6 +93,8 @@ counters! {
     engine_ns
     /// Units that were translated.
     translated_units
+    /// Those of them that go on behind a jump.
+    translated_superblocks
     /// Bytes of their code.
     translated_code_bytes
     /// Times that translated code met an address space that it did not know, or no longer.

@@ -214,10 +214,14 @@ impl<'a> Generator<'a> {
         let mut asm = Assembler::default();
         let labels = items.iter().map(|_| asm.label()).collect();
         let mut is_target = vec![false; items.len()];
-        for item in items {
+        for (index, item) in items.iter().enumerate() {
             let target = super::guest_code::branch_target(&item.instruction);
-            if let Some(index) = target.and_then(|target| item_at(items, target)) {
-                is_target[index] = true;
+            let inside = target.and_then(|target| item_at(items, target));
+            // A jump to what comes next is no jump.
+            let leaps =
+                item.instruction.flow_control() == FlowControl::UnconditionalBranch && inside == Some(index + 1);
+            if let Some(inside) = inside.filter(|_| !leaps) {
+                is_target[inside] = true;
             }
         }
         Generator {

@@ -11,6 +11,8 @@ use crate::flags;
 pub const ITEMS_MAX: usize = 96;
 /// The longest instruction (SDM vol. 2, 2.3.11).
 pub const INSTRUCTION_BYTES_MAX: usize = 15;
+/// Bytes that a jump inside a unit leaves out.
+const LEAP_MAX: u64 = 512;
 /// Instructions looked at to find out whether code behind a jump needs the flags.
 const LOOK_AHEAD: usize = 8;
 /// The arithmetic flags.
@@ -70,7 +72,8 @@ pub fn is_of_model(model: &CpuModel, instruction: &Instruction) -> bool {
     !instruction.is_invalid() && instruction.cpuid_features().iter().all(|&kind| model.supports(kind))
 }
 
-/// Decodes a unit, up to its first unconditional transfer or `most` instructions.
+/// Decodes a unit of at most `most` instructions. It goes on behind a jump to an address a little further on: what is between belongs to the
+/// unit's bytes, but not to the unit. Any other unconditional transfer ends it.
 pub fn decode(bytes: &[u8], linear: u64, options: u32, most: usize) -> Vec<Item> {
     decode_and_look(bytes, linear, options, most).0
 }
@@ -87,6 +90,18 @@ pub fn decode_and_look(bytes: &[u8], linear: u64, options: u32, most: usize) -> 
         items.push(Item { instruction, live_before: 0, live_after: 0 });
         match instruction.flow_control() {
             FlowControl::Next | FlowControl::ConditionalBranch => {}
+            FlowControl::UnconditionalBranch => {
+                let Some(target) = branch_target(&instruction) else { break };
+                let offset = target.wrapping_sub(linear) as usize;
+                let leap = target.wrapping_sub(instruction.next_ip());
+                if leap > LEAP_MAX || bytes.get(offset..).is_none_or(|rest| rest.len() < INSTRUCTION_BYTES_MAX) {
+                    break;
+                }
+                if decoder.set_position(offset).is_err() {
+                    break;
+                }
+                decoder.set_ip(target);
+            }
             _ => break,
         }
     }

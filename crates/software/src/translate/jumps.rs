@@ -42,6 +42,10 @@ impl Generator<'_> {
     /// Jumps to a known address: inside the unit, or by a link.
     pub fn link(&mut self, target: u64, live: bool) {
         let inside = item_at(self.items, target);
+        if inside == Some(self.index + 1) {
+            // What comes next.
+            return;
+        }
         if let Some(index) = inside {
             if self.asm.is_bound(self.labels[index]) {
                 self.poll(target, live);

@@ -4,17 +4,18 @@
 //! host's. What has to be added is the look-up of each memory operand ([`generate`]) and the finding of code behind jumps. Cold code, and everything that
 //! is not 64-bit code, is interpreted: an instruction always means what its handler of the interpreter means.
 //!
-//! A *unit* is translated at a time: the instructions from one address to the first unconditional transfer, inside one page. A unit is a
+//! A *unit* is translated at a time: the instructions from one address to the first call, return or
+//! far jump, inside one page; a jump a little further on is followed. A unit is a
 //! function of its bytes, their physical and their linear address, of the data table in use and of which vector and x87 instructions are enabled. Ways out of a unit to known addresses are
 //! *links*: jumps that lead into cold code until they are taken for the first time and are then aimed at the other unit. A link out of the
 //! page counts in one address space only; it compares the number of the space. Other jumps go through a jump table for the address space.
 //!
 //! Invariants:
-//! - At each instruction's start all guest registers are at home ([`registers`]) and flags are in the host's, so that translated code may be left,
-//!   and jumped into, at any of them.
+//! - At each instruction's start all guest registers are at home ([`registers`]) and flags are in the host's, so that translated code may be left
+//!   at any of them. It is entered at the start of a unit only: what a group has found out holds from its head on.
 //! - A cycle of translated code passes a poll: a jump backwards looks at [`frame::Frame::jump_table`], an indirect one indexes with it.
 //! - Translated code touches guest memory through a matching entry of the look-up tables only, and looks at the note after each store.
-//! - Units are dropped, links aimed and code written by the vCPU's own thread, while it runs no translated code.
+//! - Units are made and dropped by the vCPU's own thread while it is out of translated code; links are aimed in calls of such code too.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
 //! `cache` (memory for code), `guest_code` (units and live flags), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated, and how it is found), `fetch` (bytes of code), `copies` (units at other addresses), `run`

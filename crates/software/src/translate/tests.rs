@@ -370,3 +370,22 @@ fn code_that_tells_which_flags_are_live_is_watched_too() {
     bench.cpu.rip = CODE;
     assert_eq!((vector(bench.run(100)), bench.cpu.gpr[RAX]), (6, 1));
 }
+
+#[test]
+fn a_unit_goes_on_behind_a_jump_and_watches_what_the_jump_leaves_out() {
+    let Some(mut bench) = bench() else { return };
+    // cmp ebx, 1; je out; mov eax, 5; jmp on; out: mov eax, 6; ud2; on: add eax, 1; cmp eax, 9; jne end; mov eax, 0; end: ud2
+    let mut code = vec![0x83, 0xfb, 1, 0x74, 7, 0xb8, 5, 0, 0, 0, 0xeb, 7, 0xb8, 6, 0, 0, 0, 0x0f, 0x0b];
+    code.extend([0x83, 0xc0, 1, 0x83, 0xf8, 9, 0x75, 5, 0xb8, 0, 0, 0, 0, 0x0f, 0x0b]);
+    for _ in 0..2 {
+        for (choice, value, end) in [(0, 6, code.len() - 2), (1, 6, 17)] {
+            bench.cpu.gpr[RBX] = choice;
+            assert_eq!(vector(bench.run_code(&code, 100)), 6);
+            assert_eq!((bench.cpu.gpr[RAX], bench.cpu.rip), (value, CODE + end as u64), "{choice}");
+        }
+    }
+    // The same without writing the code anew, but for one byte behind the jump.
+    bench.write(CODE + 21, &[4]);
+    (bench.cpu.rip, bench.cpu.gpr[RBX]) = (CODE, 0);
+    assert_eq!((vector(bench.run(100)), bench.cpu.gpr[RAX]), (6, 0));
+}

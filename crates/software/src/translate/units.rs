@@ -6,6 +6,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use iced_x86::FlowControl;
 use polder_memory::PAGE_SIZE;
 
 use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
@@ -13,6 +14,7 @@ use super::assembler::Relocation;
 use super::cache::CodeCache;
 use super::fetch::{Code, next_page, read_code};
 use super::generate::{Context, Generator, LinkSite, Ops, Site};
+use super::guest_code::Item;
 use super::listing::Listings;
 use super::lockstep::Lockstep;
 use super::thunks::{self, Functions, Thunks};
@@ -221,6 +223,8 @@ pub struct Translator {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Statistics {
     pub units: u64,
+    /// Units that go on behind a jump.
+    pub superblocks: u64,
     pub code_bytes: u64,
     pub flushes: u64,
     /// Units dropped to make room for others.
@@ -309,6 +313,7 @@ impl Translator {
     /// Puts what there is to tell into the vCPU's counters.
     pub fn report(&self, counters: &mut Counters) {
         counters.translated_units = self.statistics.units;
+        counters.translated_superblocks = self.statistics.superblocks;
         counters.translated_code_bytes = self.statistics.code_bytes;
         counters.code_cache_bytes = self.cache.len() as u64;
         counters.translated_spaces = u64::from(self.last_space);
@@ -681,6 +686,8 @@ impl Translator {
             self.templates.insert((physical, form), id);
         }
         self.statistics.units += 1;
+        let leaps = |item: &Item| item.instruction.flow_control() == FlowControl::UnconditionalBranch;
+        self.statistics.superblocks += u64::from(items[..items.len() - 1].iter().any(leaps));
         Some(id)
     }
 
