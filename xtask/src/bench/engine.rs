@@ -4,7 +4,7 @@
 //! with one vCPU and 2 GiB. A row's checksum must be the same everywhere.
 
 use super::BenchArguments;
-use super::report::{Measured, Report, Runner};
+use super::report::{Report, Runner};
 use crate::command::{capture, run, step};
 use crate::guests;
 use anyhow::{Context, Result, bail};
@@ -16,11 +16,11 @@ const DISK: &str = "2G";
 const ROUNDS: u32 = 5;
 
 /// Where the parts of the bench lie.
-struct Parts {
-    root: PathBuf,
-    disk: PathBuf,
-    kernel: PathBuf,
-    initramfs: PathBuf,
+pub struct Parts {
+    pub root: PathBuf,
+    pub disk: PathBuf,
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
 }
 
 /// Measures, prints the table and writes it as JSON.
@@ -51,25 +51,18 @@ pub fn measure(arguments: &BenchArguments) -> Result<()> {
                 Runner::Interpreter => guest(polder(&parts, arguments, "never"), arguments)?,
                 Runner::Tcg => guest(tcg(&parts), arguments)?,
             };
-            let measured = Measured::parse(&output);
-            if !output.contains("BENCH END") {
-                let tail: Vec<&str> = output.lines().rev().take(15).collect();
-                println!("{} did not come to its end; its last lines were:", runner.name());
-                tail.iter().rev().for_each(|line| println!("  | {line}"));
-                report.incomplete = true;
-            }
-            report.add(*runner, measured);
+            report.add(*runner, None, &output);
         }
     }
     report.print();
     let file = crate::project::target().join("bench/engine.json");
-    report.write(&file)?;
+    report.write("engine", &file)?;
     println!("written to {}", file.display());
     report.verdict()
 }
 
 /// Makes the root file system, the program, its inputs and the disk, as far as they are missing.
-fn prepare() -> Result<Parts> {
+pub fn prepare() -> Result<Parts> {
     guests::all()?;
     let folder = crate::project::guests().join("bench");
     std::fs::create_dir_all(&folder)?;
@@ -159,14 +152,19 @@ fn tcg(parts: &Parts) -> Command {
     command
 }
 
-/// Runs a monitor whose last option takes the kernel command line.
-fn guest(mut command: Command, arguments: &BenchArguments) -> Result<String> {
+/// Runs the rows in a monitor whose last option takes the kernel command line.
+fn guest(command: Command, arguments: &BenchArguments) -> Result<String> {
     let words: Vec<String> =
         settings(arguments).into_iter().map(|(name, value)| format!("export {name}='{value}';")).collect();
     let script = format!(
         "{} mount -t ext4 -o ro /dev/vda /mnt && mount --bind /proc /mnt/proc && mount --bind /dev /mnt/dev && mount -t tmpfs tmp /mnt/tmp && chroot /mnt /bench/bench.sh",
         words.join(" ")
     );
+    run_script(command, &script, arguments)
+}
+
+/// Runs a script as the guest's only program, in a monitor whose last option takes the kernel command line; returns what its console showed.
+pub fn run_script(mut command: Command, script: &str, arguments: &BenchArguments) -> Result<String> {
     command.arg(format!("console=ttyS0 quiet polder_run=\"{script}\""));
     let output = Command::new("timeout")
         .arg((arguments.timeout_s + 30).to_string())

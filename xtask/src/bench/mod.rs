@@ -2,6 +2,7 @@
 
 mod boot;
 mod engine;
+mod programs;
 mod report;
 
 use anyhow::{Result, bail};
@@ -9,9 +10,9 @@ use clap::Args;
 
 #[derive(Args)]
 pub struct BenchArguments {
-    /// Which bench: engine (programs natively, in polder and in QEMU's TCG) or boot (a Debian to its login prompt, in polder and in TCG)
+    /// Which bench: engine (programs natively, in polder and in QEMU's TCG) boot (a Debian to its login prompt, in polder and in TCG) or programs (apt-get, compilers and python in polder and in TCG)
     name: String,
-    /// How often each runner runs everything; the medians are shown; 5 for engine and 1 for boot if not given
+    /// How often each runner runs everything; the medians are shown; 5 for engine, 1 for boot and 3 for programs if not given
     #[arg(long)]
     rounds: Option<u32>,
     /// Length of a batch in milliseconds
@@ -36,6 +37,7 @@ pub fn bench(arguments: &BenchArguments) -> Result<()> {
     match arguments.name.as_str() {
         "engine" => engine::measure(arguments),
         "boot" => boot::measure(arguments),
-        other => bail!("there is no bench {other}: there are engine and boot"),
+        "programs" => programs::measure(arguments),
+        other => bail!("there is no bench {other}: there are engine, boot and programs"),
     }
 }

@@ -71,7 +71,7 @@ impl Kind {
 }
 
 /// One row of one run.
-pub struct Row {
+struct Row {
     name: String,
     nanoseconds: f64,
     checksum: Option<String>,
@@ -79,14 +79,14 @@ pub struct Row {
 
 /// Everything one run printed.
 #[derive(Default)]
-pub struct Measured {
+struct Measured {
     rows: Vec<Row>,
     failed: Vec<String>,
 }
 
 impl Measured {
     /// Reads the lines ROW, OPENSSL and FAIL; everything else on a console is not ours.
-    pub fn parse(output: &str) -> Self {
+    fn parse(output: &str) -> Self {
         let mut measured = Self::default();
         for line in output.lines().map(str::trim) {
             let words: Vec<&str> = line.split_whitespace().collect();
@@ -126,11 +126,23 @@ pub struct Report {
     runners: Vec<Runner>,
     failures: Vec<String>,
     /// A run did not come to its end.
-    pub incomplete: bool,
+    incomplete: bool,
 }
 
 impl Report {
-    pub fn add(&mut self, runner: Runner, measured: Measured) {
+    /// Takes in what a run printed. Its rows are kept as ROW, or as ROW/VARIANT if the run is a variant, in which the checksums are
+    /// the same as in the row itself.
+    pub fn add(&mut self, runner: Runner, variant: Option<&str>, output: &str) {
+        let mut measured = Measured::parse(output);
+        if !output.contains("BENCH END") {
+            let tail: Vec<&str> = output.lines().rev().take(15).collect();
+            println!("{} did not come to its end; its last lines were:", runner.name());
+            tail.iter().rev().for_each(|line| println!("  | {line}"));
+            self.incomplete = true;
+        }
+        if let Some(variant) = variant {
+            measured.rows.iter_mut().for_each(|row| row.name = format!("{}/{variant}", row.name));
+        }
         if !self.runners.contains(&runner) {
             self.runners.push(runner);
         }
@@ -140,7 +152,7 @@ impl Report {
                 self.order.push(row.name.clone());
             }
             if let Some(checksum) = row.checksum {
-                let others = self.checksums.iter().filter(|((name, _), _)| *name == row.name);
+                let others = self.checksums.iter().filter(|((name, _), _)| program(name) == program(&row.name));
                 if let Some((_, other)) = others.map(|(key, sum)| (key.1, sum)).find(|(_, sum)| **sum != checksum) {
                     self.failures.push(format!("{} gave {checksum} in {}, elsewhere {other}", row.name, runner.name()));
                 }
@@ -151,7 +163,7 @@ impl Report {
     }
 
     /// The median time of a row.
-    fn median(&self, row: &str, runner: Runner) -> Option<f64> {
+    pub fn median(&self, row: &str, runner: Runner) -> Option<f64> {
         let mut times = self.times.get(&(row.to_string(), runner))?.clone();
         times.sort_by(f64::total_cmp);
         times.get(times.len() / 2).copied()
@@ -212,7 +224,7 @@ impl Report {
         (!ratios.is_empty()).then(|| ((ratios.iter().sum::<f64>() / ratios.len() as f64).exp(), ratios.len()))
     }
 
-    pub fn write(&self, file: &Path) -> Result<()> {
+    pub fn write(&self, bench: &str, file: &Path) -> Result<()> {
         let rows: Vec<_> = self
             .order
             .iter()
@@ -226,7 +238,7 @@ impl Report {
             })
             .collect();
         let report = json!({
-            "format": 1, "bench": "engine", "processor": processor(), "rows": rows,
+            "format": 1, "bench": bench, "processor": processor(), "rows": rows,
             "tcg_by_polder": {
                 "compute": self.geometric_mean(Some(Kind::Compute)).map(|mean| mean.0),
                 "kernel": self.geometric_mean(Some(Kind::Kernel)).map(|mean| mean.0),
@@ -252,6 +264,11 @@ impl Report {
     }
 }
 
+/// The row that a row is a variant of: itself if it is none.
+fn program(row: &str) -> &str {
+    row.split_once('/').map_or(row, |(program, _)| program)
+}
+
 /// The model name of this machine's processor.
 pub fn processor() -> String {
     let facts = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -274,17 +291,28 @@ mod tests {
     #[test]
     fn a_wrong_checksum_fails_the_bench_however_fast_it_was() {
         let mut report = Report::default();
-        report.add(Runner::Native, Measured::parse("noise\nROW fib 100.0 00aa\nBENCH END\n"));
-        report.add(Runner::Polder, Measured::parse("ROW fib 10.0 00ab\r\n"));
+        report.add(Runner::Native, None, "noise\nROW fib 100.0 00aa\nBENCH END\n");
+        report.add(Runner::Polder, None, "ROW fib 10.0 00ab\r\n");
         assert!(report.verdict().is_err());
         assert_eq!(report.ratio("fib", Runner::Polder, Runner::Native), Some(0.1));
     }
 
     #[test]
+    fn a_variant_must_give_the_checksum_of_its_row() {
+        let mut report = Report::default();
+        report.add(Runner::Polder, None, "ROW compile 20.0 00aa\nBENCH END\n");
+        report.add(Runner::Tcg, Some("2vcpus"), "ROW compile 10.0 00aa\nBENCH END\n");
+        report.verdict().unwrap();
+        report.add(Runner::Polder, Some("2vcpus"), "ROW compile 10.0 00ab\nBENCH END\n");
+        assert!(report.verdict().is_err());
+        assert_eq!(report.median("compile/2vcpus", Runner::Tcg), Some(10.0));
+    }
+
+    #[test]
     fn means_are_of_compute_and_kernel_rows_apart() {
         let mut report = Report::default();
-        report.add(Runner::Polder, Measured::parse("ROW fib 10.0 1\nROW sha256 10.0 2\nROW getpid 10.0 3\n"));
-        report.add(Runner::Tcg, Measured::parse("ROW fib 20.0 1\nROW sha256 80.0 2\nROW getpid 30.0 3\n"));
+        report.add(Runner::Polder, None, "ROW fib 10.0 1\nROW sha256 10.0 2\nROW getpid 10.0 3\n");
+        report.add(Runner::Tcg, None, "ROW fib 20.0 1\nROW sha256 80.0 2\nROW getpid 30.0 3\n");
         let (compute, rows) = report.geometric_mean(Some(Kind::Compute)).unwrap();
         assert!((compute - 4.0).abs() < 1e-9 && rows == 2);
         let (kernel, rows) = report.geometric_mean(Some(Kind::Kernel)).unwrap();

@@ -7,6 +7,7 @@
 //! - `trixie-lists/`: what apt knows of Debian 13;
 //! - `home/`: a state folder with the Debian images of the whole-product tests;
 //! - `bench/`: the root file system and disk of the engine bench;
+//! - `programs/`: the disk with packages that the guest of the programs bench installs;
 //! - `busybox`: the static busybox of the initramfs.
 //!
 //! The folder is a cache: what is there is not made again; deleting any part of it is always safe.
