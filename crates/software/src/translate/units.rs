@@ -17,6 +17,7 @@ use super::generate::{Context, Generator, LinkSite, Ops, Site};
 use super::guest_code::Item;
 use super::listing::Listings;
 use super::lockstep::Lockstep;
+use super::spaces::{FAR_JUMPS, FarJump, Space, far_index, jump_index};
 use super::thunks::{self, Functions, Thunks};
 use super::x87::X87Site;
 use crate::block_cache;
@@ -32,8 +33,6 @@ const LINKS_MAX: usize = 4 << 20;
 pub const LINK_NUMBERS: u32 = 1 << 31;
 /// Units of a flush that are freed with each translation after it.
 const FREED_AT_A_TIME: usize = 64;
-/// Entries of [`Translator::far_jumps`].
-const FAR_JUMPS: usize = 1 << 16;
 /// Entries of [`Translator::evicted`], and what an eviction puts there.
 const EVICTED: usize = 1 << 16;
 const ROUNDS_AFTER_EVICTION: u8 = 4;
@@ -148,37 +147,6 @@ impl Hasher for Multiply {
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiply>>;
 
-/// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
-/// are enabled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct SpaceKey {
-    fetch_tag: u64,
-    table: usize,
-    /// As in [`Form`].
-    enabled: u8,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Space {
-    key: SpaceKey,
-    /// Number for links; never used twice.
-    number: u32,
-    used: u64,
-}
-
-/// Where a jump leads in an address space.
-#[derive(Debug, Clone, Copy)]
-struct FarJump {
-    linear: u64,
-    /// The space's number; 0 is none's.
-    space: u32,
-    host: u64,
-}
-
-impl FarJump {
-    const NONE: FarJump = FarJump { linear: 0, space: 0, host: 0 };
-}
-
 /// The translated code of one vCPU.
 pub struct Translator {
     pub(super) cache: CodeCache,
@@ -199,14 +167,14 @@ pub struct Translator {
     /// Times that evicted code must grow hot again before it is translated anew, by a hash of its address. A cache that is too small for
     /// what runs would else be filled without end.
     evicted: Box<[u8; EVICTED]>,
-    spaces: [Option<Space>; JUMP_TABLES],
+    pub(super) spaces: [Option<Space>; JUMP_TABLES],
     /// What the jump tables have lost to other addresses in the same place, of all address spaces.
-    far_jumps: Box<[FarJump]>,
-    current: usize,
+    pub(super) far_jumps: Box<[FarJump]>,
+    pub(super) current: usize,
     /// The one before.
-    previous: usize,
-    last_space: u32,
-    clock: u64,
+    pub(super) previous: usize,
+    pub(super) last_space: u32,
+    pub(super) clock: u64,
     /// An address whose plain form is wanted.
     pub(super) wants_plain: Option<u64>,
     /// CR4.SMAP, as the units that there are assume it.
@@ -463,78 +431,6 @@ impl Translator {
         }
     }
 
-    /// Chooses the jump table for the processor's address space; gives its first index.
-    pub(super) fn select_space(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> u32 {
-        let key = SpaceKey { fetch_tag: cpu.tlb.fetch_tag, table: cpu.tlb.data_table(), enabled: cpu.vector.enabled };
-        self.clock += 1;
-        let is_it = |space: &Option<Space>| space.is_some_and(|space| space.key == key);
-        if !is_it(&self.spaces[self.current]) {
-            let before = self.current;
-            // Most often back to where it came from: from the kernel to the program.
-            self.current = if is_it(&self.spaces[self.previous]) {
-                self.previous
-            } else {
-                match self.spaces.iter().position(is_it) {
-                    Some(slot) => slot,
-                    None => self.new_space(key, jumps),
-                }
-            };
-            self.previous = before;
-        }
-        if let Some(space) = &mut self.spaces[self.current] {
-            space.used = self.clock;
-            cpu.frame.space = space.number;
-        }
-        (self.current * JUMPS) as u32
-    }
-
-    fn new_space(&mut self, key: SpaceKey, jumps: &mut Jumps) -> usize {
-        if self.last_space == i32::MAX as u32 {
-            self.flush(jumps);
-            self.last_space = 0;
-        }
-        let used = |slot: &usize| self.spaces[*slot].map_or(0, |space| space.used);
-        let slot = (1..JUMP_TABLES).min_by_key(used).unwrap_or(1);
-        if self.spaces[slot].is_some() {
-            jumps.clear(slot);
-        }
-        self.last_space += 1;
-        self.spaces[slot] = Some(Space { key, number: self.last_space, used: self.clock });
-        slot
-    }
-
-    /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.
-    pub(super) fn find(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
-        let linear = cpu.rip;
-        let id = self.unit_at(cpu, false)?;
-        let host = self.host_of(id)?;
-        // That may have changed what the address space is to instruction fetch.
-        self.select_space(cpu, jumps);
-        if self.current != 0 {
-            self.far_jumps[far_index(linear)] = FarJump { linear, space: cpu.frame.space, host };
-            jumps.put(self.current * JUMPS + jump_index(linear), linear, host);
-        }
-        Some(id)
-    }
-
-    /// The address of code for a linear address in the address space in use, if a jump table knows it.
-    #[inline]
-    pub(super) fn known(&self, linear: u64, space: u32, jumps: &mut Jumps) -> Option<u64> {
-        if self.current == 0 {
-            return None;
-        }
-        let at = self.current * JUMPS + jump_index(linear);
-        if jumps.keys[at] == linear {
-            return Some(jumps.hosts[at]);
-        }
-        let far = self.far_jumps[far_index(linear)];
-        if far.linear != linear || far.space != space {
-            return None;
-        }
-        jumps.put(at, linear, far.host);
-        Some(far.host)
-    }
-
     /// The unit in plain form at RIP, where the stretch of a group lies in two pages; made if need be.
     pub(super) fn plain(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         let before = cpu.stopwatch.turn_to(Activity::Translator);
@@ -720,14 +616,6 @@ fn thread_time() -> u64 {
 
 fn evicted_index(linear: u64) -> usize {
     (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize & (EVICTED - 1)
-}
-
-fn far_index(linear: u64) -> usize {
-    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize % FAR_JUMPS
-}
-
-fn jump_index(linear: u64) -> usize {
-    linear as usize & (JUMPS - 1)
 }
 
 const _: () = assert!(KEYS > 0 && HOSTS > KEYS);
