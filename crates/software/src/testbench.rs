@@ -40,6 +40,17 @@ impl EoiListener for NoListener {
     fn end_of_interrupt(&self, _vector: u8) {}
 }
 
+/// A machine of memory alone.
+pub(crate) fn services(memory: GuestMemory) -> EngineServices {
+    EngineServices {
+        memory,
+        ports: Arc::new(Bus::new()),
+        mmio: Arc::new(Bus::new()),
+        eoi: Arc::new(NoListener),
+        clock: Arc::new(SystemClock),
+    }
+}
+
 /// Stale code, as (page number, granules), and the flag that brings the inner loop back to drop it.
 #[derive(Default)]
 struct Stale {
@@ -122,14 +133,7 @@ impl TestBench {
         let memory = GuestMemory::new(&[(GuestAddress(0), MEMORY_BYTES)]).expect("memory for a test");
         let stale = Arc::new(Stale::default());
         memory.set_code_watcher(stale.clone());
-        let services = EngineServices {
-            memory,
-            ports: Arc::new(Bus::new()),
-            mmio: Arc::new(Bus::new()),
-            eoi: Arc::new(NoListener),
-            clock: Arc::new(SystemClock),
-        };
-        let cpu = CpuBox::new(alone(services)).expect("memory for a test");
+        let cpu = CpuBox::new(alone(services(memory))).expect("memory for a test");
         let _ = stale.arena.set(cpu.memory().clone());
         let mut bench = TestBench { cpu, translator: None, _ticker: None, blocks: Blocks::new(), stale };
         bench.write_page_tables();

@@ -4,19 +4,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use polder_basics::SystemClock;
 use polder_machine::state::{RunState, SegmentState, TableState, VcpuState};
-use polder_machine::{Bus, Engine, EngineServices, EoiListener, MsiMessage, Vcpu, VcpuExit, VcpuHandle};
+use polder_machine::{Engine, MsiMessage, Vcpu, VcpuExit, VcpuHandle};
 use polder_memory::{GuestAddress, GuestMemory};
 
 use crate::cpu_model::CpuModel;
 use crate::engine::{EngineOptions, SoftwareEngine, Translation};
-
-struct NoListener;
-
-impl EoiListener for NoListener {
-    fn end_of_interrupt(&self, _vector: u8) {}
-}
+use crate::testbench::services;
 
 /// 64-bit code of privilege level 0, with the first 2 MiB mapped one to one.
 const CODE: u64 = 0x8000;
@@ -47,16 +41,12 @@ struct Machine {
 impl Machine {
     fn new(vcpu_count: u32, translation: Translation) -> Self {
         let memory = GuestMemory::new(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let services = EngineServices {
-            memory: memory.clone(),
-            ports: Arc::new(Bus::new()),
-            mmio: Arc::new(Bus::new()),
-            eoi: Arc::new(NoListener),
-            clock: Arc::new(SystemClock),
-        };
         let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
         let options = EngineOptions { translation, ..EngineOptions::default() };
-        let machine = Machine { engine: SoftwareEngine::new(services, vcpu_count, model, options).unwrap(), memory };
+        let machine = Machine {
+            engine: SoftwareEngine::new(services(memory.clone()), vcpu_count, model, options).unwrap(),
+            memory,
+        };
         let entries = [(TABLES, 0x2003), (0x2000, 0x3003), (0x3000, 0x83), (GDT + 8, 0x00af_9b00_0000_ffff)];
         for (address, entry) in entries.into_iter().chain([(GDT + 16, 0x00cf_9300_0000_ffff)]) {
             machine.write(address, &u64::to_le_bytes(entry));

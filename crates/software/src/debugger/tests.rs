@@ -2,19 +2,13 @@
 
 use std::sync::Arc;
 
-use polder_basics::SystemClock;
 use polder_machine::state::SegmentState;
-use polder_machine::{Bus, Engine, EngineServices, EoiListener, Vcpu, VcpuExit, Watchpoint};
+use polder_machine::{Engine, Vcpu, VcpuExit, Watchpoint};
 use polder_memory::{GuestAddress, GuestMemory};
 
 use super::*;
+use crate::testbench::services;
 use crate::{CpuModel, EngineOptions, SoftwareEngine, Translation};
-
-struct NoListener;
-
-impl EoiListener for NoListener {
-    fn end_of_interrupt(&self, _vector: u8) {}
-}
 
 const CODE: u64 = 0x10000;
 const DATA: u64 = 0x20000;
@@ -29,16 +23,14 @@ struct Machine {
 /// 64-bit ring 0 code at `CODE`, the first 2 MiB mapped one to one.
 fn machine(translation: Translation, code: &[u8]) -> Machine {
     let memory = GuestMemory::new(&[(GuestAddress(0), 2 << 20)]).unwrap();
-    let services = EngineServices {
-        memory: memory.clone(),
-        ports: Arc::new(Bus::new()),
-        mmio: Arc::new(Bus::new()),
-        eoi: Arc::new(NoListener),
-        clock: Arc::new(SystemClock),
-    };
     let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
-    let engine =
-        SoftwareEngine::new(services, 1, model, EngineOptions { translation, ..EngineOptions::default() }).unwrap();
+    let engine = SoftwareEngine::new(
+        services(memory.clone()),
+        1,
+        model,
+        EngineOptions { translation, ..EngineOptions::default() },
+    )
+    .unwrap();
     for (address, entry) in [(0x1000, 0x2003u64), (0x2000, 0x3003), (0x3000, 0x83)] {
         memory.write_value(GuestAddress(address), &entry).unwrap();
     }

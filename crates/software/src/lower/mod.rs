@@ -10,8 +10,8 @@ mod integer;
 mod system;
 mod vector;
 
-pub(crate) use integer::condition;
 pub use integer::fuse;
+pub(crate) use integer::{condition, has_offset_operand, is_immediate};
 pub(crate) use vector::{classes as vector_classes, leaves_pointers as x87_leaves_pointers, x87_opcode};
 
 use iced_x86::{Instruction, OpKind, Register};

@@ -7,7 +7,7 @@ use super::generate::Use;
 use super::guest_code::{branch_target, general_register};
 use super::registers::home;
 use super::x87::{is_x87, uses_mmx};
-use crate::lower::vector_classes;
+use crate::lower::{has_offset_operand, is_immediate, vector_classes};
 use crate::vector::class;
 
 /// Whether an instruction is emitted as itself, if its registers and its memory operand allow that.
@@ -84,22 +84,7 @@ pub fn has_wide_address(instruction: &Instruction) -> bool {
 
 /// Operand kinds that can be renamed, and no prefix that means more.
 pub fn is_plain(instruction: &Instruction) -> bool {
-    let known = |kind| {
-        matches!(
-            kind,
-            OpKind::Register
-                | OpKind::Memory
-                | OpKind::Immediate8
-                | OpKind::Immediate8_2nd
-                | OpKind::Immediate16
-                | OpKind::Immediate32
-                | OpKind::Immediate64
-                | OpKind::Immediate8to16
-                | OpKind::Immediate8to32
-                | OpKind::Immediate8to64
-                | OpKind::Immediate32to64
-        )
-    };
+    let known = |kind| matches!(kind, OpKind::Register | OpKind::Memory | OpKind::Immediate8_2nd) || is_immediate(kind);
     let operands_known = (0..instruction.op_count()).all(|operand| {
         known(instruction.op_kind(operand))
             && (instruction.op_kind(operand) != OpKind::Register || {
@@ -298,21 +283,6 @@ pub fn is_known_integer(instruction: &Instruction) -> bool {
         | M::Movnti => true,
         _ => false,
     }
-}
-
-/// MOV between RAX and an address of 64 bits in the instruction.
-pub fn has_offset_operand(instruction: &Instruction) -> bool {
-    matches!(
-        instruction.code(),
-        Code::Mov_AL_moffs8
-            | Code::Mov_AX_moffs16
-            | Code::Mov_EAX_moffs32
-            | Code::Mov_RAX_moffs64
-            | Code::Mov_moffs8_AL
-            | Code::Mov_moffs16_AX
-            | Code::Mov_moffs32_EAX
-            | Code::Mov_moffs64_RAX
-    )
 }
 
 /// Whether it puts an index into ECX.

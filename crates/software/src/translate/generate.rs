@@ -11,7 +11,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory};
 
-use super::assembler::{Assembler, Binary, Label, Mem, Reg, Relocation, condition};
+use super::assembler::{Assembler, Label, Mem, Reg, Relocation, condition};
 use super::frame::{
     CALLOUT_OP, EXIT, NEXT_PAGE_MASK, OFFSET_MASK, RIP, VECTORS_MISSING, cpu_field, exit, register_slot,
 };
@@ -520,6 +520,17 @@ impl<'a> Generator<'a> {
         }
     }
 
+    /// Jumps if a byte is not zero. Uses SPARE and leaves flags alone where they are live.
+    pub fn jump_if_set(&mut self, byte: Mem, live: bool, to: Label) {
+        if live {
+            self.asm.load_u8(SPARE, byte);
+            self.asm.jump_unless_rcx_zero(to);
+        } else {
+            self.asm.compare8_imm(byte, 0);
+            self.asm.jump_if(condition::NOT_EQUAL, to);
+        }
+    }
+
     /// Makes sure that the vector registers are loaded. Uses SPARE.
     pub fn need_vectors(&mut self, live: bool) {
         if self.vectors_loaded {
@@ -528,14 +539,7 @@ impl<'a> Generator<'a> {
         self.vectors_loaded = true;
         let entry = self.asm.label();
         let resume = self.asm.label();
-        if live {
-            self.asm.load32(SPARE, VECTORS_MISSING);
-            self.asm.jump_if_rcx_zero(resume);
-            self.asm.jump(entry);
-        } else {
-            self.asm.binary32_mem_imm(Binary::Cmp, VECTORS_MISSING, 0);
-            self.asm.jump_if(condition::NOT_EQUAL, entry);
-        }
+        self.jump_if_set(VECTORS_MISSING, live, entry);
         self.asm.bind(resume);
         self.cold.push(Cold::LoadVectors { entry, resume });
     }
@@ -548,14 +552,7 @@ impl<'a> Generator<'a> {
         self.x87_loaded = true;
         let entry = self.asm.label();
         let resume = self.asm.label();
-        if live {
-            self.asm.load_u8(SPARE, X87_MISSING);
-            self.asm.jump_if_rcx_zero(resume);
-            self.asm.jump(entry);
-        } else {
-            self.asm.compare8_imm(X87_MISSING, 0);
-            self.asm.jump_if(condition::NOT_EQUAL, entry);
-        }
+        self.jump_if_set(X87_MISSING, live, entry);
         self.asm.bind(resume);
         self.cold.push(Cold::LoadX87 { entry, resume });
     }

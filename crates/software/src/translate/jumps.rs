@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
-use super::assembler::{self, Binary, Mem, R9, R15};
+use super::assembler::{self, Binary, Label, Mem, R9, R15};
 use super::frame::{JUMP_TABLE, RIP, SPACE, exit, temporary};
 use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Use};
 use super::groups::Access;
@@ -64,7 +64,6 @@ impl Generator<'_> {
         if is_backward {
             self.poll(target, live);
         }
-        let link = self.links.len();
         let entry = self.asm.label();
         let mut space_at = None;
         if !same_page {
@@ -78,9 +77,16 @@ impl Generator<'_> {
         }
         self.asm.jump(entry);
         let jump_at = self.asm.position() - 4;
-        self.links.push(LinkSite { target, jump_at, space_at, stub: 0, plain: false });
+        self.new_link(entry, LinkSite { target, jump_at, space_at, stub: 0, plain: false });
+    }
+
+    /// Adds a link whose jump leads to `entry`, where its cold code will be; gives its number.
+    pub fn new_link(&mut self, entry: Label, site: LinkSite) -> usize {
+        let link = self.links.len();
+        self.links.push(site);
         self.link_stubs.push(entry);
         self.cold.push(Cold::Link { entry, link });
+        link
     }
 
     /// Jcc to a known address.
@@ -95,13 +101,10 @@ impl Generator<'_> {
             && self.is_near(target)
             && self.items.first().is_some_and(|first| target > first.instruction.ip())
         {
-            let link = self.links.len();
             let entry = self.asm.label();
             self.asm.jump_if(code, entry);
             let jump_at = self.asm.position() - 4;
-            self.links.push(LinkSite { target, jump_at, space_at: None, stub: 0, plain: false });
-            self.link_stubs.push(entry);
-            self.cold.push(Cold::Link { entry, link });
+            self.new_link(entry, LinkSite { target, jump_at, space_at: None, stub: 0, plain: false });
             return;
         }
         let skip = self.asm.label();

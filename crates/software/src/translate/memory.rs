@@ -134,11 +134,9 @@ impl Generator<'_> {
             // Lockstep compares what starts elsewhere than the last piece.
             return Split { entry: self.leave_label(exit::INTERPRET, rip), link: None };
         }
-        let link = self.links.len();
         let entry = self.asm.label();
-        self.links.push(LinkSite { target: rip, jump_at: 0, space_at: None, stub: 0, plain: true });
-        self.link_stubs.push(entry);
-        self.cold.push(Cold::Link { entry, link });
+        // The jump is emitted with the look-up's cold code.
+        let link = self.new_link(entry, LinkSite { target: rip, jump_at: 0, space_at: None, stub: 0, plain: true });
         Split { entry, link: Some(link) }
     }
 
@@ -149,13 +147,7 @@ impl Generator<'_> {
         if let Some(note) = place.note {
             self.asm.load(SPARE, note);
         }
-        if item.live_after == 0 {
-            self.asm.compare8_imm(Mem::base(SPARE, 0), 0);
-            self.asm.jump_if(condition::NOT_EQUAL, entry);
-        } else {
-            self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
-            self.asm.jump_unless_rcx_zero(entry);
-        }
+        self.jump_if_set(Mem::base(SPARE, 0), item.live_after != 0, entry);
         self.asm.bind(resume);
         self.cold.push(Cold::Noted { entry, resume, bytes, next, host: place.mem, x87: self.last_x87 });
     }

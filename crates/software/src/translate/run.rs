@@ -96,8 +96,7 @@ unsafe extern "sysv64" fn attend(pointer: *mut Cpu) -> u64 {
 unsafe fn leave_at_site(pointer: *mut Cpu, exit: u32) -> u64 {
     // SAFETY: the caller's promise.
     let (translator, cpu, _) = unsafe { around(pointer) };
-    let place = translator.guest_of(cpu.frame.return_address - 1).expect("every such call is noted when it is emitted");
-    cpu.stand_at(place);
+    cpu.stand_at(translator.caller(cpu));
     cpu.frame.exit = exit;
     LEAVE
 }
@@ -167,8 +166,7 @@ unsafe extern "sysv64" fn jump(pointer: *mut Cpu) -> u64 {
     let (translator, cpu, _) = unsafe { around(pointer) };
     if !is_canonical(cpu.rip, 48) {
         // It faults itself (SDM vol. 2, JMP, CALL, RET).
-        let place =
-            translator.guest_of(cpu.frame.return_address - 1).expect("every such call is noted when it is emitted");
+        let place = translator.caller(cpu);
         cpu.rip = place.rip;
         cpu.gpr[RSP] = cpu.gpr[RSP].wrapping_sub(i64::from(place.moved) as u64);
         cpu.frame.exit = exit::INTERPRET;
@@ -367,6 +365,11 @@ impl Translator {
             }
             _ => Some(self.interpret(cpu, blocks)),
         }
+    }
+
+    /// What the call that translated code has just made stands for.
+    fn caller(&self, cpu: &Cpu) -> Place {
+        self.guest_of(cpu.frame.return_address - 1).expect("every such call is noted when it is emitted")
     }
 
     /// The code for RIP, which a handler or a jump in translated code has led to. `None`: the loop around translated code has to see to it.

@@ -50,7 +50,7 @@ pub struct Form {
 }
 
 impl Form {
-    /// What code at RIP would be translated for now.
+    /// The form of a unit for the processor's present state.
     fn now(cpu: &Cpu, plain: bool) -> Form {
         Form { table: cpu.tlb.data_table() as u8, enabled: cpu.vector.enabled, plain }
     }

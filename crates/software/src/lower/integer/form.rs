@@ -1,6 +1,6 @@
 //! Operand forms and widths of instructions, and the tables of handlers they choose from.
 
-use iced_x86::{ConditionCode, Instruction, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Instruction, OpKind, Register};
 
 use super::super::{OpBuilder, byte_register, register_number};
 
@@ -12,6 +12,21 @@ pub enum Form {
     RegisterMemory,
     MemoryRegister,
     MemoryImmediate,
+}
+
+/// MOV between RAX and an address of 64 bits in the instruction.
+pub fn has_offset_operand(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    )
 }
 
 /// Whether an operand is an immediate.

@@ -13,7 +13,7 @@ mod string;
 
 use iced_x86::{Code, Instruction};
 
-pub(crate) use form::condition;
+pub(crate) use form::{condition, has_offset_operand, is_immediate};
 pub use fusion::fuse;
 
 use super::OpBuilder;

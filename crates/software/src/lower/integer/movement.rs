@@ -1,8 +1,10 @@
 //! MOV and its kin.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::form::{Form, any_register, condition, conditions, operand_bytes, width_index, widths, widths_from_16};
+use super::form::{
+    Form, any_register, condition, conditions, has_offset_operand, operand_bytes, width_index, widths, widths_from_16,
+};
 use crate::lower::OpBuilder;
 use crate::op::{Handler, address};
 use crate::ops::movement;
@@ -54,17 +56,7 @@ pub fn select(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Hand
 }
 
 fn mov(instruction: &Instruction, builder: &mut OpBuilder) -> Option<Handler> {
-    if matches!(
-        instruction.code(),
-        Code::Mov_AL_moffs8
-            | Code::Mov_AX_moffs16
-            | Code::Mov_EAX_moffs32
-            | Code::Mov_RAX_moffs64
-            | Code::Mov_moffs8_AL
-            | Code::Mov_moffs16_AX
-            | Code::Mov_moffs32_EAX
-            | Code::Mov_moffs64_RAX
-    ) {
+    if has_offset_operand(instruction) {
         let bytes = operand_bytes(instruction, 0);
         builder.op.immediate = instruction.memory_displacement64();
         builder.op.extra = u8::from(instruction.op0_kind() == OpKind::Memory);
