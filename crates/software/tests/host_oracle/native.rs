@@ -13,7 +13,7 @@ pub const PAGE: u64 = 4096;
 /// Pages of data on both sides.
 pub const DATA_PAGES: u64 = 2;
 /// Where the state is: reachable by 32-bit absolute addresses from anywhere.
-const STATE: u64 = 0x5ab3_1000;
+pub const STATE: u64 = 0x5ab3_1000;
 /// Where 32-bit code leaves by.
 const TRAMPOLINE: u64 = STATE - 0x1_0000;
 /// Linux's selectors.
@@ -79,6 +79,15 @@ pub fn pages() -> Vec<u64> {
     let mut pages = vec![CODE / PAGE, STACK / PAGE - 1, STACK / PAGE];
     pages.extend((0..DATA_PAGES).map(|page| DATA / PAGE + page));
     pages
+}
+
+/// Whether the host has this address mapped and the bench has not: the process' own memory, the state of this module included. What an
+/// instruction does there says nothing, and may break the process.
+pub fn only_the_host_has(address: u64) -> bool {
+    let page = address / PAGE;
+    // SAFETY: mincore only writes the one byte about the one page; it fails where nothing is mapped.
+    let is_mapped = unsafe { libc::mincore((page * PAGE) as *mut libc::c_void, 1, &mut 0) } == 0;
+    is_mapped && !pages().contains(&page)
 }
 
 fn map_pages() {
