@@ -4,7 +4,7 @@
 //! few host instructions. Arithmetic is executed by the same host instruction in inline assembly; its flags are the host's.
 
 #[cfg(test)]
-mod against_host;
+pub(crate) mod against_host;
 pub mod alu;
 pub mod atomic;
 pub mod bits;

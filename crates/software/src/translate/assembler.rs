@@ -89,6 +89,15 @@ pub struct Assembler {
 }
 
 impl Assembler {
+    /// Begins anew with the same memory.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.relocations.clear();
+        self.labels.clear();
+        self.fixups.clear();
+        self.short_fixups.clear();
+    }
+
     pub fn position(&self) -> usize {
         self.bytes.len()
     }
@@ -114,7 +123,7 @@ impl Assembler {
     /// Fills in the distances to labels; `false` if one is not bound or a short one does not reach.
     #[must_use]
     pub fn resolve(&mut self) -> bool {
-        for (at, label) in std::mem::take(&mut self.fixups) {
+        for &(at, label) in &self.fixups {
             let target = self.labels[label.0];
             if target == UNBOUND {
                 return false;
@@ -122,7 +131,7 @@ impl Assembler {
             let distance = (target as i64 - (at as i64 + 4)) as i32;
             self.bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
         }
-        for (at, label) in std::mem::take(&mut self.short_fixups) {
+        for &(at, label) in &self.short_fixups {
             let target = self.labels[label.0];
             let distance = target as i64 - (at as i64 + 1);
             let Ok(distance) = i8::try_from(distance) else { return false };

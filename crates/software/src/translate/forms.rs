@@ -1,12 +1,11 @@
 //! Which instructions can be emitted as themselves, and with what care.
 
-use iced_x86::{Code, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::assembler::{Mem, Reg};
-use super::generate::Use;
 use super::guest_code::{branch_target, general_register};
 use super::registers::home;
-use super::x87::{is_x87, uses_mmx};
+use super::x87::uses_mmx;
 use crate::lower::{has_offset_operand, is_immediate, vector_classes};
 use crate::vector::class;
 
@@ -26,7 +25,7 @@ pub fn classes(instruction: &Instruction) -> u8 {
     vector_classes(instruction).unwrap_or(if is_bare { class::AVX } else { 0 })
 }
 
-/// Whether an instruction surely leaves the translation of addresses as it is, and what may be done at them.
+/// Whether an instruction, one that is not emitted as itself, surely leaves the translation of addresses as it is, and what may be done at them.
 pub fn keeps_translations(instruction: &Instruction) -> bool {
     let is_harmless = matches!(
         instruction.mnemonic(),
@@ -35,24 +34,6 @@ pub fn keeps_translations(instruction: &Instruction) -> bool {
     is_harmless
         || branch_target(instruction).is_some()
         || matches!(instruction.code(), Code::Jmp_rm64 | Code::Call_rm64 | Code::Retnq | Code::Retnq_imm16)
-        || is_x87(instruction)
-        || has_same_form(instruction)
-}
-
-/// How an instruction uses its memory operand and how many bytes of it; `None` if it has none that one look-up reaches.
-pub fn memory_operand(info: &mut InstructionInfoFactory, instruction: &Instruction) -> Option<(Use, u32)> {
-    let operand = (0..instruction.op_count()).find(|&operand| instruction.op_kind(operand) == OpKind::Memory)?;
-    let bytes = instruction.memory_size().size() as u32;
-    if bytes == 0 || bytes > 64 || instruction.mnemonic() == Mnemonic::Lea {
-        return None;
-    }
-    match info.info(instruction).op_access(operand) {
-        OpAccess::Read | OpAccess::CondRead => Some((Use::Read, bytes)),
-        OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite => {
-            Some((Use::Write, bytes))
-        }
-        _ => None,
-    }
 }
 
 /// Gives a host instruction another memory operand.

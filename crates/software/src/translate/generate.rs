@@ -9,13 +9,13 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Encoder, FlowControl, Instruction, InstructionInfoFactory};
+use iced_x86::{Encoder, FlowControl, Instruction};
 
 use super::assembler::{Assembler, Label, Mem, Reg, Relocation, condition};
 use super::frame::{
     CALLOUT_OP, EXIT, NEXT_PAGE_MASK, OFFSET_MASK, RIP, VECTORS_MISSING, cpu_field, exit, register_slot,
 };
-use super::groups::{self, Plan};
+use super::groups::Plan;
 use super::guest_code::{Item, item_at};
 use super::registers::{ADDRESS, SPARE, home};
 use super::thunks::Thunks;
@@ -107,11 +107,68 @@ pub type Ops = Vec<Box<Op>>;
 pub struct Generated {
     /// Places of the items, if they are listed.
     pub starts: Vec<usize>,
-    pub code: Vec<u8>,
+    pub asm: Assembler,
     pub links: Vec<LinkSite>,
     pub ops: Ops,
     pub sites: Sites,
-    pub relocations: Vec<(u32, Relocation)>,
+    labels: Vec<Label>,
+    cold: Vec<Cold>,
+    link_stubs: Vec<Label>,
+    is_target: Vec<bool>,
+    encoder: Encoder,
+    plan: Plan,
+}
+
+impl Generated {
+    /// Memory for the next unit.
+    pub fn into_spare(mut self) -> Spare {
+        self.asm.clear();
+        self.links.clear();
+        self.sites.sites.clear();
+        self.labels.clear();
+        self.link_stubs.clear();
+        self.is_target.clear();
+        Spare {
+            asm: self.asm,
+            links: self.links,
+            sites: self.sites.sites,
+            labels: self.labels,
+            cold: self.cold,
+            link_stubs: self.link_stubs,
+            is_target: self.is_target,
+            encoder: self.encoder,
+            plan: self.plan,
+        }
+    }
+}
+
+/// Memory of earlier units, empty: a unit has little code and would else spend a third of its time on allocations.
+pub struct Spare {
+    asm: Assembler,
+    links: Vec<LinkSite>,
+    sites: Vec<Site>,
+    labels: Vec<Label>,
+    cold: Vec<Cold>,
+    link_stubs: Vec<Label>,
+    is_target: Vec<bool>,
+    encoder: Encoder,
+    plan: Plan,
+}
+
+impl Default for Spare {
+    fn default() -> Spare {
+        Spare {
+            asm: Assembler::default(),
+            links: Vec::new(),
+            sites: Vec::new(),
+            labels: Vec::new(),
+            cold: Vec::new(),
+            link_stubs: Vec::new(),
+            is_target: Vec::new(),
+            encoder: Encoder::new(64),
+            plan: Plan::default(),
+        }
+    }
 }
 
 /// A place in the code that stands for an instruction of the guest: one that may raise an exception on the host, or the last byte of a
@@ -177,7 +234,6 @@ pub struct Generator<'a> {
     pub asm: Assembler,
     pub context: Context<'a>,
     pub items: &'a [Item],
-    pub info: InstructionInfoFactory,
     encoder: Encoder,
     pub labels: Vec<Label>,
     pub cold: Vec<Cold>,
@@ -210,10 +266,15 @@ pub struct Generator<'a> {
 const X87_MISSING: Mem = cpu_field(offset_of!(Cpu, vector) + VectorState::X87_MISSING_OFFSET);
 
 impl<'a> Generator<'a> {
-    pub fn new(context: Context<'a>, items: &'a [Item]) -> Self {
-        let mut asm = Assembler::default();
-        let labels = items.iter().map(|_| asm.label()).collect();
-        let mut is_target = vec![false; items.len()];
+    pub fn new(context: Context<'a>, items: &'a [Item], spare: Spare) -> Self {
+        let Spare { mut asm, links, sites, mut labels, cold, link_stubs, mut is_target, encoder, mut plan } = spare;
+        if context.plain {
+            plan.clear();
+        } else {
+            plan.make(items);
+        }
+        labels.extend(items.iter().map(|_| asm.label()));
+        is_target.resize(items.len(), false);
         for (index, item) in items.iter().enumerate() {
             let target = super::guest_code::branch_target(&item.instruction);
             let inside = target.and_then(|target| item_at(items, target));
@@ -228,21 +289,20 @@ impl<'a> Generator<'a> {
             asm,
             context,
             items,
-            info: InstructionInfoFactory::new(),
-            encoder: Encoder::new(64),
+            encoder,
             labels,
-            cold: Vec::new(),
-            links: Vec::new(),
-            link_stubs: Vec::new(),
+            cold,
+            links,
+            link_stubs,
             ops: Ops::new(),
-            sites: Sites::default(),
+            sites: Sites { sites, x87: Vec::new() },
             vectors_loaded: false,
             x87_loaded: false,
             last_x87: None,
             tables: super::system::tables(items, context.table, context.guards_user_pages),
             entry_table: context.table,
             is_target,
-            plan: if context.plain { Plan::default() } else { groups::plan(items) },
+            plan,
             index: 0,
             held: None,
             held_before: None,
@@ -255,7 +315,7 @@ impl<'a> Generator<'a> {
         for index in 0..self.items.len() {
             let item = self.items[index];
             self.index = index;
-            if self.is_target[index] || !super::x87::leaves_pointers(&item.instruction) {
+            if self.is_target[index] || !(item.facts.is_x87 && super::x87::leaves_pointers(&item.instruction)) {
                 self.store_x87_pointers();
             }
             if self.is_target[index] {
@@ -290,12 +350,17 @@ impl<'a> Generator<'a> {
             Vec::new()
         };
         Ok(Generated {
-            code: self.asm.bytes,
+            starts,
+            asm: self.asm,
             links: self.links,
             ops: self.ops,
             sites: self.sites,
-            starts,
-            relocations: self.asm.relocations,
+            labels: self.labels,
+            cold: self.cold,
+            link_stubs: self.link_stubs,
+            is_target: self.is_target,
+            encoder: self.encoder,
+            plan: self.plan,
         })
     }
 
@@ -367,7 +432,8 @@ impl<'a> Generator<'a> {
     }
 
     fn emit_cold(&mut self) {
-        for cold in std::mem::take(&mut self.cold) {
+        let mut all = std::mem::take(&mut self.cold);
+        for cold in all.drain(..) {
             match cold {
                 Cold::Miss { entry, retry, bytes, usage, rip, split, x87 } => {
                     self.asm.bind(entry);
@@ -452,6 +518,7 @@ impl<'a> Generator<'a> {
                 }
             }
         }
+        self.cold = all;
     }
 
     /// A label of cold code that leaves with RIP at `rip`.

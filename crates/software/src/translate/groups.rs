@@ -11,12 +11,12 @@
 //! Known numbers come from numbering values: a register holds a numbered value plus a constant, and keeps the value's number through moves and
 //! additions of constants. Where ways through the unit meet, only what is the same on all of them counts; jumps backwards begin everything anew.
 
-use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use super::forms::{has_wide_address, keeps_translations, memory_operand};
+use super::facts::Facts;
+use super::forms::has_wide_address;
 use super::generate::Use;
 use super::guest_code::{Item, branch_target, general_register, item_at};
-use super::x87::is_x87;
 
 /// Slots of the frame for groups.
 pub const SLOTS: usize = 16;
@@ -64,9 +64,70 @@ pub struct Plan {
     /// For each item, its operand's access and that of the stack.
     shares: Vec<[Option<Share>; 2]>,
     pub groups: Vec<Group>,
+    work: Work,
+}
+
+/// What planning needs memory for; kept from unit to unit.
+#[derive(Debug, Default)]
+struct Work {
+    drafts: Vec<Draft>,
+    members: Vec<Member>,
+    /// The item that each item's jump leads to.
+    targets: Vec<Option<usize>>,
+    open: Vec<(Key, usize)>,
+    /// The group that each draft became.
+    numbers: Vec<Option<usize>>,
 }
 
 impl Plan {
+    /// Finds the groups of a unit.
+    pub fn make(&mut self, items: &[Item]) {
+        self.clear();
+        let Work { drafts, members, targets, open, numbers } = std::mem::take(&mut self.work);
+        let blank = Value { number: 0, offset: 0 };
+        let mut planner =
+            Planner { items, state: State { values: [blank; 16], open }, values: 0, drafts, members, targets };
+        planner.run();
+        let Planner { state, drafts, members, targets, .. } = planner;
+        self.work = Work { drafts, members, targets, open: state.open, numbers };
+        self.finish(items.len());
+    }
+
+    /// Nothing is shared.
+    pub fn clear(&mut self) {
+        self.shares.clear();
+        self.groups.clear();
+    }
+
+    /// Gives slots to the groups with more than one access.
+    fn finish(&mut self, items: usize) {
+        let Work { drafts, members, targets, open, numbers } = &mut self.work;
+        self.shares.resize(items, [None; 2]);
+        for draft in drafts.iter() {
+            let is_shared = draft.members > 1 && self.groups.len() < SLOTS;
+            numbers.push(is_shared.then_some(self.groups.len()));
+            if is_shared {
+                self.groups.push(Group {
+                    slot: self.groups.len(),
+                    lead: (draft.start - draft.head) as i32,
+                    len: (draft.end - draft.start) as u32,
+                    is_ready: false,
+                });
+            }
+        }
+        for member in members.iter() {
+            let Some(group) = numbers[member.group] else { continue };
+            let offset = (member.offset - drafts[member.group].start) as u32;
+            let place = usize::from(member.access != Access::Operand);
+            self.shares[member.item][place] = Some(Share { group, is_head: member.is_head, offset });
+        }
+        drafts.clear();
+        members.clear();
+        targets.clear();
+        open.clear();
+        numbers.clear();
+    }
+
     /// How an access of an item is shared, if it is.
     pub fn share(&self, item: usize, access: Access) -> Option<Share> {
         self.shares.get(item)?[usize::from(access != Access::Operand)]
@@ -99,6 +160,7 @@ struct State {
 }
 
 /// A group in the making; offsets are the key's.
+#[derive(Debug)]
 struct Draft {
     usage: Use,
     head: i64,
@@ -107,6 +169,7 @@ struct Draft {
     members: u32,
 }
 
+#[derive(Debug)]
 struct Member {
     item: usize,
     access: Access,
@@ -117,54 +180,39 @@ struct Member {
 
 struct Planner<'a> {
     items: &'a [Item],
-    info: InstructionInfoFactory,
     state: State,
     values: u32,
     drafts: Vec<Draft>,
     members: Vec<Member>,
-}
-
-/// Finds the groups of a unit.
-pub fn plan(items: &[Item]) -> Plan {
-    let blank = Value { number: 0, offset: 0 };
-    let mut planner = Planner {
-        items,
-        info: InstructionInfoFactory::new(),
-        state: State { values: [blank; 16], open: Vec::new() },
-        values: 0,
-        drafts: Vec::new(),
-        members: Vec::new(),
-    };
-    planner.run();
-    planner.finish()
+    targets: Vec<Option<usize>>,
 }
 
 impl Planner<'_> {
     fn run(&mut self) {
-        let mut from_above: Vec<Option<State>> = vec![None; self.items.len()];
-        let mut is_loop_head = vec![false; self.items.len()];
-        for (index, item) in self.items.iter().enumerate() {
-            let target = branch_target(&item.instruction).and_then(|target| item_at(self.items, target));
-            if let Some(target) = target.filter(|&target| target <= index) {
-                is_loop_head[target] = true;
-            }
-        }
+        let target_of = |index: usize| {
+            let target = branch_target(&self.items[index].instruction);
+            target.and_then(|target| item_at(self.items, target))
+        };
+        let mut targets = std::mem::take(&mut self.targets);
+        targets.extend((0..self.items.len()).map(target_of));
+        // What is known on jumps to items that are still to come.
+        let mut from_above: Vec<(usize, State)> = Vec::new();
         self.begin_anew();
         for index in 0..self.items.len() {
-            let instruction = self.items[index].instruction;
-            if is_loop_head[index] {
+            if targets[index..].contains(&Some(index)) {
+                // A loop's head.
                 self.begin_anew();
-            } else if let Some(other) = from_above[index].take() {
+            } else if let Some(other) = take(&mut from_above, index) {
                 self.meet(&other);
             }
-            if !keeps_translations(&instruction) {
+            let Item { instruction, facts, .. } = &self.items[index];
+            if !facts.keeps_translations {
                 self.state.open.clear();
             }
-            self.note_accesses(index, &instruction);
-            self.follow(&instruction);
-            let target = branch_target(&instruction).and_then(|target| item_at(self.items, target));
-            if let Some(target) = target.filter(|&target| target > index) {
-                let state = match from_above[target].take() {
+            self.note_accesses(index, instruction, facts);
+            self.follow(instruction, facts);
+            if let Some(target) = targets[index].filter(|&target| target > index) {
+                let state = match take(&mut from_above, target) {
                     None => self.state.clone(),
                     Some(other) => {
                         let here = self.state.clone();
@@ -172,9 +220,10 @@ impl Planner<'_> {
                         std::mem::replace(&mut self.state, here)
                     }
                 };
-                from_above[target] = Some(state);
+                from_above.push((target, state));
             }
         }
+        self.targets = targets;
     }
 
     fn new_value(&mut self) -> Value {
@@ -205,9 +254,9 @@ impl Planner<'_> {
         Some(self.state.values[usize::from(number)])
     }
 
-    fn note_accesses(&mut self, index: usize, instruction: &Instruction) {
-        if !is_x87(instruction)
-            && let Some((usage, bytes)) = memory_operand(&mut self.info, instruction)
+    fn note_accesses(&mut self, index: usize, instruction: &Instruction, facts: &Facts) {
+        if !facts.is_x87
+            && let Some((usage, bytes)) = facts.memory
             && let Some((key, offset)) = self.address(instruction, bytes)
         {
             self.note(index, Access::Operand, key, offset, bytes, usage);
@@ -287,7 +336,7 @@ impl Planner<'_> {
     }
 
     /// What an instruction does to registers.
-    fn follow(&mut self, instruction: &Instruction) {
+    fn follow(&mut self, instruction: &Instruction, facts: &Facts) {
         let moved = |value: Value, by: i64| Value { offset: value.offset.wrapping_add(by), ..value };
         match stack_access(instruction) {
             Some(Access::Push) => {
@@ -313,17 +362,7 @@ impl Planner<'_> {
             self.state.values[to] = value;
             return;
         }
-        let mut written = [false; 16];
-        for used in self.info.info(instruction).used_registers() {
-            let writes = matches!(
-                used.access(),
-                OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-            );
-            if writes && let Some((number, _)) = general_register(used.register()) {
-                written[usize::from(number)] = true;
-            }
-        }
-        for register in (0..16).filter(|&register| written[register]) {
+        for register in (0..16).filter(|register| facts.written >> register & 1 != 0) {
             self.state.values[register] = self.new_value();
         }
     }
@@ -352,30 +391,12 @@ impl Planner<'_> {
         };
         Some((usize::from(to), Value { offset: value.offset.wrapping_add(by), ..value }))
     }
+}
 
-    /// Gives slots to the groups with more than one access.
-    fn finish(self) -> Plan {
-        let mut plan = Plan { shares: vec![[None; 2]; self.items.len()], groups: Vec::new() };
-        let mut numbers = vec![None; self.drafts.len()];
-        for (number, draft) in numbers.iter_mut().zip(&self.drafts) {
-            if draft.members > 1 && plan.groups.len() < SLOTS {
-                *number = Some(plan.groups.len());
-                plan.groups.push(Group {
-                    slot: plan.groups.len(),
-                    lead: (draft.start - draft.head) as i32,
-                    len: (draft.end - draft.start) as u32,
-                    is_ready: false,
-                });
-            }
-        }
-        for member in self.members {
-            let Some(group) = numbers[member.group] else { continue };
-            let offset = (member.offset - self.drafts[member.group].start) as u32;
-            let place = usize::from(member.access != Access::Operand);
-            plan.shares[member.item][place] = Some(Share { group, is_head: member.is_head, offset });
-        }
-        plan
-    }
+/// Takes what belongs to an item out of a list.
+fn take(list: &mut Vec<(usize, State)>, item: usize) -> Option<State> {
+    let place = list.iter().position(|(other, _)| *other == item)?;
+    Some(list.swap_remove(place).1)
 }
 
 /// The access to the stack of an instruction that the generator has a form for.

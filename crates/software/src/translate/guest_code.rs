@@ -1,9 +1,10 @@
 //! The guest's instructions that become one unit, and which flags they need.
 
-use iced_x86::{Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register, RflagsBits};
+use iced_x86::{Decoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register, RflagsBits};
 
 use polder_memory::{GuestMemory, PAGE_SIZE};
 
+use super::facts::Facts;
 use crate::cpu_model::CpuModel;
 use crate::flags;
 
@@ -23,13 +24,14 @@ const ARITHMETIC: u32 =
 #[derive(Debug, Clone, Copy)]
 pub struct Item {
     pub instruction: Instruction,
+    pub facts: Facts,
     /// Arithmetic flags that this instruction or what follows it may read, as they are before it.
     pub live_before: u32,
     pub live_after: u32,
 }
 
 /// What an instruction reads of the flags, and what it surely overwrites.
-fn flag_use(instruction: &Instruction) -> (u32, u32) {
+pub fn flag_use(instruction: &Instruction) -> (u32, u32) {
     let reads = instruction.rflags_read() & ARITHMETIC;
     let kills = instruction.rflags_modified() & ARITHMETIC;
     match instruction.mnemonic() {
@@ -80,14 +82,24 @@ pub fn decode(bytes: &[u8], linear: u64, options: u32, most: usize) -> Vec<Item>
 
 /// As [`decode`]; with the 64-byte granules of the page, behind the unit and at its jumps' targets, that were looked at to find out which flags are live.
 pub fn decode_and_look(bytes: &[u8], linear: u64, options: u32, most: usize) -> (Vec<Item>, u64) {
+    let mut items = Vec::new();
+    let looked = decode_into(&mut items, bytes, linear, options, most);
+    (items, looked)
+}
+
+/// As [`decode_and_look`], in place of what `items` has.
+pub fn decode_into(items: &mut Vec<Item>, bytes: &[u8], linear: u64, options: u32, most: usize) -> u64 {
+    items.clear();
+    let most = most.min(ITEMS_MAX);
     let mut decoder = Decoder::with_ip(64, bytes, linear, options);
-    let mut items = Vec::with_capacity(most);
+    let mut info = InstructionInfoFactory::new();
     while items.len() < most && decoder.can_decode() {
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             break;
         }
-        items.push(Item { instruction, live_before: 0, live_after: 0 });
+        let facts = Facts::of(&instruction, &mut info);
+        items.push(Item { instruction, facts, live_before: 0, live_after: 0 });
         match instruction.flow_control() {
             FlowControl::Next | FlowControl::ConditionalBranch => {}
             FlowControl::UnconditionalBranch => {
@@ -105,8 +117,7 @@ pub fn decode_and_look(bytes: &[u8], linear: u64, options: u32, most: usize) -> 
             _ => break,
         }
     }
-    let looked = find_live_flags(&mut items, bytes, linear, options);
-    (items, looked)
+    find_live_flags(items, &mut decoder, bytes.len(), linear)
 }
 
 /// Where in the unit an address is, if it is the start of an instruction.
@@ -114,17 +125,20 @@ pub fn item_at(items: &[Item], linear: u64) -> Option<usize> {
     items.binary_search_by(|item| item.instruction.ip().cmp(&linear)).ok()
 }
 
-fn find_live_flags(items: &mut [Item], bytes: &[u8], linear: u64, options: u32) -> u64 {
+/// `decoder` is that of all `len` bytes from `linear` on.
+fn find_live_flags(items: &mut [Item], decoder: &mut Decoder<'_>, len: usize, linear: u64) -> u64 {
     let mut looked = 0;
     let mut look = |target: u64| {
-        let (live, len) = look_ahead(bytes, linear, target, options);
+        let (live, len) = look_ahead(decoder, len, linear, target);
         if len != 0 {
             looked |= GuestMemory::granules(target % PAGE_SIZE, len);
         }
         live
     };
-    let outside: Vec<u32> =
-        items.iter().map(|item| branch_target(&item.instruction).map_or(ARITHMETIC, &mut look)).collect();
+    let mut outside = [ARITHMETIC; ITEMS_MAX];
+    for (live, item) in outside.iter_mut().zip(items.iter()) {
+        *live = branch_target(&item.instruction).map_or(ARITHMETIC, &mut look);
+    }
     let end = items.last().map_or(linear, |item| item.instruction.next_ip());
     let behind = look(end);
     loop {
@@ -142,9 +156,8 @@ fn find_live_flags(items: &mut [Item], bytes: &[u8], linear: u64, options: u32) 
                 FlowControl::UnconditionalBranch | FlowControl::Call => to(),
                 _ => ARITHMETIC,
             };
-            let (reads, kills) = flag_use(&instruction);
-            let live_before = reads | live_after & !kills;
             let item = &mut items[index];
+            let live_before = item.facts.reads | live_after & !item.facts.kills;
             changed |= item.live_before != live_before || item.live_after != live_after;
             (item.live_before, item.live_after) = (live_before, live_after);
         }
@@ -162,15 +175,16 @@ pub fn branch_target(instruction: &Instruction) -> Option<u64> {
 
 /// Which flags the code at `target` may read before it overwrites them.
 pub fn live_at(bytes: &[u8], linear: u64, target: u64, options: u32) -> u32 {
-    look_ahead(bytes, linear, target, options).0
+    look_ahead(&mut Decoder::with_ip(64, bytes, linear, options), bytes.len(), linear, target).0
 }
 
 /// As [`live_at`], with the number of bytes that the answer depends on.
-fn look_ahead(bytes: &[u8], linear: u64, target: u64, options: u32) -> (u32, u64) {
-    let Some(rest) = usize::try_from(target.wrapping_sub(linear)).ok().and_then(|offset| bytes.get(offset..)) else {
+fn look_ahead(decoder: &mut Decoder<'_>, len: usize, linear: u64, target: u64) -> (u32, u64) {
+    let offset = target.wrapping_sub(linear);
+    if offset > len as u64 || decoder.set_position(offset as usize).is_err() {
         return (ARITHMETIC, 0);
-    };
-    let mut decoder = Decoder::with_ip(64, rest, target, options);
+    }
+    decoder.set_ip(target);
     let mut unknown = ARITHMETIC;
     for _ in 0..LOOK_AHEAD {
         if !decoder.can_decode() {

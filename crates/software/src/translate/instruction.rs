@@ -2,12 +2,11 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{Code, FlowControl, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, FlowControl, Mnemonic, OpKind, Register};
 
 use super::assembler::{Mem, R9, RCX, Reg};
 use super::forms::{
-    classes, has_same_form, has_wide_address, is_implied_count, may_raise, memory_operand, renamed, set_memory,
-    set_operand_register, turned_homes, uses_vectors, writes_rcx,
+    has_wide_address, is_implied_count, may_raise, renamed, set_memory, set_operand_register, turned_homes, writes_rcx,
 };
 use super::frame::{register_slot, temporary};
 use super::generate::{Generator, GiveUp, Result, Use};
@@ -20,7 +19,7 @@ impl Generator<'_> {
     /// Generates one instruction; tells whether control never goes on behind it.
     pub fn instruction(&mut self, item: &Item) -> Result<bool> {
         let instruction = &item.instruction;
-        if !is_of_model(self.context.model, instruction) || classes(instruction) & !self.context.enabled != 0 {
+        if !is_of_model(self.context.model, instruction) || item.facts.classes & !self.context.enabled != 0 {
             self.interpret(instruction.ip());
             return Ok(true);
         }
@@ -102,19 +101,19 @@ impl Generator<'_> {
     /// Emits the instruction as itself, registers renamed and memory looked up. `false`: it has no such form here.
     fn same_form(&mut self, item: &Item) -> Result<bool> {
         let guest = &item.instruction;
-        if !has_same_form(guest) {
+        let facts = &item.facts;
+        if !facts.has_same_form {
             return Ok(false);
         }
-        let vector = uses_vectors(guest);
-        let mmx = super::x87::uses_mmx(guest);
+        let (vector, mmx) = (facts.uses_vectors, facts.uses_mmx);
         let memory = (0..guest.op_count()).find(|&operand| guest.op_kind(operand) == OpKind::Memory);
         let is_address_only = guest.mnemonic() == Mnemonic::Lea;
-        let access = memory_operand(&mut self.info, guest);
+        let access = facts.memory;
         if memory.is_some() && (!has_wide_address(guest) || access.is_none() && !is_address_only) {
             return Ok(false);
         }
         // Which registers are operands, and which of them live in memory.
-        let mut slots: Vec<(u32, u8, OpAccess)> = Vec::new();
+        let mut slots: Vec<(u8, bool)> = Vec::new();
         let mut has_high_byte = false;
         let mut needs_prefix = memory.is_some();
         let shifts_by_rcx = (0..guest.op_count())
@@ -131,7 +130,7 @@ impl Generator<'_> {
             has_high_byte |= high;
             needs_prefix |= home(number) != Some(Reg(number)) || number >= 4;
             if home(number).is_none() {
-                slots.push((operand, number, self.info.info(guest).op_access(operand)));
+                slots.push((number, facts.written_operands >> operand & 1 != 0));
             }
         }
         let turned = match (has_high_byte && needs_prefix).then(|| turned_homes(guest)) {
@@ -147,7 +146,7 @@ impl Generator<'_> {
         }
         let mut host = *guest;
         // Scratch registers that operands may be put into.
-        let mut free: Vec<Reg> = Vec::new();
+        let mut free = Free::default();
         if vector {
             self.need_vectors(live);
         }
@@ -170,7 +169,8 @@ impl Generator<'_> {
                 place = Some((usage, bytes, reached));
             }
             None => {
-                free.extend([ADDEND, ADDRESS]);
+                free.push(ADDEND);
+                free.push(ADDRESS);
                 if !wants_rcx {
                     free.push(SPARE);
                 }
@@ -179,9 +179,7 @@ impl Generator<'_> {
         }
         // One scratch register for each guest register in memory, however often it is named.
         let mut placed: Vec<(u8, Reg, bool)> = Vec::new();
-        for &(_, number, access) in &slots {
-            let writes =
-                !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        for &(number, writes) in &slots {
             match placed.iter_mut().find(|placed| placed.0 == number) {
                 Some(placed) => placed.2 |= writes,
                 None => {
@@ -241,6 +239,25 @@ impl Generator<'_> {
             self.check_note(item, bytes, place, Some(guest.next_ip()));
         }
         Ok(true)
+    }
+}
+
+/// Scratch registers that nobody uses at the moment.
+#[derive(Default)]
+struct Free {
+    registers: [Option<Reg>; 3],
+}
+
+impl Free {
+    fn push(&mut self, register: Reg) {
+        if let Some(place) = self.registers.iter_mut().find(|place| place.is_none()) {
+            *place = Some(register);
+        }
+    }
+
+    /// The one that was pushed last.
+    fn pop(&mut self) -> Option<Reg> {
+        self.registers.iter_mut().rev().find_map(Option::take)
     }
 }
 

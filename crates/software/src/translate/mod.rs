@@ -18,7 +18,7 @@
 //! - Units are made and dropped by the vCPU's own thread while it is out of translated code; links are aimed in calls of such code too.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated), `spaces` (how it is found), `fetch` (bytes of code), `copies` (units at other addresses), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `facts` (about one instruction), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated), `spaces` (how it is found), `fetch` (bytes of code), `copies` (units at other addresses), `run`
 //! (the loop around), `signal` (exceptions on the host), `lockstep` (each unit compared with the interpreter).
 
 mod arena;
@@ -30,6 +30,7 @@ mod copies;
 mod count_tests;
 #[cfg(test)]
 mod eviction_tests;
+mod facts;
 mod fetch;
 mod forms;
 mod frame;

@@ -12,8 +12,8 @@ use polder_memory::PAGE_SIZE;
 use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::assembler::Relocation;
 use super::cache::CodeCache;
-use super::fetch::{Code, next_page, read_code};
-use super::generate::{Context, Generator, LinkSite, Ops, Site};
+use super::fetch::{Extent, Reader, next_page};
+use super::generate::{Context, Generator, LinkSite, Ops, Site, Spare};
 use super::guest_code::Item;
 use super::listing::Listings;
 use super::lockstep::Lockstep;
@@ -106,7 +106,7 @@ pub struct Place {
 
 /// Ops of a unit and of its copies. They hold cells.
 #[derive(Clone)]
-pub struct SharedOps(#[expect(dead_code, reason = "kept for the code that calls handlers with them")] Rc<Ops>);
+pub struct SharedOps(#[expect(dead_code, reason = "kept for the code that calls handlers with them")] Option<Rc<Ops>>);
 
 // SAFETY: all copies belong to one translator, which one thread uses at a time.
 unsafe impl Send for SharedOps {}
@@ -179,6 +179,8 @@ pub struct Translator {
     pub(super) wants_plain: Option<u64>,
     /// CR4.SMAP, as the units that there are assume it.
     pub(super) guards_user_pages: bool,
+    reader: Reader,
+    spare: Spare,
     /// Times that a block is interpreted before it is translated.
     pub threshold: u32,
     pub statistics: Statistics,
@@ -249,6 +251,8 @@ impl Translator {
             clock: 0,
             wants_plain: None,
             guards_user_pages: false,
+            reader: Reader::default(),
+            spare: Spare::default(),
             threshold,
             statistics: Statistics::default(),
             listings: Listings::default(),
@@ -538,8 +542,9 @@ impl Translator {
         if let Some(copy) = template.and_then(|template| self.copy_unit(template, linear, jumps)) {
             return Some(copy);
         }
-        let Code { items, granules, second_page } = read_code(cpu, linear, page_number, readable)?;
-        self.make_room(2 * items.len(), jumps);
+        let Extent { granules, second_page } = self.reader.read(cpu, linear, page_number, readable)?;
+        self.make_room(2 * self.reader.items.len(), jumps);
+        let items = &self.reader.items;
         let position = self.cache.position();
         let first_link = self.next_link();
         let context = Context {
@@ -549,41 +554,43 @@ impl Translator {
             table: cpu.tlb.data_table(),
             enabled: cpu.vector.enabled,
             guards_user_pages: cpu.cr4 & cr4::SMAP != 0,
-            listed: self.listings.wants(&items),
+            listed: self.listings.wants(items),
             counts: cpu.stopwatch.is_on(),
             keeps_journal: self.lockstep.is_some(),
             plain,
             first_link: first_link as usize,
         };
-        let generated = Generator::new(context, &items).run().ok()?;
-        if generated.code.len() > UNIT_BYTES_MAX {
+        let mut generated = Generator::new(context, items, std::mem::take(&mut self.spare)).run().ok()?;
+        if generated.asm.bytes.len() > UNIT_BYTES_MAX {
             return None;
         }
         let host = self.cache.address(position);
-        self.listings.list(&items, &generated.starts, &generated.code, host);
+        self.listings.list(items, &generated.starts, &generated.asm.bytes, host);
+        let leaps = |item: &Item| item.instruction.flow_control() == FlowControl::UnconditionalBranch;
+        self.statistics.superblocks += u64::from(items[..items.len() - 1].iter().any(leaps));
+        let ops = std::mem::take(&mut generated.ops);
         let unit = Unit {
             linear,
             physical,
             form,
             granules,
             second_page,
-            code: position as u32..(position + generated.code.len()) as u32,
+            code: position as u32..(position + generated.asm.bytes.len()) as u32,
             first_link,
             links: generated.links.len() as u32,
             incoming: Vec::new(),
-            ops: SharedOps(Rc::new(generated.ops)),
-            relocations: generated.relocations.into(),
-            sites: generated.sites.sites.into(),
-            x87: generated.sites.x87,
+            ops: SharedOps((!ops.is_empty()).then(|| Rc::new(ops))),
+            relocations: generated.asm.relocations.as_slice().into(),
+            sites: generated.sites.sites.as_slice().into(),
+            x87: std::mem::take(&mut generated.sites.x87),
             valid: true,
         };
-        let id = self.add(unit, &generated.code, &generated.links);
+        let id = self.add(unit, &generated.asm.bytes, &generated.links);
+        self.spare = generated.into_spare();
         if second_page.is_none() {
             self.templates.insert((physical, form), id);
         }
         self.statistics.units += 1;
-        let leaps = |item: &Item| item.instruction.flow_control() == FlowControl::UnconditionalBranch;
-        self.statistics.superblocks += u64::from(items[..items.len() - 1].iter().any(leaps));
         Some(id)
     }
 

@@ -7,7 +7,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind, Register};
 
 use super::assembler::Mem;
 use super::forms::{has_wide_address, set_memory};
@@ -80,13 +80,13 @@ impl Generator<'_> {
     /// Emits an x87 instruction as itself. `false`: it has no such form here.
     pub fn x87_form(&mut self, item: &Item) -> Result<bool> {
         let guest = &item.instruction;
-        if !is_x87(guest) || !has_form(guest) {
+        if !item.facts.is_x87 || !has_form(guest) {
             return Ok(false);
         }
         let leaves_pointers = leaves_pointers(guest);
         let live = item.live_before != 0;
-        let memory = (0..guest.op_count()).find(|&operand| guest.op_kind(operand) == OpKind::Memory);
-        let Some(operand) = memory else {
+        let memory = (0..guest.op_count()).any(|operand| guest.op_kind(operand) == OpKind::Memory);
+        if !memory {
             self.need_x87(live);
             self.may_fault(guest.ip());
             self.encode(guest)?;
@@ -94,17 +94,14 @@ impl Generator<'_> {
                 self.last_x87 = Some(site(guest, None));
             }
             return Ok(true);
-        };
+        }
         let segment = guest.memory_segment();
         if !has_wide_address(guest) || matches!(segment, Register::FS | Register::GS) {
             self.store_x87_pointers();
             return Ok(false);
         }
         let bytes = guest.memory_size().size() as u32;
-        let usage = match self.info.info(guest).op_access(operand) {
-            OpAccess::Read | OpAccess::CondRead => Use::Read,
-            _ => Use::Write,
-        };
+        let usage = item.facts.memory.map_or(Use::Write, |(usage, _)| usage);
         self.need_x87(live);
         self.memory_address(item)?;
         self.look_up(item, bytes, usage, live);

@@ -3,7 +3,9 @@ use crate::translate::guest_code;
 
 /// The plan of some instructions, in the middle of a page.
 fn plan_of(instructions: &[&[u8]]) -> Plan {
-    plan(&guest_code::decode(&instructions.concat(), 0x40_0100, 0, guest_code::ITEMS_MAX))
+    let mut plan = Plan::default();
+    plan.make(&guest_code::decode(&instructions.concat(), 0x40_0100, 0, guest_code::ITEMS_MAX));
+    plan
 }
 
 /// For each item: the group of its operand or stack access, and the place in it.
