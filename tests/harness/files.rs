@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub enum Kernel {
     Cloud,
     Generic,
+    /// The generic kernel, packed with gzip.
+    GenericGzip,
     /// The cloud kernel of Debian 13.
     TrixieCloud,
 }
@@ -35,6 +37,7 @@ impl Kernel {
         guests().join(match self {
             Self::Cloud => "cloud",
             Self::Generic => "generic",
+            Self::GenericGzip => "generic-gzip",
             Self::TrixieCloud => "trixie-cloud",
         })
     }

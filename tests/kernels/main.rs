@@ -106,6 +106,16 @@ fn the_kernels_between_them_are_packed_with_lz4_xz_and_zstd() {
     assert_eq!(payload_magic(&image(Kernel::TrixieCloud)), [0x28, 0xb5, 0x2f, 0xfd]);
 }
 
+/// Debian packs none of its kernels so: the set-up packs the generic one once more.
+#[test]
+fn a_kernel_packed_with_gzip_boots_to_its_prompt() {
+    let image = std::fs::read(Kernel::GenericGzip.image()).expect("the kernel is there");
+    assert_eq!(payload_magic(&image)[..3], [0x1f, 0x8b, 8]);
+    let boot = Boot::linux(Kernel::GenericGzip, "").answer("/ # ", "seq 1 1000 | sha256sum | cut -c1-16\n");
+    let outcome = boot.answer("67d4ff71d43921d5", "exit\n").timeout_s(300).run();
+    outcome.expect_status(0).expect_console("67d4ff71d43921d5");
+}
+
 #[test]
 fn the_cloud_kernel_of_debian_13_boots_with_one_vcpu() {
     if Kernel::TrixieCloud.is_there() {

@@ -4,6 +4,7 @@
 //! - `tiny/NAME.elf`: the assembly guests;
 //! - `cloud/`, `generic/` and `trixie-cloud/`: Debian's stock kernels (`vmlinuz`, the package's `tree` and `version`), and an
 //!   `initramfs.cpio` with busybox, the modules a machine's devices need and our `/init`;
+//! - `generic-gzip/`: the generic kernel packed with gzip;
 //! - `trixie-lists/`: what apt knows of Debian 13;
 //! - `home/`: a state folder with the Debian images of the whole-product tests;
 //! - `bench/`: the root file system and disk of the engine bench;
@@ -17,6 +18,7 @@ pub mod image;
 mod initramfs;
 mod kernel;
 mod package;
+mod repack;
 mod tiny;
 
 use anyhow::Result;
@@ -46,7 +48,7 @@ pub fn guests(arguments: &GuestsArguments) -> Result<()> {
 pub fn all() -> Result<()> {
     tiny::build()?;
     make(Flavour::Cloud, Source::Host)?;
-    make(Flavour::Generic, Source::Host)?;
+    repack::gzip(&make(Flavour::Generic, Source::Host)?)?;
     // Packed with zstd, where Debian 12 packs its cloud kernel with lz4 and the generic one with xz. It comes from Debian's own
     // server, which this machine need not reach for anything else.
     if let Err(error) = make(Flavour::Cloud, Source::Trixie) {
@@ -55,6 +57,8 @@ pub fn all() -> Result<()> {
     Ok(())
 }
 
-fn make(flavour: Flavour, source: Source) -> Result<()> {
-    initramfs::build(&kernel::fetch(flavour, source)?)
+fn make(flavour: Flavour, source: Source) -> Result<kernel::Kernel> {
+    let kernel = kernel::fetch(flavour, source)?;
+    initramfs::build(&kernel)?;
+    Ok(kernel)
 }
