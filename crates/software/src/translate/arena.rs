@@ -16,6 +16,7 @@ use std::sync::atomic::AtomicU32;
 
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
+use super::bindings::NO_BINDING;
 use super::frame::Frame;
 use crate::cpu::Cpu;
 
@@ -26,6 +27,8 @@ const GUARD_BYTES: usize = 64 << 10;
 pub const JUMPS: usize = 16384;
 /// Jump tables; the first is never filled.
 pub const JUMP_TABLES: usize = 16;
+/// Numbers of bindings; see [`super::bindings`].
+pub const BINDINGS: usize = 1 << 16;
 
 /// Key of an empty entry: an address whose entry is another one, so that no address finds it. Guests may jump anywhere, to addresses that are not
 /// canonical too.
@@ -33,11 +36,14 @@ pub const fn no_jump(at: usize) -> u64 {
     !(at as u64)
 }
 
-/// Where indirect jumps lead: from linear addresses to translated code.
+/// What jumps look at, for each address space.
 #[repr(C, align(4096))]
 pub struct Jumps {
+    /// Where indirect jumps lead: from linear addresses to translated code.
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],
+    /// Not zero: the binding holds.
+    verified: [u8; JUMP_TABLES * BINDINGS],
 }
 
 impl Jumps {
@@ -48,10 +54,35 @@ impl Jumps {
     }
 
     /// Empties one table.
-    pub fn clear(&mut self, table: usize) {
+    fn clear_table(&mut self, table: usize) {
         let start = table * JUMPS;
         for (at, key) in self.keys[start..start + JUMPS].iter_mut().enumerate() {
             *key = no_jump(at);
+        }
+    }
+
+    /// Forgets all of an address space. No binding beyond `last` was ever verified.
+    pub fn clear(&mut self, space: usize, last: u32) {
+        self.clear_table(space);
+        let start = space * BINDINGS;
+        self.verified[start..=start + last as usize].fill(0);
+    }
+
+    /// Notes that a binding holds in an address space.
+    pub fn verify(&mut self, space: usize, binding: u32) {
+        if binding != NO_BINDING {
+            self.verified[space * BINDINGS + binding as usize] = 1;
+        }
+    }
+
+    pub fn is_verified(&self, space: usize, binding: u32) -> bool {
+        self.verified[space * BINDINGS + binding as usize] != 0
+    }
+
+    /// A binding's number is free: it holds nowhere.
+    pub fn forget(&mut self, binding: u32) {
+        for space in 0..JUMP_TABLES {
+            self.verified[space * BINDINGS + binding as usize] = 0;
         }
     }
 }
@@ -117,12 +148,12 @@ impl CpuBox {
     /// Puts a processor into an arena.
     pub fn new(cpu: Cpu) -> io::Result<CpuBox> {
         let memory = Arc::new(ArenaMemory::new()?);
-        // SAFETY: the layout is mapped, aligned and nobody else knows of it yet. Its jump tables are integers.
+        // SAFETY: the layout is mapped, aligned and nobody else knows of it yet. The rest of it is integers, which are zero.
         unsafe {
             (&raw mut (*memory.layout()).cpu).write(cpu);
             let jumps = &mut (*memory.layout()).jumps;
             for table in 0..JUMP_TABLES {
-                jumps.clear(table);
+                jumps.clear_table(table);
             }
         }
         Ok(CpuBox { memory })
@@ -180,6 +211,12 @@ pub unsafe fn jumps_of<'a>(cpu: *mut Cpu) -> &'a mut Jumps {
 /// Distance of the jump tables from the processor.
 pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
 pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;
+const VERIFIED: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, verified)) as i32;
+
+/// Distance of a binding's byte in the first address space from the processor.
+pub const fn verified_at(binding: u32) -> i32 {
+    VERIFIED + binding as i32
+}
 
 /// Distance of a field of [`Frame`] from the processor.
 pub const fn frame_offset(field: usize) -> i32 {

@@ -1,8 +1,9 @@
 //! Units at other linear addresses.
 
 use super::Translator;
-use super::arena::Jumps;
+use super::arena::{Jumps, verified_at};
 use super::assembler::Relocation;
+use super::bindings::NO_BINDING;
 use super::units::{LINK_NUMBERS, Unit};
 
 impl Translator {
@@ -19,8 +20,8 @@ impl Translator {
         for number in 0..links {
             let mut site = self.link((unit.first_link + number) % LINK_NUMBERS)?.site;
             put(&mut code, site.jump_at, (site.stub as i64 - (site.jump_at as i64 + 4)) as i32)?;
-            if let Some(at) = site.space_at {
-                put(&mut code, at, 0)?;
+            if let Some(at) = site.binding_at {
+                put(&mut code, at, verified_at(NO_BINDING))?;
             }
             site.target = site.target.wrapping_add(delta);
             sites.push(site);
@@ -54,6 +55,7 @@ impl Translator {
             form: unit.form,
             granules: unit.granules,
             second_page: None,
+            binding: NO_BINDING,
             code: position as u32..(position + code.len()) as u32,
             first_link,
             links,

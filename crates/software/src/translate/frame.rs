@@ -25,7 +25,7 @@ pub mod exit {
     pub const FAULT: u32 = 0xffff_fffa;
 }
 
-/// Of so many jumps over links that are another address space's, one aims its link anew.
+/// Of so many jumps over links that do not lead to where the address space in use has their target, one aims its link anew.
 pub const LINKS_BETWEEN_AIMS: u32 = 64;
 
 /// Fields with a fixed distance from RSP.
@@ -34,7 +34,7 @@ pub const LINKS_BETWEEN_AIMS: u32 = 64;
 pub struct Frame {
     /// Index of the jump table in use; 0 (never filled) while somebody wants attention. Other threads write it.
     pub jump_table: u32,
-    /// Number of the address space as links know it; never used twice.
+    /// Where the bytes of the address space in use begin among those of all (see [`super::bindings`]).
     pub space: u32,
     /// The host's stack pointer outside translated code.
     pub host_stack: u64,
@@ -47,7 +47,7 @@ pub struct Frame {
     pub return_address: u64,
     /// ADDEND during a call into Rust.
     pub kept_addend: u64,
-    /// Links of other address spaces until one is aimed anew.
+    /// Jumps over such links until one is aimed anew.
     pub countdown: u32,
     /// 0: the host's vector registers are the guest's; 1: the guest's are in the processor.
     pub vectors_missing: u64,

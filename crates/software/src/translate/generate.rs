@@ -92,8 +92,8 @@ pub struct LinkSite {
     pub target: u64,
     /// Place of the jump's distance, from the unit's start.
     pub jump_at: usize,
-    /// Place of the number of the address space that is compared, negated; only for jumps out of the page.
-    pub space_at: Option<usize>,
+    /// Place of the distance of the byte that is looked at ([`super::arena::verified_at`]); only for jumps out of the page.
+    pub binding_at: Option<usize>,
     /// Where the jump leads while it is not linked.
     pub stub: usize,
     /// It leads to the plain form of the unit there, without groups.
@@ -493,13 +493,13 @@ impl<'a> Generator<'a> {
                 Cold::Link { entry, link } => {
                     self.asm.bind(entry);
                     let site = self.links[link];
-                    if site.space_at.is_some() {
+                    if site.binding_at.is_some() {
                         self.asm.linear_constant(ADDRESS, site.target);
                     }
                     self.asm.store32_imm(EXIT, (self.context.first_link + link) as u32);
                     self.asm.relocate(4, Relocation::Link);
                     let thunks = &self.context.thunks;
-                    self.jump_thunk(if site.space_at.is_some() { thunks.far_link } else { thunks.link });
+                    self.jump_thunk(if site.binding_at.is_some() { thunks.far_link } else { thunks.link });
                 }
                 Cold::LoadVectors { entry, resume } => {
                     self.asm.bind(entry);

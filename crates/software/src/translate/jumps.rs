@@ -2,7 +2,9 @@
 
 use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
-use super::assembler::{self, Binary, Label, Mem, R9, R15};
+use super::arena::verified_at;
+use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP};
+use super::bindings::NO_BINDING;
 use super::frame::{JUMP_TABLE, RIP, SPACE, exit, temporary};
 use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Use};
 use super::groups::Access;
@@ -65,19 +67,31 @@ impl Generator<'_> {
             self.poll(target, live);
         }
         let entry = self.asm.label();
-        let mut space_at = None;
+        let mut binding_at = None;
+        let mut unverified = None;
         if !same_page {
-            // The way counts in one address space only.
+            // The way counts where the target's page leads to the target's bytes. The distance is patched; it is far too great for the short form.
             self.asm.load32(SPARE, SPACE);
-            // LEA ECX, [RCX + disp32]: always the long form, it is patched.
-            self.asm.raw(&[0x8d, 0x89]);
-            space_at = Some(self.asm.position());
-            self.asm.imm32(0);
-            self.asm.jump_unless_rcx_zero(entry);
+            let byte = Mem::indexed(RSP, SPARE, 0, verified_at(NO_BINDING));
+            if live {
+                self.asm.load_u8(SPARE, byte);
+                binding_at = Some(self.asm.position() - 4);
+                let label = self.asm.label();
+                self.asm.jump_if_rcx_zero(label);
+                unverified = Some(label);
+            } else {
+                self.asm.compare8_imm(byte, 0);
+                binding_at = Some(self.asm.position() - 5);
+                self.asm.jump_if(assembler::condition::EQUAL, entry);
+            }
         }
         self.asm.jump(entry);
         let jump_at = self.asm.position() - 4;
-        self.new_link(entry, LinkSite { target, jump_at, space_at, stub: 0, plain: false });
+        if let Some(label) = unverified {
+            self.asm.bind(label);
+            self.asm.jump(entry);
+        }
+        self.new_link(entry, LinkSite { target, jump_at, binding_at, stub: 0, plain: false });
     }
 
     /// Adds a link whose jump leads to `entry`, where its cold code will be; gives its number.
@@ -104,7 +118,7 @@ impl Generator<'_> {
             let entry = self.asm.label();
             self.asm.jump_if(code, entry);
             let jump_at = self.asm.position() - 4;
-            self.new_link(entry, LinkSite { target, jump_at, space_at: None, stub: 0, plain: false });
+            self.new_link(entry, LinkSite { target, jump_at, binding_at: None, stub: 0, plain: false });
             return;
         }
         let skip = self.asm.label();

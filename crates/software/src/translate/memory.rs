@@ -136,7 +136,7 @@ impl Generator<'_> {
         }
         let entry = self.asm.label();
         // The jump is emitted with the look-up's cold code.
-        let link = self.new_link(entry, LinkSite { target: rip, jump_at: 0, space_at: None, stub: 0, plain: true });
+        let link = self.new_link(entry, LinkSite { target: rip, jump_at: 0, binding_at: None, stub: 0, plain: true });
         Split { entry, link: Some(link) }
     }
 

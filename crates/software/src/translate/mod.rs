@@ -8,7 +8,7 @@
 //! far jump, inside one page; a jump a little further on is followed. A unit is a
 //! function of its bytes, their physical and their linear address, of the data table in use and of which vector and x87 instructions are enabled. Ways out of a unit to known addresses are
 //! *links*: jumps that lead into cold code until they are taken for the first time and are then aimed at the other unit. A link out of the
-//! page counts in one address space only; it compares the number of the space. Other jumps go through a jump table for the address space.
+//! page looks whether the target's page is mapped in the address space in use as it was where the target was made ([`bindings`]). Other jumps go through a jump table for the address space.
 //!
 //! Invariants:
 //! - At each instruction's start all guest registers are at home ([`registers`]) and flags are in the host's, so that translated code may be left
@@ -18,11 +18,14 @@
 //! - Units are made and dropped by the vCPU's own thread while it is out of translated code; links are aimed in calls of such code too.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `facts` (about one instruction), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated), `spaces` (how it is found), `fetch` (bytes of code), `copies` (units at other addresses), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `facts` (about one instruction), `groups` (accesses that share a look-up), `generate` (a unit's host code), `instruction` (which of an instruction's forms), `memory` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` (what is translated), `spaces` and `bindings` (how it is found), `fetch` (bytes of code), `copies` (units at other addresses), `run`
 //! (the loop around), `signal` (exceptions on the host), `lockstep` (each unit compared with the interpreter).
 
 mod arena;
 mod assembler;
+#[cfg(test)]
+mod binding_tests;
+mod bindings;
 mod bits;
 mod cache;
 mod copies;

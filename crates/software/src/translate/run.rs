@@ -176,13 +176,16 @@ unsafe extern "sysv64" fn jump(pointer: *mut Cpu) -> u64 {
     unsafe { elsewhere(pointer) }
 }
 
-/// A link leads nowhere yet, or is another address space's; its number is in `exit`.
+/// A link leads nowhere yet, or not to where the address space in use has its target; its number is in `exit`.
 unsafe extern "sysv64" fn link(pointer: *mut Cpu) -> u64 {
     // SAFETY: as in `callout`.
     let (translator, cpu, jumps) = unsafe { around(pointer) };
     cpu.counters.exit_link += 1;
-    cpu.frame.countdown = LINKS_BETWEEN_AIMS;
-    translator.over_link(cpu, jumps).unwrap_or(LEAVE)
+    let anew = cpu.frame.countdown == 0;
+    if anew {
+        cpu.frame.countdown = LINKS_BETWEEN_AIMS;
+    }
+    translator.over_link(cpu, jumps, anew).unwrap_or(LEAVE)
 }
 
 /// Where to go on after something has led to RIP.
@@ -292,7 +295,7 @@ impl Translator {
                 host = self.host_of(unit);
             }
             if host.is_none() {
-                host = self.known(processor.rip, processor.frame.space, jumps);
+                host = self.known(processor.rip, jumps);
             }
             if host.is_none() {
                 let mut unit = self.find(processor, jumps);
@@ -380,7 +383,7 @@ impl Translator {
             return None;
         }
         self.select_space(cpu, jumps);
-        let host = match self.known(cpu.rip, cpu.frame.space, jumps) {
+        let host = match self.known(cpu.rip, jumps) {
             Some(host) => host,
             None => {
                 let unit = self.find(cpu, jumps)?;
@@ -391,8 +394,8 @@ impl Translator {
         self.go_on_in_space(cpu, jumps).then_some(host)
     }
 
-    /// The code that the link whose number is in `exit` leads to; RIP is set.
-    fn over_link(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u64> {
+    /// The code that the link whose number is in `exit` leads to; RIP is set. `anew`: the link is aimed there even if it leads elsewhere in other address spaces.
+    fn over_link(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, anew: bool) -> Option<u64> {
         let link = std::mem::replace(&mut cpu.frame.exit, exit::INDIRECT);
         let (target, plain) = self.link_target(link)?;
         cpu.rip = target;
@@ -408,7 +411,7 @@ impl Translator {
             self.find(cpu, jumps)?
         };
         self.wants_plain = None;
-        self.aim(link, unit, cpu.frame.space);
+        self.aim(link, unit, anew);
         let host = self.host_of(unit)?;
         self.go_on_in_space(cpu, jumps).then_some(host)
     }

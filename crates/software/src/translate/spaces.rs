@@ -1,23 +1,23 @@
 //! Address spaces, as translated code knows them, and where jumps lead in each.
 
 use super::Translator;
-use super::arena::{JUMP_TABLES, JUMPS, Jumps};
+use super::arena::{BINDINGS, JUMP_TABLES, JUMPS, Jumps};
+use super::bindings::NO_BINDING;
 use crate::cpu::Cpu;
 
 /// Entries of [`Translator::far_jumps`].
 pub const FAR_JUMPS: usize = 1 << 16;
 
-/// Where a jump leads in an address space.
+/// Where a jump leads in the address spaces in which the binding holds.
 #[derive(Debug, Clone, Copy)]
 pub struct FarJump {
     pub linear: u64,
-    /// The space's number; 0 is none's.
-    pub space: u32,
     pub host: u64,
+    pub binding: u32,
 }
 
 impl FarJump {
-    pub const NONE: FarJump = FarJump { linear: 0, space: 0, host: 0 };
+    pub const NONE: FarJump = FarJump { linear: 0, host: 0, binding: NO_BINDING };
 }
 
 /// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
@@ -33,8 +33,6 @@ pub struct SpaceKey {
 #[derive(Debug, Clone, Copy)]
 pub struct Space {
     pub key: SpaceKey,
-    /// Number for links; never used twice.
-    pub number: u32,
     pub used: u64,
 }
 
@@ -59,23 +57,19 @@ impl Translator {
         }
         if let Some(space) = &mut self.spaces[self.current] {
             space.used = self.clock;
-            cpu.frame.space = space.number;
         }
+        cpu.frame.space = (self.current * BINDINGS) as u32;
         (self.current * JUMPS) as u32
     }
 
     fn new_space(&mut self, key: SpaceKey, jumps: &mut Jumps) -> usize {
-        if self.last_space == i32::MAX as u32 {
-            self.flush(jumps);
-            self.last_space = 0;
-        }
         let used = |slot: &usize| self.spaces[*slot].map_or(0, |space| space.used);
         let slot = (1..JUMP_TABLES).min_by_key(used).unwrap_or(1);
         if self.spaces[slot].is_some() {
-            jumps.clear(slot);
+            jumps.clear(slot, self.bindings.last());
         }
-        self.last_space += 1;
-        self.spaces[slot] = Some(Space { key, number: self.last_space, used: self.clock });
+        self.spaces_met += 1;
+        self.spaces[slot] = Some(Space { key, used: self.clock });
         slot
     }
 
@@ -84,10 +78,12 @@ impl Translator {
         let linear = cpu.rip;
         let id = self.unit_at(cpu, false)?;
         let host = self.host_of(id)?;
+        let binding = self.unit(id)?.binding;
         // That may have changed what the address space is to instruction fetch.
         self.select_space(cpu, jumps);
         if self.current != 0 {
-            self.far_jumps[far_index(linear)] = FarJump { linear, space: cpu.frame.space, host };
+            self.far_jumps[far_index(linear)] = FarJump { linear, host, binding };
+            jumps.verify(self.current, binding);
             jumps.put(self.current * JUMPS + jump_index(linear), linear, host);
         }
         Some(id)
@@ -95,7 +91,7 @@ impl Translator {
 
     /// The address of code for a linear address in the address space in use, if a jump table knows it.
     #[inline]
-    pub(super) fn known(&self, linear: u64, space: u32, jumps: &mut Jumps) -> Option<u64> {
+    pub(super) fn known(&self, linear: u64, jumps: &mut Jumps) -> Option<u64> {
         if self.current == 0 {
             return None;
         }
@@ -104,7 +100,7 @@ impl Translator {
             return Some(jumps.hosts[at]);
         }
         let far = self.far_jumps[far_index(linear)];
-        if far.linear != linear || far.space != space {
+        if far.linear != linear || !jumps.is_verified(self.current, far.binding) {
             return None;
         }
         jumps.put(at, linear, far.host);

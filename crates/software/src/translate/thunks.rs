@@ -39,7 +39,7 @@ pub struct Functions {
     pub load_x87: Call,
     /// An indirect jump is not in the jump table.
     pub jump: Call,
-    /// A link leads nowhere yet, or is another address space's.
+    /// A link leads nowhere yet, or not to where the address space in use has its target.
     pub link: Call,
     /// The interpreter runs the instruction.
     pub interpret: Call,
@@ -64,7 +64,7 @@ pub struct Thunks {
     pub attend: usize,
     /// Jumped to by a link that leads nowhere yet.
     pub link: usize,
-    /// As `link`, for one that is another address space's: looks into the jump table first, for the address in ADDRESS.
+    /// As `link`, for one out of the page: looks into the jump table first, for the address in ADDRESS.
     pub far_link: usize,
     /// Where the signal handler goes on after an exception in translated code.
     pub landing: usize,
@@ -235,7 +235,7 @@ fn jump_out(asm: &mut Assembler, function: u64, common: &Common) {
 }
 
 /// Jumps to the code for the guest address in ADDRESS if the jump table knows it, else to `link`; now and then to `link` all the same, so
-/// that a link that is used often is aimed at its code again. Changes no flag.
+/// that a link that is used often is aimed at its code. Changes no flag.
 fn far_link(asm: &mut Assembler, link: Label) {
     asm.load32(SPARE, COUNTDOWN);
     asm.lea32(SPARE, Mem::base(SPARE, -1));

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use iced_x86::FlowControl;
 use polder_memory::PAGE_SIZE;
 
-use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
+use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump, verified_at};
 use super::assembler::Relocation;
+use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::cache::CodeCache;
 use super::fetch::{Extent, Reader, next_page};
 use super::generate::{Context, Generator, LinkSite, Ops, Site, Spare};
@@ -51,7 +52,7 @@ pub struct Form {
 
 impl Form {
     /// The form of a unit for the processor's present state.
-    fn now(cpu: &Cpu, plain: bool) -> Form {
+    pub(super) fn now(cpu: &Cpu, plain: bool) -> Form {
         Form { table: cpu.tlb.data_table() as u8, enabled: cpu.vector.enabled, plain }
     }
 }
@@ -65,6 +66,8 @@ pub struct Unit {
     pub(super) granules: u64,
     /// Number of the second page, of a unit of one instruction that lies in two.
     pub(super) second_page: Option<u64>,
+    /// That its pages are mapped as they are here.
+    pub(super) binding: u32,
     /// Places in the code cache.
     pub(super) code: std::ops::Range<u32>,
     pub(super) first_link: u32,
@@ -173,7 +176,9 @@ pub struct Translator {
     pub(super) current: usize,
     /// The one before.
     pub(super) previous: usize,
-    pub(super) last_space: u32,
+    pub(super) bindings: Bindings,
+    /// Address spaces met that were not known, or no longer.
+    pub(super) spaces_met: u64,
     pub(super) clock: u64,
     /// An address whose plain form is wanted.
     pub(super) wants_plain: Option<u64>,
@@ -247,7 +252,8 @@ impl Translator {
             far_jumps: vec![FarJump::NONE; FAR_JUMPS].into_boxed_slice(),
             current: 0,
             previous: 0,
-            last_space: 0,
+            bindings: Bindings::default(),
+            spaces_met: 0,
             clock: 0,
             wants_plain: None,
             guards_user_pages: false,
@@ -274,9 +280,10 @@ impl Translator {
         self.cache.start_over(self.first_position);
         for (slot, space) in self.spaces.iter_mut().enumerate() {
             if space.take().is_some() {
-                jumps.clear(slot);
+                jumps.clear(slot, self.bindings.last());
             }
         }
+        self.bindings.clear();
         self.current = 0;
         self.far_jumps.fill(FarJump::NONE);
         self.statistics.paused_since(start);
@@ -288,7 +295,7 @@ impl Translator {
         counters.translated_superblocks = self.statistics.superblocks;
         counters.translated_code_bytes = self.statistics.code_bytes;
         counters.code_cache_bytes = self.cache.len() as u64;
-        counters.translated_spaces = u64::from(self.last_space);
+        counters.translated_spaces = self.spaces_met;
         counters.code_cache_evicted = self.statistics.evicted;
         if let Some(lockstep) = &self.lockstep {
             counters.lockstep_units = lockstep.units;
@@ -341,6 +348,8 @@ impl Translator {
         let incoming = std::mem::take(&mut unit.incoming);
         let key = (unit.linear, unit.physical, unit.form);
         let (linear, first, count) = (unit.linear, unit.first_link, unit.links);
+        // A unit may be dropped twice, once for each of its pages.
+        let binding = std::mem::replace(&mut unit.binding, NO_BINDING);
         if self.by_address.get(&key) == Some(&id) {
             self.by_address.remove(&key);
         }
@@ -357,6 +366,7 @@ impl Translator {
                 self.cache.aim(base as usize + site.jump_at, base as usize + site.stub);
             }
         }
+        self.bindings.give_back(binding, jumps);
         // Its own ways out need no care: nobody comes here any more.
         for number in 0..count {
             if let Some(link) = self.link_mut(first.wrapping_add(number)) {
@@ -472,27 +482,36 @@ impl Translator {
         self.link(link).map(|link| (link.site.target, link.site.plain))
     }
 
-    /// Aims a link at a unit in the address space in use.
-    pub(super) fn aim(&mut self, link: u32, to: u32, space: u32) {
+    /// Aims a link at a unit; one that leads to another unit already, only if `anew`.
+    pub(super) fn aim(&mut self, link: u32, to: u32, anew: bool) {
         let Some(unit) = self.unit(to) else { return };
-        let (target, form, page) = (unit.code.start as usize, unit.form, unit.physical / PAGE_SIZE);
+        let (target, form, page, binding) =
+            (unit.code.start as usize, unit.form, unit.physical / PAGE_SIZE, unit.binding);
         let has_one_page = unit.second_page.is_none();
-        let Some(&Link { site, base, from, .. }) = self.link(link) else { return };
-        let Some(source) = self.unit(from) else { return };
-        if (source.form.table, source.form.enabled) != (form.table, form.enabled)
-            || site.space_at.is_none() && !(has_one_page && source.physical / PAGE_SIZE == page)
-        {
-            // The page was mapped anew while its old code ran on; another space may have it as it was.
+        let Some(&Link { site, base, from, to: before }) = self.link(link) else { return };
+        if before == to || before != NO_UNIT && !anew {
             return;
         }
-        let Some(entry) = self.link_mut(link) else { return };
-        if std::mem::replace(&mut entry.to, to) != to
-            && let Some(unit) = self.unit_mut(to)
-        {
+        let Some(source) = self.unit(from) else { return };
+        let may_lead_there = match site.binding_at {
+            Some(_) => binding != NO_BINDING,
+            // The page was mapped anew while its old code ran on; another space may have it as it was.
+            None => has_one_page && source.physical / PAGE_SIZE == page,
+        };
+        if !may_lead_there || (source.form.table, source.form.enabled) != (form.table, form.enabled) {
+            return;
+        }
+        if let Some(unit) = self.unit_mut(before) {
+            unit.incoming.retain(|&number| number != link);
+        }
+        if let Some(entry) = self.link_mut(link) {
+            entry.to = to;
+        }
+        if let Some(unit) = self.unit_mut(to) {
             unit.incoming.push(link);
         }
-        if let Some(at) = site.space_at {
-            self.cache.patch(base as usize + at, (space as i32).wrapping_neg());
+        if let Some(at) = site.binding_at {
+            self.cache.patch(base as usize + at, verified_at(binding));
         }
         self.cache.aim(base as usize + site.jump_at, target);
     }
@@ -575,6 +594,7 @@ impl Translator {
             form,
             granules,
             second_page,
+            binding: NO_BINDING,
             code: position as u32..(position + generated.asm.bytes.len()) as u32,
             first_link,
             links: generated.links.len() as u32,
@@ -595,7 +615,10 @@ impl Translator {
     }
 
     /// Adds a unit whose place was found at the cache's position.
-    pub(super) fn add(&mut self, unit: Unit, code: &[u8], sites: &[LinkSite]) -> u32 {
+    pub(super) fn add(&mut self, mut unit: Unit, code: &[u8], sites: &[LinkSite]) -> u32 {
+        let [linear_page, physical_page] = [unit.linear, unit.physical].map(|address| address / PAGE_SIZE);
+        let form = Form { plain: false, ..unit.form };
+        unit.binding = self.bindings.take(Binding::new(linear_page, physical_page, unit.second_page, form));
         self.listings.name(unit.linear, self.cache.address(unit.code.start as usize), code.len());
         self.cache.add(code);
         let id = self.first_unit.wrapping_add(self.units.len() as u32);
