@@ -1,4 +1,4 @@
-//! A file whose reads are answered when the test says so: a file system in user space (FUSE) of one file.
+//! A file whose reads and writes are answered when the test says so: a file system in user space (FUSE) of one file.
 //!
 //! The host's kernel asks over /dev/fuse as `linux/fuse.h` lays it out; the mount is a file's, not a folder's.
 
@@ -14,6 +14,7 @@ use rustix::mount::{MountFlags, mount};
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
+const WRITE: u32 = 16;
 const FORGET: u32 = 2;
 const RELEASE: u32 = 18;
 const FLUSH: u32 = 25;
@@ -28,9 +29,9 @@ const MODE: u32 = 0o100_600;
 const REQUEST_LEN_MAX: usize = 1 << 17;
 const WRITE_LEN_MAX: u32 = 1 << 16;
 const ENOSYS: i32 = 38;
-/// How soon it is noticed that the reads may be answered.
+/// How soon it is noticed that they may be answered.
 const LOOK: Duration = Duration::from_millis(20);
-/// Reads are held no longer than this: a process that waits for an answer cannot even be killed.
+/// They are held no longer than this: a process that waits for an answer cannot even be killed.
 const HELD_MAX: Duration = Duration::from_secs(90);
 
 /// What the file is: zeros of this length, of which a part is held.
@@ -47,7 +48,7 @@ struct Request {
 }
 
 impl HeldFile {
-    /// Mounts the file over `path` and answers on a thread until the file is mounted no more. Held reads wait until `released`,
+    /// Mounts the file over `path` and answers on a thread until the file is mounted no more. Held requests wait until `released`,
     /// which is told how many there are, or until a test that fails must end.
     pub fn mount(self, path: &Path, released: impl Fn(usize) -> bool + Send + 'static) -> PathBuf {
         File::create(path).expect("the scratch folder can be written");
@@ -76,7 +77,7 @@ impl HeldFile {
     }
 
     fn is_held(&self, request: &Request) -> bool {
-        request.operation == READ && self.held.contains(&word(&request.body, 8))
+        matches!(request.operation, READ | WRITE) && self.held.contains(&word(&request.body, 8))
     }
 
     fn answer(&self, device: &mut File, request: &Request) {
@@ -102,6 +103,8 @@ impl HeldFile {
                 let (offset, size) = (word(&request.body, 8), word(&request.body, 16) & 0xffff_ffff);
                 body.resize(size.min(self.len.saturating_sub(offset)) as usize, 0);
             }
+            // What is written is taken and forgotten.
+            WRITE => body.extend([word(&request.body, 16) & 0xffff_ffff].iter().flat_map(|size| size.to_le_bytes())),
             RELEASE | FLUSH => {}
             _ => error = -ENOSYS,
         }

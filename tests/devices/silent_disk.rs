@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use polder_tests::{Kernel, Scratch, can_open, inside_namespaces, polder};
+use polder_tests::{Kernel, Outcome, Scratch, can_open, inside_namespaces, polder};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
@@ -19,10 +19,17 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// Less than a second on a machine with nothing else to do; 90 seconds if the disk is waited for.
 const END_LIMIT: Duration = Duration::from_secs(8);
 
-/// A file of which a part is not read until the test is over.
+/// What a guest asks of its disk that is not answered.
+const READS: &str = "dd if=/dev/vda of=/dev/null bs=64k skip=16 count=1 iflag=direct";
+const FLUSHES: &str = "dd if=/dev/zero of=/dev/vda bs=64k seek=16 count=1 oflag=direct conv=fsync";
+
+/// A file of which a part is neither read nor written until the test is over.
 struct Silent {
-    path: PathBuf,
-    reads: Arc<AtomicUsize>,
+    /// What a machine is given: the file or a block device over it, and `,ro`.
+    disk: String,
+    /// Which of both its guest does.
+    asks: &'static str,
+    held: Arc<AtomicUsize>,
     over: Arc<AtomicBool>,
     scratch: Scratch,
 }
@@ -30,28 +37,42 @@ struct Silent {
 impl Silent {
     fn new() -> Self {
         let scratch = Scratch::new();
-        let (reads, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-        let (count, ended) = (reads.clone(), over.clone());
+        let (held, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (count, ended) = (held.clone(), over.clone());
         let path =
             HeldFile { len: 8 * MIB, held: MIB..7 * MIB }.mount(&scratch.path().join("silent.raw"), move |held| {
                 count.store(held, Ordering::SeqCst);
                 ended.load(Ordering::SeqCst)
             });
-        Silent { path, reads, over, scratch }
+        Silent { disk: format!("{},ro", path.display()), asks: READS, held, over, scratch }
     }
 
-    /// Boots a guest that reads what is not answered, and comes back when it does.
+    /// The file as a block device of this host, which is nothing that polder could know to be slow. Nothing where the host has none.
+    fn behind_a_block_device(asks: &'static str) -> Option<Self> {
+        let mut silent = Self::new();
+        let file = silent.scratch.path().join("silent.raw");
+        let made = Command::new("/sbin/losetup").args(["--find", "--show"]).arg(file).output();
+        let Some(made) = made.ok().filter(|made| made.status.success()) else {
+            eprintln!("left out: the host gave no loop device");
+            return None;
+        };
+        let access = if asks == READS { ",ro" } else { "" };
+        silent.disk = format!("{}{access}", String::from_utf8_lossy(&made.stdout).trim());
+        silent.asks = asks;
+        Some(silent)
+    }
+
+    /// Boots a guest that asks what is not answered, and comes back when it does.
     fn boot(&self, options: &[&str], input: impl Into<Stdio>) -> Child {
-        let script = "dd if=/dev/vda of=/dev/null bs=64k skip=16 count=1 iflag=direct & sleep 1000";
-        let before = self.reads.load(Ordering::SeqCst);
+        let before = self.held.load(Ordering::SeqCst);
         let mut child = Command::new(polder())
             .args(["boot", "--engine", "software", "--memory", "256M", "--kernel"])
             .arg(Kernel::Cloud.image())
             .arg("--initrd")
             .arg(Kernel::Cloud.initramfs())
-            .args(["--append", &format!("console=ttyS0 quiet panic=-1 polder_run=\"{script}\"")])
+            .args(["--append", &self.command_line()])
             .arg("--disk")
-            .arg(format!("{},ro", self.path.display()))
+            .arg(&self.disk)
             .args(options)
             .stdin(input)
             .stdout(Stdio::piped())
@@ -60,21 +81,53 @@ impl Silent {
             .expect("polder starts");
         let lines = BufReader::new(child.stdout.as_mut().expect("it is a pipe")).lines();
         assert!(lines.map_while(Result::ok).any(|line| line.contains("POLDER-GUEST READY")), "the guest boots");
-        let end = Instant::now() + BOOT_LIMIT;
-        while self.reads.load(Ordering::SeqCst) == before {
-            assert!(Instant::now() < end, "the guest does not read its disk");
-            std::thread::park_timeout(Duration::from_millis(5));
-        }
+        self.wait_until_asked(before);
         child
     }
 
-    /// Processes that have this file as a disk.
+    /// Has the kernel's guest ask, and sleep.
+    fn command_line(&self) -> String {
+        format!("console=ttyS0 quiet panic=-1 polder_run=\"{} & sleep 1000\"", self.asks)
+    }
+
+    /// Waits until more is held than before.
+    fn wait_until_asked(&self, before: usize) {
+        let end = Instant::now() + BOOT_LIMIT;
+        while self.held.load(Ordering::SeqCst) <= before {
+            assert!(Instant::now() < end, "the guest asks nothing of its disk");
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
+    }
+
+    /// Answers, and waits until no process has it as a disk: what the host's kernel would not let go ends with the answer.
+    fn is_left_by_all(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        let end = Instant::now() + BOOT_LIMIT;
+        while self.processes() > 0 {
+            assert!(Instant::now() < end, "a process is left in {}", self.scratch.path().display());
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    /// Processes that have this as a disk: they name it, or are of a state folder beside the file.
     fn processes(&self) -> usize {
-        let disk = format!("{},ro", self.path.display());
+        let folder = self.scratch.path().to_string_lossy().into_owned();
         let entries = std::fs::read_dir("/proc").expect("/proc is there").flatten();
-        let uses =
-            |path: PathBuf| std::fs::read(path.join("cmdline")).is_ok_and(|line| contains(&line, disk.as_bytes()));
+        let names = |path: PathBuf, what: &str| std::fs::read(path).is_ok_and(|line| contains(&line, what.as_bytes()));
+        let uses = |path: PathBuf| {
+            names(path.join("cmdline"), &self.disk) || names(path.join("environ"), &format!("POLDER_HOME={folder}"))
+        };
         entries.filter(|entry| uses(entry.path())).count()
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::SeqCst);
+        if self.disk.starts_with("/dev") {
+            let device = self.disk.split(',').next().unwrap_or_default();
+            let _ = Command::new("/sbin/losetup").args(["--detach", device]).status();
+        }
     }
 }
 
@@ -101,19 +154,44 @@ fn a_machine_ends_though_its_disk_does_not_answer() {
         return;
     }
     let silent = Silent::new();
+    every_order_ends_a_machine(|| &silent);
+    silent.is_left_by_all();
+}
 
-    let child = silent.boot(&[], Stdio::piped());
+/// Its I/O goes by io_uring. A read that was asked for can be left; the host's kernel holds who waits for a flush.
+#[test]
+fn a_machine_ends_though_a_block_device_of_the_host_does_not_answer() {
+    let test = "silent_disk::a_machine_ends_though_a_block_device_of_the_host_does_not_answer";
+    if !can_open("/dev/fuse") || !can_open("/dev/loop-control") || !inside_namespaces(test) {
+        return;
+    }
+    for asks in [READS, FLUSHES] {
+        // A loop device asks one thing after the other: each machine has one of its own.
+        let silent: Option<Vec<Silent>> = (0..ORDERS).map(|_| Silent::behind_a_block_device(asks)).collect();
+        let Some(silent) = silent else { return };
+        let mut next = silent.iter().cycle();
+        every_order_ends_a_machine(|| next.next().expect("there are some"));
+        silent.iter().for_each(Silent::is_left_by_all);
+    }
+}
+
+/// How many machines are ended.
+const ORDERS: usize = 3;
+
+/// Ends a machine in each way, each on the next disk.
+fn every_order_ends_a_machine<'a>(mut silent: impl FnMut() -> &'a Silent) {
+    let child = silent().boot(&[], Stdio::piped());
     let start = Instant::now();
     kill_process(Pid::from_child(&child), Signal::TERM).expect("a child can be signalled");
     let (status, errors) = ended(child, start, END_LIMIT);
     assert_eq!(status, Some(1), "{errors}");
-    assert!(errors.contains("stopped by SIGTERM"), "{errors}");
+    assert!(errors.contains("stopped by SIGTERM") && errors.contains("does not answer a disk"), "{errors}");
 
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("the host has pseudo-terminals");
     grantpt(&ours).and_then(|()| unlockpt(&ours)).expect("a pseudo-terminal can be unlocked");
     let name = ptsname(&ours, Vec::new()).expect("a pseudo-terminal has a name").into_string().expect("it is text");
     let theirs = File::options().read(true).write(true).open(name).expect("the terminal opens");
-    let child = silent.boot(&[], theirs);
+    let child = silent().boot(&[], theirs);
     let start = Instant::now();
     File::from(ours.try_clone().expect("a descriptor can be copied")).write_all(b"\x01x").expect("it takes keys");
     let (status, errors) = ended(child, start, END_LIMIT);
@@ -121,15 +199,51 @@ fn a_machine_ends_though_its_disk_does_not_answer() {
     assert!(errors.contains("stopped by Ctrl-A x"), "{errors}");
 
     let start = Instant::now();
-    let child = silent.boot(&["--timeout", "10"], Stdio::piped());
-    let (status, errors) = ended(child, start, Duration::from_secs(10) + END_LIMIT);
+    let timeout = Duration::from_secs(20);
+    let child = silent().boot(&["--timeout", &timeout.as_secs().to_string()], Stdio::piped());
+    let (status, errors) = ended(child, start, timeout + END_LIMIT);
     assert_eq!(status, Some(124), "{errors}");
+}
 
-    // What the host's kernel would not let go ends with the answer.
-    silent.over.store(true, Ordering::SeqCst);
-    let end = Instant::now() + BOOT_LIMIT;
-    while silent.processes() > 0 {
-        assert!(Instant::now() < end, "a process is left in {}", silent.scratch.path().display());
-        std::thread::park_timeout(Duration::from_millis(20));
+/// The instance is started once with its own disk, then its process with a silent one in that place.
+#[test]
+fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
+    let test = "silent_disk::polder_stop_ends_though_the_disk_of_the_instance_does_not_answer";
+    if !can_open("/dev/fuse") || !can_open("/dev/loop-control") || !inside_namespaces(test) {
+        return;
     }
+    let Some(silent) = Silent::behind_a_block_device(FLUSHES) else { return };
+    let home = silent.scratch.path().join("home");
+    let image = home.join("images/tiny");
+    std::fs::create_dir_all(&image).expect("the scratch folder can be written");
+    std::fs::copy(Kernel::Cloud.image(), image.join("kernel")).expect("the kernel is there");
+    std::fs::copy(Kernel::Cloud.initramfs(), image.join("initrd")).expect("the initramfs is there");
+    std::fs::write(image.join("disk.raw"), [0; 4096]).expect("the scratch folder can be written");
+    let record = serde_json::json!({
+        "format": 1, "name": "tiny", "created_utc": "2026-01-01T00:00:00Z", "kernel_package": "none",
+        "root_disk_bytes": 4096, "command_line": silent.command_line(),
+    });
+    std::fs::write(image.join("image.json"), record.to_string()).expect("the scratch folder can be written");
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(polder());
+        command.args(arguments).env("POLDER_HOME", &home);
+        command
+    };
+    Outcome::of(&mut command(&["run", "-d", "--name", "web", "tiny"]), BOOT_LIMIT).expect_status(0);
+    Outcome::of(&mut command(&["stop", "--timeout", "0", "web"]), BOOT_LIMIT).expect_status(0);
+
+    let disk = home.join("instances/web/disk.raw");
+    std::fs::remove_file(&disk).expect("the instance has a disk");
+    std::os::unix::fs::symlink(&silent.disk, &disk).expect("a link can be made");
+    let mut machine = command(&["machine-process", "web"]);
+    let mut machine = machine.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("polder starts");
+    silent.wait_until_asked(0);
+    let start = Instant::now();
+    Outcome::of(&mut command(&["stop", "--timeout", "0", "web"]), BOOT_LIMIT).expect_status(0);
+    assert!(start.elapsed() < END_LIMIT, "{:?}", start.elapsed());
+    let listed = Outcome::of(&mut command(&["ps"]), BOOT_LIMIT);
+    listed.expect_status(0).expect_console("inactive (stopped)");
+    machine.wait().expect("a child can be waited for");
+    assert!(start.elapsed() < END_LIMIT, "{:?}", start.elapsed());
+    silent.is_left_by_all();
 }

@@ -167,6 +167,19 @@ fn a_guest_that_does_not_listen_is_stopped_in_time() {
 }
 
 #[test]
+fn an_instance_in_the_background_outlives_the_terminal_it_was_started_from() {
+    let home = Home::new();
+    let started = format!("{} run tiny -d --memory 64M --name web", polder().display());
+    // The kernel hangs up all processes of the terminal's session when the command, which leads it, has ended.
+    let mut terminal = Command::new("script");
+    terminal.args(["--quiet", "--return", "--command", &started, "/dev/null"]).env("POLDER_HOME", home.0.path());
+    Outcome::of(&mut terminal, LIMIT).expect_status(0);
+    let stopped = home.polder(&["stop", "--timeout", "2", "web"]);
+    stopped.expect_status(0);
+    assert!(stopped.errors.contains("did not switch itself off"), "it ran until it was stopped\n{stopped}");
+}
+
+#[test]
 fn a_balloon_takes_memory_from_a_guest_and_gives_it_back() {
     const FREE: &str = "free_mib() { awk '/^MemFree/ {print int($2 / 1024)}' /proc/meminfo; }";
     let script = format!(

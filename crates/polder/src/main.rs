@@ -14,8 +14,8 @@ mod watched;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use polder_basics::{Clock, SystemClock};
-use std::path::Path;
 use std::process::ExitCode;
+use watched::Hold;
 
 /// Anything but the guest's own end, and wrong usage.
 const STATUS_FAILED: u8 = 1;
@@ -58,12 +58,11 @@ fn main() -> ExitCode {
     log_to_stderr(filter);
     match command {
         Command::Boot(arguments) => {
-            watched::run(&arguments.host_files(), |orders| boot::boot(&arguments, orders, process_start_ns), told)
+            watched::run(arguments.hold(), |orders| boot::boot(&arguments, orders, process_start_ns), told)
         }
         Command::MachineProcess(arguments) => {
-            let files = instance::host_files();
-            let files: Vec<&Path> = files.iter().map(|file| file.as_path()).collect();
-            watched::run(&files, |orders| instance::machine(&arguments, orders, process_start_ns), told)
+            instance::leave_session();
+            watched::run(Hold::Possible, |orders| instance::machine(&arguments, orders, process_start_ns), told)
         }
         command => match run(command) {
             Ok(status) => status,

@@ -1,19 +1,19 @@
-//! A machine on files that may not answer runs in a process that another one watches.
+//! A machine that has a disk runs in a process that another one watches.
 //!
-//! The host's kernel does not let a process end while it waits for some file systems (FUSE, NFS and the like): neither a signal nor
-//! the process itself can help that. So the machine of such files runs in a child, which says how it ended before it tries to end; the
-//! process that people and scripts wait for hears it and ends at once. What is left of the child ends when the file system answers.
+//! The host's kernel does not let a process end while it waits for some file systems (FUSE, NFS and the like), nor while it waits for
+//! a flush of any disk, through io_uring or not: neither a signal nor the process itself can help that. So such a machine runs
+//! in a child, which says how it ended before it tries to end; the process that people and scripts wait for hears it and ends
+//! at once. What is left of the child ends when the host answers.
 //!
 //! The child is forked before any thread exists. It has the same terminal, process group and standard files.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use polder_vmm::may_not_answer;
+use polder_vmm::{Drained, Report};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
@@ -21,16 +21,29 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_
 use crate::boot::StopSignals;
 
 /// How long a child may take to say how it ended once it was told to end, and then to end.
-const ORDERED_S: i64 = 5;
+const ORDERED_S: i64 = 10;
 const ENDING_NS: i64 = 300_000_000;
 
 /// How a watched child hears of signals that its watcher got: one byte, the signal's number. Its end is the watcher's.
 pub type Orders = Option<OwnedFd>;
 
-/// Runs `machine`, whose exit status is the process', watched if one of the files may not answer. `told` says what is wrong to
-/// people.
-pub fn run(files: &[&Path], machine: impl FnOnce(Orders) -> Result<u8>, told: impl Fn(Result<u8>) -> u8) -> ExitCode {
-    if !files.iter().any(|file| may_not_answer(file)) {
+/// Whether the host's kernel may hold a machine's process beyond its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    Possible,
+    Never,
+}
+
+/// Tells people that a disk of the machine that ended was silent.
+pub fn say_what_is_left(report: &Report) {
+    if report.drained == Drained::Left {
+        eprintln!("polder: the host does not answer a disk; what the guest asked of it last may be lost");
+    }
+}
+
+/// Runs `machine`, whose exit status is the process', watched if need be. `told` says what is wrong to people.
+pub fn run(hold: Hold, machine: impl FnOnce(Orders) -> Result<u8>, told: impl Fn(Result<u8>) -> u8) -> ExitCode {
+    if hold == Hold::Never {
         return ExitCode::from(told(machine(None)));
     }
     match split() {
@@ -112,6 +125,8 @@ fn wait_a_little(child: Pid) {
     if let Ok(process) = pidfd_open(child, PidfdFlags::empty()) {
         let patience = Timespec { tv_sec: 0, tv_nsec: ENDING_NS };
         let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&patience));
+        // So that whoever asks what this process has cost hears of the child as well.
+        let _ = waitpid(Some(child), WaitOptions::NOHANG);
     }
 }
 

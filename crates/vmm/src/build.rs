@@ -61,7 +61,7 @@ const DRAIN_LOOK: Duration = Duration::from_millis(50);
 
 /// What became of the devices' work in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Drained {
+pub enum Drained {
     All,
     /// A device waits for the host, on threads that nobody waits for.
     Left,

@@ -32,6 +32,7 @@ mod stats;
 mod tests;
 mod virtio;
 
+pub use build::Drained;
 pub use calibration::{CalibrationGuest, SoftwareCalibration};
 pub use config::{
     CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort, DiskAccess, DiskConfig,

@@ -65,6 +65,8 @@ impl Outcome {
 pub struct Report {
     pub outcome: Outcome,
     pub stats: Stats,
+    /// Whether the devices ended too, or some were left waiting for the host.
+    pub drained: Drained,
 }
 
 /// Runs a machine until its guest ends it, its time is over or it is stopped. Blocks; the calling thread is the control thread.
@@ -96,7 +98,7 @@ pub(crate) fn run_with(
     stats.memory.guest_ram_bytes = config.ram_bytes;
     stats.times.process_start_ns = process_start_ns;
     let start_ns = clock.monotonic_ns();
-    let outcome = loop {
+    let (outcome, drained) = loop {
         let around = Surroundings {
             config,
             files: &files,
@@ -121,7 +123,6 @@ pub(crate) fn run_with(
         let mut patience = Patience::new(config, control, clock.as_ref(), start_ns, outcome.as_ref().ok().copied());
         let drained = machine.shut_down(|| patience.lasts());
         if drained == Drained::Left {
-            tracing::warn!("the host does not answer a disk; what was asked of it is left alone");
             // Closing them would ask the host once more.
             std::mem::forget(std::mem::take(&mut files.disks));
         }
@@ -132,10 +133,10 @@ pub(crate) fn run_with(
         }
         match outcome? {
             Outcome::Reset if config.reset == ResetPolicy::Reboot && drained == Drained::Left => {
-                break patience.ending();
+                break (patience.ending(), drained);
             }
             Outcome::Reset if config.reset == ResetPolicy::Reboot => {}
-            outcome => break outcome,
+            outcome => break (outcome, drained),
         }
     };
     if let Some(gdb) = &gdb {
@@ -144,7 +145,7 @@ pub(crate) fn run_with(
     stats.times.end_ns = clock.monotonic_ns();
     stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
     stats.outcome = outcome.word().to_owned();
-    Ok(Report { outcome, stats })
+    Ok(Report { outcome, stats, drained })
 }
 
 /// How long the devices' work in flight is waited for where the host does not answer.

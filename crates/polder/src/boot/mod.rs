@@ -11,7 +11,7 @@ mod terminal;
 
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
     CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, GdbConfig, Identity,
-    MachineConfig, Measurements, NetConfig, Outcome, PerfMap, ResetPolicy, TestDevices, Translation,
+    MachineConfig, Measurements, NetConfig, Outcome, PerfMap, ResetPolicy, TestDevices, Translation, may_not_answer,
 };
 
-use crate::watched::Orders;
+use crate::watched::{Hold, Orders, say_what_is_left};
 use options::{parse_address, parse_code_cache, parse_disk, parse_net};
 use stats_file::StatsFile;
 
@@ -118,10 +118,11 @@ pub struct BootArguments {
 }
 
 impl BootArguments {
-    /// The host's files that the machine is made of.
-    pub fn host_files(&self) -> Vec<&Path> {
-        let disks = self.disks.iter().map(|disk| disk.path.as_path());
-        disks.chain([self.kernel.as_path()]).chain(self.initrd.as_deref()).collect()
+    /// Whether the host's kernel may hold the machine's process: any disk may stay silent, and so may the file system that the kernel
+    /// is read from.
+    pub fn hold(&self) -> Hold {
+        let mut read_once = [self.kernel.as_path()].into_iter().chain(self.initrd.as_deref());
+        if !self.disks.is_empty() || read_once.any(may_not_answer) { Hold::Possible } else { Hold::Never }
     }
 
     /// What is logged to standard error for these arguments even if nobody asks for a log.
@@ -263,6 +264,7 @@ pub fn boot(arguments: &BootArguments, orders: Orders, process_start_ns: u64) ->
     let report = polder_vmm::run(&config, console, &control, Arc::new(SystemClock), process_start_ns);
     drop(terminal);
     let report = report?;
+    say_what_is_left(&report);
     if let Some(file) = stats_file {
         file.write(&report.stats)?;
     }

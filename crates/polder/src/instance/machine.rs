@@ -6,7 +6,6 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -25,7 +24,7 @@ use super::record::{InstanceRecord, InstanceTable, Lifetime};
 use crate::boot::{EngineName, StopSignals, parse_gdb, random_identity};
 use crate::image::ImageRecord;
 use crate::state_folder::StateFolder;
-use crate::watched::Orders;
+use crate::watched::{Orders, say_what_is_left};
 
 /// How soon it is noticed that the machine runs.
 const LOOK: Duration = Duration::from_millis(5);
@@ -52,9 +51,10 @@ impl Starter {
     }
 }
 
-/// Where the files of instances are; nothing if that cannot be known, which is explained when one is run.
-pub fn host_files() -> Vec<PathBuf> {
-    StateFolder::open().map(|state| state.path().to_owned()).into_iter().collect()
+/// Gives the process a session of its own, before anything waits for the terminal's signals.
+pub fn leave_session() {
+    // Fails only for a process that leads a session already.
+    let _ = rustix::process::setsid();
 }
 
 /// Runs the machine of an instance; its exit status.
@@ -75,8 +75,6 @@ fn run_instance(
     starter: &Arc<Starter>,
 ) -> Result<u8> {
     let name = &arguments.name;
-    // Fails only for a process that leads a session already.
-    let _ = rustix::process::setsid();
     let signals = StopSignals::block().context("the signals that stop the machine cannot be caught")?;
     let state = StateFolder::open()?;
     let table = InstanceTable::open(&state)?;
@@ -126,6 +124,7 @@ fn run_instance(
         }
     }
     let report = result?;
+    say_what_is_left(&report);
     Ok(ending_status(report.outcome))
 }
 

@@ -33,7 +33,7 @@ mod stop;
 pub use balloon::{BalloonArguments, balloon};
 pub use console::{ConsoleArguments, console};
 pub use exec::{ExecArguments, exec};
-pub use machine::{MachineArguments, host_files, machine};
+pub use machine::{MachineArguments, leave_session, machine};
 pub use ps::ps;
 pub use rm::{RmArguments, rm};
 pub use run::{RunArguments, run};
