@@ -429,4 +429,60 @@ mod tests {
         let dirty: Vec<usize> = (0..20).filter(|&page| memory.notes().is_dirty(page)).collect();
         assert_eq!(dirty, [2, 3]);
     }
+
+    #[test]
+    fn each_round_of_the_dirty_log_names_the_pages_written_in_it() {
+        let memory = memory();
+        let notes = memory.notes();
+        memory.write(GuestAddress(0), &[1]).unwrap();
+        assert!(notes.take_dirty().is_empty(), "no log runs");
+        notes.start_dirty_log();
+        for _ in 0..3 {
+            memory.write(GuestAddress(0x2fff), &[1, 2]).unwrap();
+            memory.write(GuestAddress(0x23ff8), &[1]).unwrap();
+            assert_eq!(notes.take_dirty(), [2, 3, 19]);
+            assert!(!notes.is_dirty(2) && notes.take_dirty().is_empty());
+            memory.write(GuestAddress(0x3000), &[1]).unwrap();
+            memory.write(GuestAddress(0x3000), &[1]).unwrap();
+            assert_eq!(notes.take_dirty(), [3]);
+        }
+        memory.write(GuestAddress(0), &[1]).unwrap();
+        notes.start_dirty_log();
+        assert!(notes.take_dirty().is_empty());
+    }
+
+    /// Writers and rounds at the same time: who copies the pages that each round names has a copy of the memory in the end.
+    #[test]
+    fn no_store_is_lost_between_two_rounds_of_the_dirty_log() {
+        const WRITERS: u64 = 3;
+        let memory = memory();
+        memory.notes().start_dirty_log();
+        let mut copy = vec![0u8; 0x10000];
+        let take = |copy: &mut [u8]| {
+            for page in memory.notes().take_dirty() {
+                let start = page * PAGE_SIZE as usize;
+                memory.read(GuestAddress(start as u64), &mut copy[start..start + PAGE_SIZE as usize]).unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            let mut writers = Vec::new();
+            for writer in 0..WRITERS {
+                let memory = memory.clone();
+                writers.push(scope.spawn(move || {
+                    for value in 1..=500_000u64 {
+                        // All write to the same two pages, each to words of its own.
+                        let address = GuestAddress((value & 1) * PAGE_SIZE + 64 * writer);
+                        memory.write(address, &value.to_le_bytes()).unwrap();
+                    }
+                }));
+            }
+            while writers.iter().any(|writer| !writer.is_finished()) {
+                take(&mut copy);
+            }
+        });
+        take(&mut copy);
+        let mut now = vec![0; copy.len()];
+        memory.read(GuestAddress(0), &mut now).unwrap();
+        assert!(now == copy);
+    }
 }

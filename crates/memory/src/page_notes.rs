@@ -84,8 +84,9 @@ impl PageNotes {
         fence(Ordering::SeqCst);
         let note = self.notes[page_index].load(Ordering::SeqCst);
         if note & NOTE_LOG != 0 {
-            self.dirty[page_index / 64].fetch_or(1 << (page_index % 64), Ordering::SeqCst);
+            // In this order: the other way round a round that begins between the two would leave the page neither clean nor dirty.
             self.notes[page_index].fetch_and(!NOTE_LOG, Ordering::SeqCst);
+            self.dirty[page_index / 64].fetch_or(1 << (page_index % 64), Ordering::SeqCst);
         }
         if note & NOTE_CODE != 0 {
             let hit = granules(offset, len) & self.code_granules[page_index].load(Ordering::SeqCst);
@@ -106,7 +107,7 @@ impl PageNotes {
         }
     }
 
-    /// Starts a dirty log, or a new round of it: all pages are clean from here on.
+    /// Starts a dirty log: all pages are clean from here on. Touches the notes of all RAM.
     pub fn start_dirty_log(&self) {
         for word in &self.dirty {
             word.store(0, Ordering::SeqCst);
@@ -115,6 +116,29 @@ impl PageNotes {
             note.fetch_or(NOTE_LOG, Ordering::SeqCst);
         }
         Self::publish();
+    }
+
+    /// Ends a round of the dirty log and begins the next: gives the pages that were written since it began, by their indices in rising order, and they are clean
+    /// from here on. A store that a page read after this does not show makes the page dirty in the next round. One thread at a time starts the log and takes from it.
+    ///
+    /// The cost is that of the pages that were written, and a look at a bit of each other one.
+    pub fn take_dirty(&self) -> Vec<usize> {
+        let mut taken = Vec::new();
+        for (word_index, word) in self.dirty.iter().enumerate() {
+            if word.load(Ordering::SeqCst) == 0 {
+                continue;
+            }
+            let mut bits = word.swap(0, Ordering::SeqCst);
+            while bits != 0 {
+                let page_index = word_index * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                // A page that is not dirty has its note already, or a writer that has just cleared it is about to make the page dirty.
+                self.notes[page_index].fetch_or(NOTE_LOG, Ordering::SeqCst);
+                taken.push(page_index);
+            }
+        }
+        Self::publish();
+        taken
     }
 
     /// Whether the page was written since the log's round began.

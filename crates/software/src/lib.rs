@@ -29,6 +29,8 @@ mod cpu;
 mod cpu_feature;
 mod cpu_model;
 mod debugger;
+#[cfg(test)]
+mod dirty_log_tests;
 mod engine;
 mod fault;
 mod flags;

@@ -13,7 +13,7 @@ use crate::engine::{EngineOptions, SoftwareEngine, Translation};
 use crate::testbench::services;
 
 /// 64-bit code of privilege level 0, with the first 2 MiB mapped one to one.
-const CODE: u64 = 0x8000;
+pub const CODE: u64 = 0x8000;
 /// Tables of pages at 0x1000, 0x2000 and 0x3000.
 const TABLES: u64 = 0x1000;
 const GDT: u64 = 0x4000;
@@ -26,20 +26,20 @@ const BODIES: u64 = 0x3_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Runs a test with all code interpreted, with hot code translated, and with all code translated before it first runs.
-fn on_each_translation(test: impl Fn(Translation)) {
+pub fn on_each_translation(test: impl Fn(Translation)) {
     for translation in [Translation::Never, Translation::Auto, Translation::Always] {
         println!("translation: {translation:?}");
         test(translation);
     }
 }
 
-struct Machine {
-    engine: Arc<SoftwareEngine>,
-    memory: GuestMemory,
+pub struct Machine {
+    pub engine: Arc<SoftwareEngine>,
+    pub memory: GuestMemory,
 }
 
 impl Machine {
-    fn new(vcpu_count: u32, translation: Translation) -> Self {
+    pub fn new(vcpu_count: u32, translation: Translation) -> Self {
         let memory = GuestMemory::new(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let model = CpuModel::named(CpuModel::NEWEST, &[]).unwrap();
         let options = EngineOptions { translation, ..EngineOptions::default() };
@@ -59,7 +59,7 @@ impl Machine {
         machine
     }
 
-    fn write(&self, address: u64, bytes: &[u8]) {
+    pub fn write(&self, address: u64, bytes: &[u8]) {
         self.memory.write(GuestAddress(address), bytes).unwrap();
     }
 
@@ -77,7 +77,7 @@ impl Machine {
         self.write(body, &[&[0xfe, 0x04, 0x25, vector as u8, 0x07, 0, 0][..], &code].concat());
     }
 
-    fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+    pub fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
         let start = Instant::now();
         while !condition(self) {
             assert!(start.elapsed() < PATIENCE, "{what} did not happen");
@@ -87,7 +87,7 @@ impl Machine {
 }
 
 /// 64-bit mode at `CODE`, with all vector units on. The local APIC is as at power-on; [`prologue`] is code that changes that.
-fn start_state() -> VcpuState {
+pub fn start_state() -> VcpuState {
     let mut state = VcpuState::power_on(true);
     state.segments = [SegmentState { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xc093 }; 6];
     state.segments[1] = SegmentState { selector: 8, base: 0, limit: u32::MAX, attributes: 0xa09b };
@@ -113,7 +113,7 @@ fn prologue() -> Vec<u8> {
     code
 }
 
-fn spawn(mut vcpu: Box<dyn Vcpu>) -> JoinHandle<(Box<dyn Vcpu>, VcpuExit)> {
+pub fn spawn(mut vcpu: Box<dyn Vcpu>) -> JoinHandle<(Box<dyn Vcpu>, VcpuExit)> {
     std::thread::spawn(move || {
         let exit = vcpu.run();
         (vcpu, exit)

@@ -205,6 +205,9 @@ fn wait(
     memory: &GuestMemory,
     stats: &mut Stats,
 ) -> Result<Outcome, VmmError> {
+    if config.dirty_log_period.is_some() {
+        memory.notes().start_dirty_log();
+    }
     loop {
         let left = match config.timeout {
             Some(timeout) => {
@@ -219,7 +222,7 @@ fn wait(
         match control.wait(left.min(config.dirty_log_period.unwrap_or(LOOK))) {
             None => {
                 if config.dirty_log_period.is_some() {
-                    memory.notes().start_dirty_log();
+                    memory.notes().take_dirty();
                 }
                 stats.memory.look();
             }

@@ -31,6 +31,9 @@ pub const NOTED_LEAVES: u64 = 1 << 30;
 /// The same: RIP is set, because the guest goes on far from the unit.
 pub const NOTED_FAR: u64 = 1 << 29;
 
+/// Stores went anywhere in the page.
+pub const NOTED_PAGE: u64 = 1 << 28;
+
 /// Code off the straight path, emitted after it.
 pub enum Cold {
     /// A look-up missed: fill the table and try again, or leave the instruction at `rip` to the interpreter.
@@ -52,6 +55,13 @@ pub enum Cold {
         next: Option<u64>,
         host: Mem,
         x87: Option<X87Site>,
+    },
+    /// Stores to one page are done, which somebody watches by now; `host` has the address of one of them.
+    PageNoted {
+        entry: Label,
+        resume: Label,
+        rip: u64,
+        host: Mem,
     },
     Leave {
         entry: Label,
@@ -472,6 +482,14 @@ impl<'a> Generator<'a> {
                     self.asm.constant(SPARE, u64::from(bytes) | leaves);
                     self.call_thunk(self.context.thunks.noted);
                     self.call_site(next.filter(|_| far.is_none()).unwrap_or_else(|| self.first_ip()), x87, 0);
+                    self.asm.jump(resume);
+                }
+                Cold::PageNoted { entry, resume, rip, host } => {
+                    self.asm.bind(entry);
+                    self.asm.load(ADDRESS, host);
+                    self.asm.constant(SPARE, NOTED_PAGE);
+                    self.call_thunk(self.context.thunks.noted);
+                    self.call_site(rip, None, 0);
                     self.asm.jump(resume);
                 }
                 Cold::Leave { entry, exit, rip } => {

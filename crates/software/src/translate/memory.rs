@@ -152,6 +152,15 @@ impl Generator<'_> {
         self.cold.push(Cold::Noted { entry, resume, bytes, next, host: place.mem, x87: self.last_x87 });
     }
 
+    /// Looks at the note whose address is in SPARE after stores to one page; `host` has the host address of one of them.
+    pub fn check_page_note(&mut self, rip: u64, live: bool, host: Mem) {
+        let resume = self.asm.label();
+        let entry = self.asm.label();
+        self.jump_if_set(Mem::base(SPARE, 0), live, entry);
+        self.asm.bind(resume);
+        self.cold.push(Cold::PageNoted { entry, resume, rip, host });
+    }
+
     /// Finds the host address of an access: by the look-up of its group or by its own. Uses all scratch registers; afterwards a place outside of
     /// a group lies at [`LOOKED_UP`], one in a group at ADDEND, and ADDRESS is free.
     pub fn reach(&mut self, item: &Item, access: Access, bytes: u32, usage: Use) -> Result<Place> {

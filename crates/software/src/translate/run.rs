@@ -2,10 +2,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use polder_memory::PAGE_SIZE;
+
 use super::Translator;
 use super::arena::{CpuBox, Jumps, jumps_of};
 use super::frame::{LINKS_BETWEEN_AIMS, exit};
-use super::generate::{NOTED_FAR, NOTED_LEAVES};
+use super::generate::{NOTED_FAR, NOTED_LEAVES, NOTED_PAGE};
 use super::lockstep::Before;
 use super::thunks::{Enter, Functions, GO_ON, LEAVE};
 use super::units::Place;
@@ -65,7 +67,12 @@ unsafe extern "sysv64" fn noted(pointer: *mut Cpu) -> u64 {
     let cpu = unsafe { &mut *pointer };
     let argument = cpu.frame.argument;
     let bytes = argument & !(NOTED_LEAVES | NOTED_FAR);
-    cpu.stored_to_noted(cpu.frame.miss_address as *mut u8, bytes);
+    let host = cpu.frame.miss_address as *mut u8;
+    if argument & NOTED_PAGE != 0 {
+        cpu.stored_to_noted(host.map_addr(|address| address & !(PAGE_SIZE as usize - 1)), PAGE_SIZE);
+        return GO_ON;
+    }
+    cpu.stored_to_noted(host, bytes);
     if argument & NOTED_LEAVES != 0 && cpu.frame_attention() {
         if argument & NOTED_FAR != 0 {
             cpu.frame.exit = exit::ATTENTION;

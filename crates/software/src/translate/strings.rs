@@ -2,7 +2,7 @@
 //!
 //! They go page by page: a look-up for each side, then the host's own instruction for what lies in the pages. RCX, RSI and RDI are exact
 //! between the pieces, so that a look-up that misses leaves the rest to the interpreter at the same instruction, as do the
-//! direction flag and pages that somebody watches. Elements that overlap come out as on the host, because they
+//! direction flag and pages that somebody watches; who begins to watch a page in the middle of a piece hears of it after the piece. Elements that overlap come out as on the host, because they
 //! overlap there in the same way.
 
 use std::mem::offset_of;
@@ -59,6 +59,7 @@ impl Generator<'_> {
         }
         self.asm.mov(ADDRESS, RDI);
         self.look_up(item, bytes, Use::Write, live);
+        self.asm.store(temporary(0), SPARE);
         self.asm.load_u8(SPARE, Mem::base(SPARE, 0));
         self.asm.jump_unless_rcx_zero(watched);
         if live {
@@ -89,6 +90,7 @@ impl Generator<'_> {
             self.asm.lea(ADDRESS, Mem::indexed(RSI, SPARE, shift, 0));
             self.asm.load(RSI, temporary(3));
         }
+        self.asm.store(temporary(3), RDI);
         if live {
             self.asm.load(RAX, temporary(1));
         }
@@ -109,6 +111,8 @@ impl Generator<'_> {
             self.asm.flags_from_ax();
             self.asm.load(RAX, temporary(1));
         }
+        self.asm.load(SPARE, temporary(0));
+        self.check_page_note(rip, live, temporary(3));
         self.asm.mov(SPARE, R9);
         self.asm.jump_if_rcx_zero(done);
         self.asm.load32(SPARE, JUMP_TABLE);
