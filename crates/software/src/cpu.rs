@@ -15,7 +15,7 @@ use crate::flags::{self, ArithmeticFlags};
 use crate::msr::Msrs;
 use crate::paravirt::Paravirt;
 use crate::stopwatch::Stopwatch;
-use crate::tlb::Tlb;
+use crate::tlb::{DataTables, Tlb};
 use crate::translate::Frame;
 use crate::vector::VectorState;
 
@@ -207,7 +207,13 @@ pub struct SystemCallRegisters {
 
 impl Cpu {
     /// A processor of a model with its local APIC, in a machine that was switched on at `epoch_tsc`; after power-on (SDM vol. 3, table 10-1).
-    pub fn with_platform(services: EngineServices, model: Arc<CpuModel>, apic: LocalApic, epoch_tsc: u64) -> Cpu {
+    pub fn with_platform(
+        data_tables: DataTables,
+        services: EngineServices,
+        model: Arc<CpuModel>,
+        apic: LocalApic,
+        epoch_tsc: u64,
+    ) -> Cpu {
         let data = SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
         let code = SegmentState { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b };
         let system = |kind: u16| SegmentState { selector: 0, base: 0, limit: 0xffff, attributes: 0x80 | kind };
@@ -230,7 +236,7 @@ impl Cpu {
             system_flags: 0,
             mode,
             segments: [data, code, data, data, data, data],
-            tlb: Tlb::default(),
+            tlb: Tlb::new(data_tables),
             fault: Exception::default(),
             ldtr: system(2),
             tr: system(0xb),

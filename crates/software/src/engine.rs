@@ -10,6 +10,7 @@ use crate::counters::Published;
 use crate::cpu::Cpu;
 use crate::cpu_model::CpuModel;
 use crate::time;
+use crate::translate::CpuBox;
 use crate::vcpu::{SoftwareHandle, SoftwareVcpu};
 
 /// vCPUs that a machine can have: APIC ids 0 to 254 without extensions.
@@ -133,10 +134,12 @@ impl SoftwareEngine {
         let mut handles = Vec::new();
         for (index, inbox) in router.inboxes().iter().enumerate() {
             let apic = LocalApic::new(router.clone(), index, tsc_khz);
-            let cpu = Cpu::with_platform(services.clone(), model.clone(), apic, epoch_tsc);
+            let (services, model) = (services.clone(), model.clone());
+            let cpu = CpuBox::new(|tables| Cpu::with_platform(tables, services, model, apic, epoch_tsc));
             let published = Arc::new(Published::default());
             handles.push(Arc::new(SoftwareHandle { inbox: inbox.clone(), published: published.clone() }));
-            let vcpu = SoftwareVcpu::new(cpu, published, options)
+            let vcpu = cpu
+                .and_then(|cpu| SoftwareVcpu::new(cpu, published, options))
                 .map_err(|source| EngineError::Host { what: "memory for translated code", source })?;
             vcpus.push(vcpu);
         }

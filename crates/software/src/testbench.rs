@@ -16,6 +16,7 @@ use crate::cpu_model::CpuModel;
 use crate::fault::Exception;
 use crate::run::Outcome;
 use crate::time;
+use crate::tlb::DataTables;
 pub use crate::translate::CpuBox;
 use crate::translate::{ArenaMemory, FUNCTIONS, Translator};
 
@@ -93,11 +94,11 @@ impl Drop for Ticker {
 }
 
 /// A processor of the newest model, alone in its machine.
-fn alone(services: EngineServices) -> Cpu {
+fn alone(data_tables: DataTables, services: EngineServices) -> Cpu {
     let model = CpuModel::named(CpuModel::NEWEST, &[]).expect("the newest model has a name");
     let router = Arc::new(Router::new(vec![Arc::new(Inbox::default())]));
     let apic = LocalApic::new(router, 0, time::tsc_khz());
-    Cpu::with_platform(services, Arc::new(model), apic, time::host_tsc())
+    Cpu::with_platform(data_tables, services, Arc::new(model), apic, time::host_tsc())
 }
 
 /// Why a run ended.
@@ -133,7 +134,7 @@ impl TestBench {
         let memory = GuestMemory::new(&[(GuestAddress(0), MEMORY_BYTES)]).expect("memory for a test");
         let stale = Arc::new(Stale::default());
         memory.set_code_watcher(stale.clone());
-        let cpu = CpuBox::new(alone(services(memory))).expect("memory for a test");
+        let cpu = CpuBox::new(|tables| alone(tables, services(memory))).expect("memory for a test");
         let _ = stale.arena.set(cpu.memory().clone());
         let mut bench = TestBench { cpu, translator: None, _ticker: None, blocks: Blocks::new(), stale };
         bench.write_page_tables();
@@ -200,7 +201,7 @@ impl TestBench {
         self.write_page_tables();
         self.drop_stale();
         let services = self.cpu.services.clone();
-        *self.cpu = alone(services);
+        self.cpu.replace(|tables| alone(tables, services));
         self.flush();
     }
 

@@ -13,7 +13,7 @@
 //! a bitmap and dropped one by one at a switch. A guest whose kernel pages are not global would lose by that: after
 //! [`LOCAL_KERNEL_PAGES_MAX`] such pages between two switches its supervisor tables follow the address space as the user's does, until everything is flushed.
 //!
-//! The layout of [`DataEntry`], the place of a page in its table (bits 12 to 22 of the address) and [`Tlb::generations`] are what generated
+//! The layout of [`DataEntry`], the place of a page in its table (the lowest bits of its number) and [`Tlb::generations`] are what generated
 //! code looks up; nothing else is.
 //!
 //! Stale entries may stay until the guest flushes, as the architecture allows (SDM vol. 3, 4.10).
@@ -26,8 +26,11 @@ use crate::cpu::{Cpu, cr0, cr4};
 use crate::flags;
 use crate::second_level::SecondLevel;
 
-/// Entries in a data table.
-pub const DATA_ENTRIES: usize = 2048;
+mod data_tables;
+
+use data_tables::LocalEntries;
+pub use data_tables::{DATA_ENTRIES, DataEntry, DataMemory, DataTables};
+
 /// Entries in a code table.
 pub const CODE_ENTRIES: usize = 1024;
 const PAGE_MASK: u64 = !(PAGE_SIZE - 1);
@@ -50,8 +53,6 @@ pub const WATCHED: usize = 3;
 
 /// The first of the supervisor tables, which lie side by side.
 const SUPERVISOR_TABLES: std::ops::Range<usize> = SUPERVISOR..SUPERVISOR_OPEN + 1;
-/// Words of the bitmap of entries of pages that are not global in the supervisor tables.
-const LOCAL_WORDS: usize = 2 * DATA_ENTRIES / 64;
 /// Supervisor pages that are not global, filled between two switches of address spaces, before the guest counts as one without global pages.
 const LOCAL_KERNEL_PAGES_MAX: u32 = 64;
 
@@ -64,24 +65,6 @@ pub enum Scope {
     LocalSupervisor,
     /// A user page of one address space.
     LocalUser,
-}
-
-/// Where a page of RAM is in the host, for data. An entry never lies in two cache lines: translated shells ran at a quarter of
-/// their speed when entries did.
-#[derive(Clone, Copy)]
-#[repr(C, align(32))]
-pub struct DataEntry {
-    pub read_tag: u64,
-    pub write_tag: u64,
-    /// Add to the linear address to get the host address.
-    pub addend: u64,
-    /// The page's note byte: not zero means that somebody wants to hear of stores.
-    pub note: *const u8,
-}
-
-impl DataEntry {
-    /// Matches nothing.
-    pub const NONE: DataEntry = DataEntry { read_tag: NO_TAG, write_tag: NO_TAG, addend: 0, note: std::ptr::null() };
 }
 
 /// Where a page of RAM is in the host, for instruction fetch.
@@ -119,11 +102,9 @@ impl Ways {
 
 /// All tables of one vCPU.
 pub struct Tlb {
-    data: [DataEntry; 4 * DATA_ENTRIES],
+    data: DataTables,
     code: Box<[CodeEntry; 2 * CODE_ENTRIES]>,
     second: SecondLevel,
-    /// First entry of the data table in use.
-    data_base: usize,
     /// First entry of the code table in use.
     code_base: usize,
     /// The data table's generation in use: one of `generations`.
@@ -134,7 +115,7 @@ pub struct Tlb {
     context_generation: u64,
     last_generation: u64,
     /// Entries of the supervisor tables whose pages are not global.
-    local: [u64; LOCAL_WORDS],
+    local: LocalEntries,
     /// Supervisor pages filled that are not global, since the last switch of address spaces.
     local_kernel_pages: u32,
     /// A way through a page that is not global was remembered for the supervisor in this address space.
@@ -157,23 +138,24 @@ pub struct Tlb {
 // SAFETY: the note pointers point into the machine's `PageNotes`, which every vCPU thread may read.
 unsafe impl Send for Tlb {}
 
-impl Default for Tlb {
-    fn default() -> Self {
+impl Tlb {
+    /// Empty tables.
+    pub fn new(mut data: DataTables) -> Tlb {
+        data.select(SUPERVISOR_OPEN);
         let code = CodeEntry { tag: NO_TAG, page_number: 0 };
         Tlb {
-            data: [DataEntry::NONE; 4 * DATA_ENTRIES],
+            data,
             code: vec![code; 2 * CODE_ENTRIES]
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("same length")),
             second: SecondLevel::default(),
-            data_base: SUPERVISOR_OPEN * DATA_ENTRIES,
             code_base: 0,
             generation: 2,
             generations: [1, 2, 2, 1],
             context_generation: 1,
             last_generation: 2,
-            local: [0; LOCAL_WORDS],
+            local: LocalEntries::default(),
             local_kernel_pages: 0,
             has_local_way: false,
             current_key: NO_KEY,
@@ -232,27 +214,19 @@ fn region(linear: u64, shift: u32) -> u64 {
 
 /// Where generated code finds what [`Tlb::data_entry`] and [`Tlb::tag`] look at: offsets in [`Tlb`].
 pub struct DataLayout {
-    /// The first entry of all tables.
+    /// The address of the table in use.
     pub table: usize,
-    /// Number of the first entry in use.
-    pub first: usize,
     pub generation: usize,
 }
 
-pub const DATA_LAYOUT: DataLayout = DataLayout {
-    table: offset_of!(Tlb, data),
-    first: offset_of!(Tlb, data_base),
-    generation: offset_of!(Tlb, generation),
-};
+pub const DATA_LAYOUT: DataLayout =
+    DataLayout { table: offset_of!(Tlb, data) + DataTables::IN_USE_OFFSET, generation: offset_of!(Tlb, generation) };
 
-fn index(linear: u64, entries: usize) -> usize {
-    (linear / PAGE_SIZE) as usize & (entries - 1)
+fn code_index(linear: u64) -> usize {
+    (linear / PAGE_SIZE) as usize & (CODE_ENTRIES - 1)
 }
 
 impl Tlb {
-    /// Where translated code finds the entries of the first data table.
-    pub(crate) const DATA_OFFSET: usize = std::mem::offset_of!(Tlb, data);
-
     /// Where translated code finds the generation of a data table.
     pub(crate) const fn generation_offset(table: usize) -> usize {
         std::mem::offset_of!(Tlb, generations) + table * size_of::<u64>()
@@ -261,7 +235,7 @@ impl Tlb {
     /// The entry that could hold `linear`'s page in the table in use.
     #[inline(always)]
     pub fn data_entry(&self, linear: u64) -> &DataEntry {
-        &self.data[(self.data_base + index(linear, DATA_ENTRIES)) & (4 * DATA_ENTRIES - 1)]
+        self.data.entry(linear)
     }
 
     /// What the entry's tag must equal for an access of `bytes` bytes at `linear` to hit; an access that crosses into another page
@@ -274,7 +248,7 @@ impl Tlb {
     /// The guest-physical page number for an instruction fetch at `linear`, if it is known.
     #[inline(always)]
     pub fn code_page(&self, linear: u64) -> Option<u64> {
-        let entry = &self.code[(self.code_base + index(linear, CODE_ENTRIES)) & (2 * CODE_ENTRIES - 1)];
+        let entry = &self.code[(self.code_base + code_index(linear)) & (2 * CODE_ENTRIES - 1)];
         let page = linear & PAGE_MASK;
         let hit = entry.tag == page | self.context_generation || entry.tag == page | self.code_generation(true);
         hit.then_some(entry.page_number)
@@ -304,12 +278,11 @@ impl Tlb {
                     self.retag();
                 }
             }
-            let place = (table - SUPERVISOR) * DATA_ENTRIES + index(linear, DATA_ENTRIES);
-            let bit = 1 << (place % 64);
+            let place = (table - SUPERVISOR) * DATA_ENTRIES + data_tables::place(linear);
             if scope == Scope::Global {
-                self.local[place / 64] &= !bit;
+                self.local.remove(place);
             } else {
-                self.local[place / 64] |= bit;
+                self.local.insert(place);
             }
         }
         let tag = linear & PAGE_MASK | self.generations[table];
@@ -319,7 +292,7 @@ impl Tlb {
             addend: (host as u64).wrapping_sub(linear & PAGE_MASK),
             note,
         };
-        self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = entry;
+        *self.data.entry_mut(table, linear) = entry;
         // What a switch drops one by one is not looked for in the second level.
         if table == USER || scope == Scope::Global || self.supervisor_follows() {
             self.second.put(table, linear, entry);
@@ -335,17 +308,17 @@ impl Tlb {
             return None;
         }
         if SUPERVISOR_TABLES.contains(&table) {
-            let place = (table - SUPERVISOR) * DATA_ENTRIES + index(linear, DATA_ENTRIES);
-            self.local[place / 64] &= !(1 << (place % 64));
+            let place = (table - SUPERVISOR) * DATA_ENTRIES + data_tables::place(linear);
+            self.local.remove(place);
         }
-        self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)] = entry;
+        *self.data.entry_mut(table, linear) = entry;
         Some(entry.addend.wrapping_add(linear) as *mut u8)
     }
 
     /// Fills a code table's entry.
     pub fn fill_code(&mut self, linear: u64, page_number: u64, scope: Scope) {
         let tag = linear & PAGE_MASK | self.code_generation(scope == Scope::Global);
-        self.code[self.code_base + index(linear, CODE_ENTRIES)] = CodeEntry { tag, page_number };
+        self.code[self.code_base + code_index(linear)] = CodeEntry { tag, page_number };
     }
 
     /// Whether the supervisor tables are flushed with the address space.
@@ -368,20 +341,13 @@ impl Tlb {
     fn enter_context(&mut self, generation: u64) {
         if self.supervisor_follows() {
             // These entries have the generation of their address space.
-            self.local.fill(0);
+            self.local.clear();
         } else {
             // A few such pages are no reason, however often they are filled.
             self.local_kernel_pages = 0;
         }
-        for (word, local) in self.local.iter_mut().enumerate() {
-            while *local != 0 {
-                let place = word * 64 + local.trailing_zeros() as usize;
-                *local &= *local - 1;
-                let entry = &mut self.data[SUPERVISOR * DATA_ENTRIES + place];
-                entry.read_tag = NO_TAG;
-                entry.write_tag = NO_TAG;
-            }
-        }
+        let data = self.data.filled_mut();
+        self.local.take_each(|place| data[SUPERVISOR * DATA_ENTRIES + place].forget());
         self.has_local_way = false;
         self.set_context_generation(generation);
     }
@@ -411,16 +377,14 @@ impl Tlb {
         }
         self.drop_data(linear);
         for table in 0..2 {
-            self.code[table * CODE_ENTRIES + index(linear, CODE_ENTRIES)].tag = NO_TAG;
+            self.code[table * CODE_ENTRIES + code_index(linear)].tag = NO_TAG;
         }
     }
 
     /// Drops one page's entries for data.
     pub fn drop_data(&mut self, linear: u64) {
-        for table in 0..4 {
-            let entry = &mut self.data[table * DATA_ENTRIES + index(linear, DATA_ENTRIES)];
-            entry.read_tag = NO_TAG;
-            entry.write_tag = NO_TAG;
+        for table in 0..WATCHED {
+            self.data.entry_mut(table, linear).forget();
         }
         self.second.drop_page(linear);
     }
@@ -429,7 +393,7 @@ impl Tlb {
     fn invalidate_region(&mut self, linear: u64, shift: u32) {
         self.second.drop_region(linear, shift);
         let region = linear >> shift;
-        for entry in self.data.iter_mut() {
+        for entry in self.data.filled_mut() {
             if entry.read_tag >> shift == region {
                 entry.read_tag = NO_TAG;
             }
@@ -509,7 +473,7 @@ impl Tlb {
     pub fn note_way(&mut self, linear: u64) {
         self.ways[usize::from(self.code_base != 0)].pages.add(linear / PAGE_SIZE);
         if self.code_base == 0 && !self.has_local_way {
-            let entry = &self.code[index(linear, CODE_ENTRIES)];
+            let entry = &self.code[code_index(linear)];
             if entry.tag != linear & PAGE_MASK | self.generations[SUPERVISOR] {
                 self.has_local_way = true;
                 self.retag();
@@ -526,17 +490,14 @@ impl Tlb {
     /// A generation that no entry has. When they run out, everything is cleared; the caller makes the result the current one.
     fn new_generation(&mut self) -> u64 {
         if self.last_generation == GENERATION_MAX {
-            for entry in self.data.iter_mut() {
-                entry.read_tag = NO_TAG;
-                entry.write_tag = NO_TAG;
-            }
+            self.data.filled_mut().iter_mut().for_each(DataEntry::forget);
             for entry in self.code.iter_mut() {
                 entry.tag = NO_TAG;
             }
             self.second.clear();
             self.forget_contexts();
             self.begin_epochs();
-            self.local.fill(0);
+            self.local.clear();
             self.generations[SUPERVISOR_TABLES].fill(1);
             self.last_generation = 1;
         }
@@ -546,7 +507,7 @@ impl Tlb {
 
     /// The data table in use.
     pub fn data_table(&self) -> usize {
-        self.data_base / DATA_ENTRIES
+        self.data.in_use()
     }
 }
 
@@ -567,7 +528,7 @@ impl Cpu {
         } else {
             SUPERVISOR_OPEN
         };
-        self.tlb.data_base = table * DATA_ENTRIES;
+        self.tlb.data.select(table);
         self.tlb.generation = self.tlb.generations[table];
         self.tlb.code_base = usize::from(user) * CODE_ENTRIES;
         self.tlb.code_size = self.mode.code as u8;

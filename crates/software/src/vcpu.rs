@@ -56,9 +56,8 @@ pub struct SoftwareVcpu {
 
 impl SoftwareVcpu {
     /// A vCPU after power-on.
-    pub fn new(cpu: Cpu, published: Arc<Published>, options: EngineOptions) -> io::Result<Self> {
+    pub fn new(mut cpu: CpuBox, published: Arc<Published>, options: EngineOptions) -> io::Result<Self> {
         let inbox = cpu.apic.inbox().clone();
-        let mut cpu = CpuBox::new(cpu)?;
         if options.measurements == Measurements::All {
             cpu.stopwatch.start();
         }
@@ -439,19 +438,20 @@ impl Vcpu for SoftwareVcpu {
     }
 
     fn reset(&mut self) {
-        let old = &*self.cpu;
+        let old = &mut *self.cpu;
         let index = old.apic.id() as usize;
         let router: Arc<Router> = old.apic.router().clone();
         // What was sent to the processor before the reset is void; a request to stop is not.
         self.inbox.take_external();
         self.inbox.take_event(EVENT_INIT | EVENT_SIPI | EVENT_NMI | EVENT_SECOND_NMI | EVENT_KICK);
         let apic = LocalApic::new(router, index, old.apic.timer.tsc_khz());
-        let mut cpu = Cpu::with_platform(old.services.clone(), old.model.clone(), apic, old.epoch_tsc);
-        cpu.counters = old.counters;
-        cpu.stopwatch = old.stopwatch;
-        cpu.instructions = old.instructions;
-        cpu.debugger = std::mem::take(&mut self.cpu.debugger);
-        *self.cpu = cpu;
+        let (services, model, epoch_tsc) = (old.services.clone(), old.model.clone(), old.epoch_tsc);
+        let (counters, stopwatch, instructions) = (old.counters, old.stopwatch, old.instructions);
+        let debugger = std::mem::take(&mut old.debugger);
+        self.cpu.replace(|tables| {
+            let cpu = Cpu::with_platform(tables, services, model, apic, epoch_tsc);
+            Cpu { counters, stopwatch, instructions, debugger, ..cpu }
+        });
         // The new look-up tables count their generations anew.
         self.flush_code();
         self.waits_for_sipi = index != 0;

@@ -1,6 +1,15 @@
 //! Tests of the look-up tables.
 
+use std::sync::Arc;
+
 use super::*;
+use crate::translate::ArenaMemory;
+
+fn tlb() -> Tlb {
+    let arena = Arc::new(ArenaMemory::new().unwrap());
+    // SAFETY: the arena's only ones.
+    Tlb::new(unsafe { DataTables::new(arena) })
+}
 
 fn hit(tlb: &Tlb, linear: u64) -> bool {
     tlb.data_entry(linear).read_tag == tlb.tag(linear, 1)
@@ -8,7 +17,8 @@ fn hit(tlb: &Tlb, linear: u64) -> bool {
 
 #[test]
 fn a_switch_back_with_keep_finds_its_entries() {
-    let mut tlb = Tlb { data_base: USER * DATA_ENTRIES, ..Tlb::default() };
+    let mut tlb = tlb();
+    tlb.data.select(USER);
     tlb.switch_context(1, false);
     tlb.fill_data(USER, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
     assert!(hit(&tlb, 0x5fff) && tlb.data_entry(0x5fff).read_tag != tlb.tag(0x5fff, 2));
@@ -22,7 +32,7 @@ fn a_switch_back_with_keep_finds_its_entries() {
 
 #[test]
 fn generations_run_out_without_reviving_old_entries() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(7, false);
     tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
     for _ in 0..3 * GENERATION_MAX {
@@ -33,7 +43,7 @@ fn generations_run_out_without_reviving_old_entries() {
 
 #[test]
 fn invalidating_a_large_page_drops_all_its_parts() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     let huge = 0xffff_8880_4000_0000;
     for (linear, shift) in [(0x60_0000, 21), (0x7f_f000, 21), (huge, 30), (huge + 0x3fff_f000, 30)] {
@@ -49,7 +59,7 @@ fn invalidating_a_large_page_drops_all_its_parts() {
 
 #[test]
 fn only_pages_that_led_to_code_change_the_fetch_tag() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     tlb.note_way(0x5abc);
     let tag = tlb.fetch_tag;
@@ -69,7 +79,7 @@ fn fill(tlb: &mut Tlb, linear: u64, scope: Scope) {
 
 #[test]
 fn global_entries_of_the_supervisor_outlive_switches_and_others_do_not() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     fill(&mut tlb, 0x5000, Scope::Global);
     fill(&mut tlb, 0x6000, Scope::LocalSupervisor);
@@ -91,7 +101,7 @@ fn global_entries_of_the_supervisor_outlive_switches_and_others_do_not() {
 
 #[test]
 fn without_global_pages_supervisor_entries_belong_to_their_address_space() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     for page in 1..=u64::from(LOCAL_KERNEL_PAGES_MAX) {
         fill(&mut tlb, page * PAGE_SIZE, Scope::LocalSupervisor);
@@ -112,7 +122,7 @@ fn without_global_pages_supervisor_entries_belong_to_their_address_space() {
 
 #[test]
 fn the_supervisor_s_fetch_tag_changes_with_the_address_space_only_after_ways_that_are_not_global() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     tlb.fill_code(0x5000, 9, Scope::Global);
     tlb.note_way(0x5123);
@@ -136,7 +146,7 @@ fn the_supervisor_s_fetch_tag_changes_with_the_address_space_only_after_ways_tha
 fn the_second_level_gives_back_what_another_page_has_displaced_and_nothing_that_was_dropped() {
     const APART: u64 = DATA_ENTRIES as u64 * PAGE_SIZE;
     let back = |tlb: &mut Tlb, linear| !hit(tlb, linear) && tlb.refill(linear, true).is_some() && hit(tlb, linear);
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     fill(&mut tlb, 0x5000, Scope::Global);
     fill(&mut tlb, 0x5000 + APART, Scope::LocalUser);
@@ -145,11 +155,11 @@ fn the_second_level_gives_back_what_another_page_has_displaced_and_nothing_that_
     tlb.switch_context(2, false);
     assert!(hit(&tlb, 0x5000));
     fill(&mut tlb, 0x5000 + APART, Scope::Global);
-    tlb.data_base = USER * DATA_ENTRIES;
+    tlb.data.select(USER);
     assert!(tlb.refill(0x5000, false).is_none());
-    tlb.data_base = WATCHED * DATA_ENTRIES;
+    tlb.data.select(WATCHED);
     assert!(tlb.refill(0x5000, false).is_none());
-    tlb.data_base = SUPERVISOR_OPEN * DATA_ENTRIES;
+    tlb.data.select(SUPERVISOR_OPEN);
     tlb.invalidate_page(0x5000);
     assert!(tlb.refill(0x5000, false).is_none());
     fill(&mut tlb, 0x5000, Scope::Global);
@@ -165,7 +175,7 @@ fn the_second_level_gives_back_what_another_page_has_displaced_and_nothing_that_
 
 #[test]
 fn generations_run_out_with_global_entries_too() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     for round in 0..3 * GENERATION_MAX {
         tlb.flush_all();
         assert!(!hit(&tlb, 0x5000), "{round}");
@@ -179,7 +189,7 @@ fn generations_run_out_with_global_entries_too() {
 
 #[test]
 fn flushing_a_context_touches_no_other() {
-    let mut tlb = Tlb::default();
+    let mut tlb = tlb();
     tlb.switch_context(1, false);
     tlb.fill_data(SUPERVISOR_OPEN, 0x5000, std::ptr::null_mut(), std::ptr::null(), true, Scope::LocalUser);
     tlb.switch_context(2, false);

@@ -4,13 +4,14 @@
 //! a stack for calls into Rust. So the registers, the look-up tables and the jump tables lie together in one mapping:
 //!
 //! ```text
-//! guard page | stack, growing down | Cpu | Jumps
+//! guard page | stack, growing down | Cpu | data tables | Jumps
 //! ```
 //!
 //! The mapping lives as long as anybody who may write the attention word in it.
 
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -19,6 +20,7 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, m
 use super::bindings::NO_BINDING;
 use super::frame::Frame;
 use crate::cpu::Cpu;
+use crate::tlb::{DataMemory, DataTables};
 
 /// Stack for what translated code calls: handlers, and the devices behind them.
 const STACK_BYTES: usize = 2 << 20;
@@ -91,6 +93,7 @@ impl Jumps {
 #[repr(C, align(4096))]
 pub struct Layout {
     pub cpu: Cpu,
+    pub data: DataMemory,
     pub jumps: Jumps,
 }
 
@@ -107,7 +110,8 @@ unsafe impl Send for ArenaMemory {}
 unsafe impl Sync for ArenaMemory {}
 
 impl ArenaMemory {
-    fn new() -> io::Result<ArenaMemory> {
+    /// Zeros.
+    pub fn new() -> io::Result<ArenaMemory> {
         let len = GUARD_BYTES + STACK_BYTES + size_of::<Layout>();
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
@@ -122,6 +126,12 @@ impl ArenaMemory {
     fn layout(&self) -> *mut Layout {
         // SAFETY: inside the mapping.
         unsafe { self.start.add(GUARD_BYTES + STACK_BYTES).cast() }
+    }
+
+    /// The look-up tables for data.
+    pub fn data_memory(&self) -> NonNull<DataMemory> {
+        // SAFETY: the field lies inside the mapping.
+        unsafe { NonNull::new_unchecked(&raw mut (*self.layout()).data) }
     }
 
     /// The word that other threads clear to get the vCPU's attention while it runs translated code.
@@ -145,9 +155,11 @@ pub struct CpuBox {
 }
 
 impl CpuBox {
-    /// Puts a processor into an arena.
-    pub fn new(cpu: Cpu) -> io::Result<CpuBox> {
+    /// Puts a processor into an arena whose data tables it uses.
+    pub fn new(make: impl FnOnce(DataTables) -> Cpu) -> io::Result<CpuBox> {
         let memory = Arc::new(ArenaMemory::new()?);
+        // SAFETY: the arena's first.
+        let cpu = make(unsafe { DataTables::new(memory.clone()) });
         // SAFETY: the layout is mapped, aligned and nobody else knows of it yet. The rest of it is integers, which are zero.
         unsafe {
             (&raw mut (*memory.layout()).cpu).write(cpu);
@@ -157,6 +169,13 @@ impl CpuBox {
             }
         }
         Ok(CpuBox { memory })
+    }
+
+    /// Puts another processor in the place of this one; its data tables are empty.
+    pub fn replace(&mut self, make: impl FnOnce(DataTables) -> Cpu) {
+        // SAFETY: nobody uses the old processor's until that is gone.
+        let cpu = make(unsafe { DataTables::new(self.memory.clone()) });
+        **self = cpu;
     }
 
     pub fn memory(&self) -> &Arc<ArenaMemory> {
@@ -170,9 +189,9 @@ impl CpuBox {
 
     /// The processor and its jump tables.
     pub fn split(&mut self) -> (&mut Cpu, &mut Jumps) {
-        // SAFETY: `self` owns the layout.
-        let layout = unsafe { &mut *self.memory.layout() };
-        (&mut layout.cpu, &mut layout.jumps)
+        let layout = self.memory.layout();
+        // SAFETY: `self` owns both. The data tables between them are the processor's to refer to.
+        unsafe { (&mut (*layout).cpu, &mut (*layout).jumps) }
     }
 }
 
@@ -208,6 +227,8 @@ pub unsafe fn jumps_of<'a>(cpu: *mut Cpu) -> &'a mut Jumps {
     unsafe { &mut (*cpu.cast::<Layout>()).jumps }
 }
 
+/// Distance of the data tables from the processor.
+pub const DATA: usize = std::mem::offset_of!(Layout, data);
 /// Distance of the jump tables from the processor.
 pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
 pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;

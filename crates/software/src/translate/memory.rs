@@ -4,6 +4,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Instruction, Register};
 
+use super::arena::DATA;
 use super::assembler::{Binary, Mem, R15, RBP, RSP, Reg, condition};
 use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_slot, temporary};
 use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Split, Use};
@@ -25,8 +26,6 @@ pub struct Place {
 pub const LOOKED_UP: Place = Place { mem: Mem::indexed(ADDRESS, ADDEND, 0, 0), note: None };
 /// The same after both were added in ADDRESS.
 pub const COLLAPSED: Place = Place { mem: Mem::base(ADDRESS, 0), note: None };
-
-const TLB: usize = offset_of!(Cpu, tlb) + Tlb::DATA_OFFSET;
 
 impl Generator<'_> {
     /// Puts the effective address of the instruction's memory operand into `to`, without a segment's base. Uses ADDRESS and ADDEND.
@@ -85,7 +84,7 @@ impl Generator<'_> {
         let split = splits.then(|| self.split(rip));
         let retry = self.asm.label();
         let entry = self.asm.label();
-        let table = (TLB + self.context.table * DATA_ENTRIES * size_of::<DataEntry>()) as i32;
+        let table = (DATA + self.context.table * DATA_ENTRIES * size_of::<DataEntry>()) as i32;
         let tag = match usage {
             Use::Read => offset_of!(DataEntry, read_tag),
             Use::Write => offset_of!(DataEntry, write_tag),

@@ -15,7 +15,6 @@ use crate::tlb::{DATA_ENTRIES, DATA_LAYOUT, DataEntry};
 
 const ENABLED: u32 = (offset_of!(Cpu, vector) + offset_of!(VectorState, enabled)) as u32;
 const TABLE: u32 = (offset_of!(Cpu, tlb) + DATA_LAYOUT.table) as u32;
-const FIRST: u32 = (offset_of!(Cpu, tlb) + DATA_LAYOUT.first) as u32;
 const GENERATION: u32 = (offset_of!(Cpu, tlb) + DATA_LAYOUT.generation) as u32;
 const _: () = assert!(size_of::<DataEntry>() == 32);
 
@@ -66,12 +65,11 @@ impl Emitter {
             self.bytes(&[0x40, 0xf6, 0xc6, last]);
             to_slow.push(self.jump_if(NOT_ZERO));
         }
-        // The entry: mov eax, esi; shr eax, 12; and eax, entries - 1; add eax, [first]; shl rax, 5; lea rax, [rdi + rax + table]
+        // The entry: mov eax, esi; shr eax, 12; and eax, entries - 1; shl rax, 5; add rax, [table]
         self.bytes(&[0x89, 0xf0, 0xc1, 0xe8, 12, 0x25]);
         self.bytes(&(DATA_ENTRIES as u32 - 1).to_le_bytes());
-        self.with_displacement(&[0x03, 0x87], FIRST);
         self.bytes(&[0x48, 0xc1, 0xe0, 5]);
-        self.with_displacement(&[0x48, 0x8d, 0x84, 0x07], TABLE);
+        self.with_displacement(&[0x48, 0x03, 0x87], TABLE);
         // The tag: lea r8, [rsi + bytes - 1]; and r8, -4096; or r8, [generation]; cmp r8, [rax + read_tag]
         self.bytes(&[0x4c, 0x8d, 0x46, last, 0x49, 0x81, 0xe0, 0x00, 0xf0, 0xff, 0xff]);
         self.with_displacement(&[0x4c, 0x0b, 0x87], GENERATION);
