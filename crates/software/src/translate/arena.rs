@@ -32,6 +32,24 @@ pub const JUMP_TABLES: usize = 16;
 /// Numbers of bindings; see [`super::bindings`].
 pub const BINDINGS: usize = 1 << 16;
 
+/// Entries of [`Jumps::far`].
+pub const FAR_JUMPS: usize = 1 << 16;
+/// Bit of an address from where on its entry in [`Jumps::far`] is chosen: other bits than the lowest, which choose that in a jump table.
+pub const FAR_SHIFT: u32 = 3;
+
+/// Where a jump leads in the address spaces in which the binding holds.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(32))]
+pub struct FarJump {
+    pub linear: u64,
+    pub host: u64,
+    pub binding: u32,
+}
+
+impl FarJump {
+    pub const NONE: FarJump = FarJump { linear: 0, host: 0, binding: NO_BINDING };
+}
+
 /// Key of an empty entry: an address whose entry is another one, so that no address finds it. Guests may jump anywhere, to addresses that are not
 /// canonical too.
 pub const fn no_jump(at: usize) -> u64 {
@@ -44,6 +62,8 @@ pub struct Jumps {
     /// Where indirect jumps lead: from linear addresses to translated code.
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],
+    /// What the jump tables have lost to other addresses in the same place, of all address spaces. All zero is [`FarJump::NONE`].
+    far: [FarJump; FAR_JUMPS],
     /// Not zero: the binding holds.
     verified: [u8; JUMP_TABLES * BINDINGS],
 }
@@ -53,6 +73,16 @@ impl Jumps {
     pub fn put(&mut self, at: usize, key: u64, host: u64) {
         self.keys[at] = key;
         self.hosts[at] = host;
+    }
+
+    /// The entry of [`Jumps::far`] for an address.
+    pub fn far(&mut self, linear: u64) -> &mut FarJump {
+        &mut self.far[(linear >> FAR_SHIFT) as usize % FAR_JUMPS]
+    }
+
+    /// Empties what is for all address spaces.
+    pub fn clear_far(&mut self) {
+        self.far.fill(FarJump::NONE);
     }
 
     /// Empties one table.
@@ -232,6 +262,8 @@ pub const DATA: usize = std::mem::offset_of!(Layout, data);
 /// Distance of the jump tables from the processor.
 pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
 pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;
+/// Distance of [`Jumps::far`] from the processor.
+pub const FAR: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, far)) as i32;
 const VERIFIED: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, verified)) as i32;
 
 /// Distance of a binding's byte in the first address space from the processor.

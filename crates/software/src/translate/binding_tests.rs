@@ -1,6 +1,6 @@
 //! Links out of a page in several address spaces.
 
-use super::arena::BINDINGS;
+use super::arena::{BINDINGS, JUMPS};
 use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::units::Form;
 use crate::cpu::{RAX, RCX, RSP, cr4};
@@ -304,4 +304,55 @@ fn numbers_of_bindings_are_bounded_and_hold_nowhere_when_they_are_given_anew() {
     bindings.give_back(first, jumps);
     assert_eq!(bindings.take(binding(1 << 20)), first);
     assert!((0..16).all(|space| !jumps.is_verified(space, first)));
+}
+
+/// An address whose entry in a jump table is that of [`FAR`].
+const IN_ITS_WAY: u64 = FAR + JUMPS as u64;
+
+/// A bench whose code calls [`FAR`] and [`IN_ITS_WAY`] through a register, in turn.
+fn bench_of_indirect_calls() -> Option<TestBench> {
+    let mut bench = bench()?;
+    // mov ecx, CALLS; l: mov edx, FAR; call rdx; mov edx, IN_ITS_WAY; call rdx; dec ecx; jnz l; ud2
+    let mut code = vec![0xb9];
+    code.extend((CALLS as u32).to_le_bytes());
+    for target in [FAR, IN_ITS_WAY] {
+        code.push(0xba);
+        code.extend((target as u32).to_le_bytes());
+        code.extend([0xff, 0xd2]);
+    }
+    code.extend([0xff, 0xc9, 0x75, (-18i8) as u8, 0x0f, 0x0b]);
+    bench.write(CODE, &code);
+    bench.write(IN_ITS_WAY, &adds(10));
+    enter(&mut bench, TABLES);
+    Some(bench)
+}
+
+#[test]
+fn indirect_jumps_that_are_in_each_other_s_way_stay_in_translated_code() {
+    let Some(mut bench) = bench_of_indirect_calls() else { return };
+    assert_eq!(run(&mut bench), Ok(11 * CALLS));
+    let before = bench.translation_counters().exit_indirect;
+    for _ in 0..100 {
+        assert_eq!(run(&mut bench), Ok(11 * CALLS));
+    }
+    let exits = bench.translation_counters().exit_indirect - before;
+    assert!(exits <= 100, "{exits} for {} calls", 200 * CALLS);
+}
+
+#[test]
+fn an_indirect_jump_leads_to_what_each_address_space_has_there() {
+    let Some(mut bench) = bench_of_indirect_calls() else { return };
+    map(&bench, SECOND, IN_ITS_WAY, OTHER | 7);
+    for round in 0..100 {
+        for (tables, sum) in [(TABLES, 11 * CALLS), (SECOND, 101 * CALLS)] {
+            enter(&mut bench, tables);
+            assert_eq!(run(&mut bench), Ok(sum), "{round}");
+        }
+        // Other code where the first space has jumped to.
+        let number = 10 + round as u8 % 2;
+        bench.write(IN_ITS_WAY, &adds(number));
+        enter(&mut bench, TABLES);
+        assert_eq!(run(&mut bench), Ok((1 + u64::from(number)) * CALLS), "{round}");
+        bench.write(IN_ITS_WAY, &adds(10));
+    }
 }

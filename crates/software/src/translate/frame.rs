@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use super::arena::{JUMPS, frame_offset};
+use super::arena::{FAR_JUMPS, FAR_SHIFT, JUMPS, frame_offset};
 use super::assembler::{Mem, RSP};
 use super::groups::SLOTS;
 use super::lockstep::Journal;
@@ -57,8 +57,9 @@ pub struct Frame {
     pub index_mask: u64,
     /// Bits of a linear address that name the page.
     pub page_mask: u64,
-    /// Bits of a linear address that choose an entry of a jump table.
+    /// Bits of a linear address that choose an entry of a jump table, and of [`super::arena::Jumps`]' table for all address spaces.
     pub jump_mask: u64,
+    pub far_mask: u64,
     /// All bits but IF and AC, of RFLAGS.
     pub without_interrupts: u64,
     pub without_access: u64,
@@ -106,6 +107,7 @@ impl Default for Frame {
             index_mask: (crate::tlb::DATA_ENTRIES as u64 - 1) << 12,
             page_mask: !0xfff,
             jump_mask: JUMPS as u64 - 1,
+            far_mask: (FAR_JUMPS as u64 - 1) << FAR_SHIFT,
             without_interrupts: !crate::flags::IF,
             without_access: !crate::flags::AC,
             deferred: 0,
@@ -154,6 +156,7 @@ fields! {
     INDEX_MASK = index_mask;
     PAGE_MASK = page_mask;
     JUMP_MASK = jump_mask;
+    FAR_MASK = far_mask;
     WITHOUT_INTERRUPTS = without_interrupts;
     WITHOUT_ACCESS = without_access;
     DEFERRED = deferred;

@@ -85,6 +85,8 @@ pub enum Cold {
         entry: Label,
         rip: u64,
         moved: i32,
+        /// The data table is another than at the unit's start.
+        anew: bool,
     },
 }
 
@@ -529,9 +531,10 @@ impl<'a> Generator<'a> {
                     self.call_thunk(self.context.thunks.load_x87);
                     self.asm.jump(resume);
                 }
-                Cold::Indirect { entry, rip, moved } => {
+                Cold::Indirect { entry, rip, moved, anew } => {
                     self.asm.bind(entry);
-                    self.call_thunk(self.context.thunks.jump);
+                    let thunks = &self.context.thunks;
+                    self.call_thunk(if anew { thunks.jump_anew } else { thunks.jump });
                     self.call_site(rip, None, moved);
                 }
             }

@@ -142,12 +142,12 @@ impl Generator<'_> {
         self.asm.store(RIP, ADDRESS);
         if self.is_other_space() {
             self.asm.jump(miss);
-            self.cold.push(Cold::Indirect { entry: miss, rip, moved });
+            self.cold.push(Cold::Indirect { entry: miss, rip, moved, anew: true });
             return;
         }
         thunks::find_jump(&mut self.asm, miss);
         self.asm.jump_mem(thunks::found_jump());
-        self.cold.push(Cold::Indirect { entry: miss, rip, moved });
+        self.cold.push(Cold::Indirect { entry: miss, rip, moved, anew: false });
     }
 
     /// Jumps, calls, returns, and what leaves for the system.

@@ -280,6 +280,8 @@ impl Translator {
     pub fn run(&mut self, cpu: &mut CpuBox, blocks: &mut Blocks, attention: &AtomicBool, budget: u32) -> Outcome {
         super::signal::set_code(self.cache.executable_range(), self.cache.address(self.thunks.landing));
         let mut left = budget;
+        // The code at this address is hot.
+        let mut hot = None;
         loop {
             if attention.load(Ordering::Relaxed) {
                 return Outcome::Attention;
@@ -295,32 +297,27 @@ impl Translator {
                 self.guards_user_pages = processor.cr4 & cr4::SMAP != 0;
                 self.flush(jumps);
             }
-            self.select_space(processor, jumps);
+            let rip = processor.rip;
             let mut host = None;
-            if self.wants_plain.take() == Some(processor.rip) {
+            if self.wants_plain.take() == Some(rip) {
                 let Some(unit) = self.plain(processor, jumps) else { return self.interpret(cpu, blocks) };
                 host = self.host_of(unit);
             }
-            if host.is_none() {
-                host = self.known(processor.rip, jumps);
-            }
-            if host.is_none() {
-                let mut unit = self.find(processor, jumps);
-                if unit.is_none() && self.threshold == 0 {
-                    unit = self.translate(processor, jumps).and_then(|_| self.find(processor, jumps));
+            if host.is_none() && self.cold.take() != Some(rip) {
+                self.select_space(processor, jumps);
+                host = self.known(rip, jumps);
+                if host.is_none() {
+                    let mut unit = self.find(processor, jumps);
+                    if unit.is_none() && (self.threshold == 0 || hot == Some(rip)) {
+                        unit = self.make(processor, jumps, blocks);
+                    }
+                    host = unit.and_then(|unit| self.host_of(unit));
                 }
-                host = unit.and_then(|unit| self.host_of(unit));
             }
             let Some(host) = host else {
                 match blocks.run_cold(cpu, attention, &mut left, self.threshold) {
-                    Outcome::Hot => {
-                        let (processor, jumps) = cpu.split();
-                        if self.was_evicted_lately(processor) {
-                            blocks.set_heat(processor, 0);
-                        } else if self.translate(processor, jumps).is_none() {
-                            blocks.set_heat(processor, COLD_FOR_EVER);
-                        }
-                    }
+                    // Most often it is translated: cold code came to it.
+                    Outcome::Hot => hot = Some(cpu.rip),
                     outcome => return outcome,
                 }
                 continue;
@@ -333,6 +330,19 @@ impl Translator {
                 return outcome;
             }
         }
+    }
+
+    /// Translates the code at RIP, which is hot. `None`: it stays with the interpreter, for some time or for good.
+    fn make(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, blocks: &mut Blocks) -> Option<u32> {
+        if self.threshold != 0 && self.was_evicted_lately(cpu.rip) {
+            blocks.set_heat(cpu, 0);
+            return None;
+        }
+        if self.translate(cpu, jumps).is_none() {
+            blocks.set_heat(cpu, COLD_FOR_EVER);
+            return None;
+        }
+        self.find(cpu, jumps)
     }
 
     /// Runs translated code from `host` on until it comes back. `None`: go on.
@@ -393,7 +403,10 @@ impl Translator {
         let host = match self.known(cpu.rip, jumps) {
             Some(host) => host,
             None => {
-                let unit = self.find(cpu, jumps)?;
+                let Some(unit) = self.find(cpu, jumps) else {
+                    self.cold = Some(cpu.rip);
+                    return None;
+                };
                 self.host_of(unit)?
             }
         };

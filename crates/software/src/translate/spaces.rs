@@ -1,24 +1,8 @@
 //! Address spaces, as translated code knows them, and where jumps lead in each.
 
 use super::Translator;
-use super::arena::{BINDINGS, JUMP_TABLES, JUMPS, Jumps};
-use super::bindings::NO_BINDING;
+use super::arena::{BINDINGS, FarJump, JUMP_TABLES, JUMPS, Jumps};
 use crate::cpu::Cpu;
-
-/// Entries of [`Translator::far_jumps`].
-pub const FAR_JUMPS: usize = 1 << 16;
-
-/// Where a jump leads in the address spaces in which the binding holds.
-#[derive(Debug, Clone, Copy)]
-pub struct FarJump {
-    pub linear: u64,
-    pub host: u64,
-    pub binding: u32,
-}
-
-impl FarJump {
-    pub const NONE: FarJump = FarJump { linear: 0, host: 0, binding: NO_BINDING };
-}
 
 /// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
 /// are enabled.
@@ -82,7 +66,7 @@ impl Translator {
         // That may have changed what the address space is to instruction fetch.
         self.select_space(cpu, jumps);
         if self.current != 0 {
-            self.far_jumps[far_index(linear)] = FarJump { linear, host, binding };
+            *jumps.far(linear) = FarJump { linear, host, binding };
             jumps.verify(self.current, binding);
             jumps.put(self.current * JUMPS + jump_index(linear), linear, host);
         }
@@ -99,17 +83,13 @@ impl Translator {
         if jumps.keys[at] == linear {
             return Some(jumps.hosts[at]);
         }
-        let far = self.far_jumps[far_index(linear)];
+        let far = *jumps.far(linear);
         if far.linear != linear || !jumps.is_verified(self.current, far.binding) {
             return None;
         }
         jumps.put(at, linear, far.host);
         Some(far.host)
     }
-}
-
-pub fn far_index(linear: u64) -> usize {
-    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as usize % FAR_JUMPS
 }
 
 pub fn jump_index(linear: u64) -> usize {

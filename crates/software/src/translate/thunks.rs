@@ -2,11 +2,13 @@
 
 use std::mem::offset_of;
 
-use super::arena::{HOSTS, KEYS};
+use super::arena::{FAR, FarJump, HOSTS, KEYS, verified_at};
 use super::assembler::{Assembler, Binary, Label, Mem, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Reg, condition};
+use super::bindings::NO_BINDING;
 use super::frame::{
-    ARGUMENT, ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND, MISS_ADDRESS,
-    RETURN_ADDRESS, TARGET, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit, register_slot, temporary,
+    ARGUMENT, ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, FAR_MASK, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND,
+    MISS_ADDRESS, RETURN_ADDRESS, RIP, SPACE, TARGET, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit,
+    register_slot, temporary,
 };
 use super::registers::{ADDEND, ADDRESS, HOMES, SPARE};
 use crate::cpu::Cpu;
@@ -58,8 +60,10 @@ pub struct Thunks {
     pub callout: usize,
     pub load_vectors: usize,
     pub load_x87: usize,
-    /// Called after an indirect jump that missed.
+    /// Called after an indirect jump that missed: RIP is stored, ADDRESS has it too.
     pub jump: usize,
+    /// The same where the data table is no longer the one that code was entered with.
+    pub jump_anew: usize,
     pub interpret: usize,
     pub attend: usize,
     /// Jumped to by a link that leads nowhere yet.
@@ -106,7 +110,7 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     thunks.load_x87 = asm.position();
     call_out(asm, functions.load_x87 as *const () as u64, &common);
     let for_good = [
-        (&mut thunks.jump, functions.jump),
+        (&mut thunks.jump_anew, functions.jump),
         (&mut thunks.interpret, functions.interpret),
         (&mut thunks.attend, functions.attend),
     ];
@@ -115,6 +119,12 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
         asm.pop_mem(RETURN_ADDRESS);
         jump_out(asm, function as *const () as u64, &common);
     }
+    thunks.jump = asm.position();
+    asm.pop_mem(RETURN_ADDRESS);
+    let missing = asm.label();
+    find_far(asm, missing);
+    asm.bind(missing);
+    jump_out(asm, functions.jump as *const () as u64, &common);
     let link = asm.label();
     thunks.far_link = asm.position();
     far_link(asm, link);
@@ -257,6 +267,41 @@ pub fn find_jump(asm: &mut Assembler, missing: Label) {
     asm.not(SPARE);
     asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
     asm.jump_unless_rcx_zero(missing);
+}
+
+/// Jumps to the code for the guest address in ADDRESS, which RIP has too, if the table for all address spaces knows it, and keeps it in the jump table; else goes to
+/// `missing`. Uses the scratch registers, no flags.
+fn find_far(asm: &mut Assembler, missing: Label) {
+    const ENTRY_SHIFT: u8 = size_of::<FarJump>().trailing_zeros() as u8 - 3;
+    let field = |offset: usize| Mem::indexed(RSP, ADDEND, 3, FAR + offset as i32);
+    asm.extract(ADDEND, ADDRESS, FAR_MASK);
+    asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, ENTRY_SHIFT)), displacement: 0 });
+    asm.load(SPARE, field(offset_of!(FarJump, linear)));
+    asm.not(SPARE);
+    asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
+    asm.jump_unless_rcx_zero(missing);
+    asm.load32(SPARE, field(offset_of!(FarJump, binding)));
+    asm.load32(ADDRESS, SPACE);
+    asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 0));
+    asm.load_u8(SPARE, Mem::indexed(RSP, SPARE, 0, verified_at(NO_BINDING)));
+    let (verified, calm) = (asm.label(), asm.label());
+    asm.jump_unless_rcx_zero(verified);
+    asm.jump(missing);
+    asm.bind(verified);
+    // A request for attention clears the index.
+    asm.load32(SPARE, JUMP_TABLE);
+    asm.jump_unless_rcx_zero(calm);
+    asm.jump(missing);
+    asm.bind(calm);
+    asm.load(ADDRESS, field(offset_of!(FarJump, host)));
+    asm.store(TARGET, ADDRESS);
+    asm.load(ADDRESS, RIP);
+    asm.extract(ADDEND, ADDRESS, JUMP_MASK);
+    asm.lea(ADDEND, Mem::indexed(ADDEND, SPARE, 0, 0));
+    asm.store(Mem::indexed(RSP, ADDEND, 3, KEYS), ADDRESS);
+    asm.load(SPARE, TARGET);
+    asm.store(found_jump(), SPARE);
+    asm.jump_mem(TARGET);
 }
 
 /// Where the code is that [`find_jump`] has found.

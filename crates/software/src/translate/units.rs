@@ -9,7 +9,7 @@ use std::sync::Arc;
 use iced_x86::FlowControl;
 use polder_memory::PAGE_SIZE;
 
-use super::arena::{HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump, verified_at};
+use super::arena::{FarJump, HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump, verified_at};
 use super::assembler::Relocation;
 use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::cache::CodeCache;
@@ -18,7 +18,7 @@ use super::generate::{Context, Generator, LinkSite, Ops, Site, Spare};
 use super::guest_code::Item;
 use super::listing::Listings;
 use super::lockstep::Lockstep;
-use super::spaces::{FAR_JUMPS, FarJump, Space, far_index, jump_index};
+use super::spaces::{Space, jump_index};
 use super::thunks::{self, Functions, Thunks};
 use super::x87::X87Site;
 use crate::block_cache;
@@ -171,8 +171,6 @@ pub struct Translator {
     /// what runs would else be filled without end.
     evicted: Box<[u8; EVICTED]>,
     pub(super) spaces: [Option<Space>; JUMP_TABLES],
-    /// What the jump tables have lost to other addresses in the same place, of all address spaces.
-    pub(super) far_jumps: Box<[FarJump]>,
     pub(super) current: usize,
     /// The one before.
     pub(super) previous: usize,
@@ -180,6 +178,8 @@ pub struct Translator {
     /// Address spaces met that were not known, or no longer.
     pub(super) spaces_met: u64,
     pub(super) clock: u64,
+    /// An address that translated code has just gone to, and that no code is known for.
+    pub(super) cold: Option<u64>,
     /// An address whose plain form is wanted.
     pub(super) wants_plain: Option<u64>,
     /// CR4.SMAP, as the units that there are assume it.
@@ -249,12 +249,12 @@ impl Translator {
             flushed: VecDeque::new(),
             evicted: Box::new([0; EVICTED]),
             spaces: [None; JUMP_TABLES],
-            far_jumps: vec![FarJump::NONE; FAR_JUMPS].into_boxed_slice(),
             current: 0,
             previous: 0,
             bindings: Bindings::default(),
             spaces_met: 0,
             clock: 0,
+            cold: None,
             wants_plain: None,
             guards_user_pages: false,
             reader: Reader::default(),
@@ -285,7 +285,7 @@ impl Translator {
         }
         self.bindings.clear();
         self.current = 0;
-        self.far_jumps.fill(FarJump::NONE);
+        jumps.clear_far();
         self.statistics.paused_since(start);
     }
 
@@ -373,7 +373,7 @@ impl Translator {
                 link.from = NO_UNIT;
             }
         }
-        let far = &mut self.far_jumps[far_index(linear)];
+        let far = jumps.far(linear);
         if far.linear == linear {
             *far = FarJump::NONE;
         }
@@ -411,14 +411,12 @@ impl Translator {
         }
     }
 
-    /// Whether the code at RIP, which is hot, should be interpreted for some time yet: it was evicted not long ago.
-    pub(super) fn was_evicted_lately(&mut self, cpu: &mut Cpu) -> bool {
-        let left = self.evicted[evicted_index(cpu.rip)];
-        if left == 0 || self.unit_at(cpu, false).is_some() {
-            return false;
-        }
-        self.evicted[evicted_index(cpu.rip)] -= 1;
-        true
+    /// Whether hot code that is not translated should be interpreted for some time yet: it was evicted not long ago.
+    pub(super) fn was_evicted_lately(&mut self, linear: u64) -> bool {
+        let left = &mut self.evicted[evicted_index(linear)];
+        let is_left = *left != 0;
+        *left -= u8::from(is_left);
+        is_left
     }
 
     /// Makes room for a unit with up to `links` links at the cache's position. The cache is a ring: the oldest units go, no more of them than must.
