@@ -88,7 +88,7 @@ struct Context {
 struct Ways {
     /// Changes whenever a translation that instruction fetch has used may have changed other than by a new generation.
     epoch: u64,
-    /// Pages that instruction fetch has used in this epoch. A page of data that is taken for one of them costs much: in a new epoch translated code has to find all its
+    /// Pages that instruction fetch has used in this epoch, and the regions of large pages that they lie in. A page of data that is taken for one of them costs much: in a new epoch translated code has to find all its
     /// ways again.
     pages: Filter<8192>,
 }
@@ -97,6 +97,22 @@ impl Ways {
     fn begin_epoch(&mut self) {
         self.epoch += 1;
         self.pages.clear();
+    }
+
+    fn add(&mut self, linear: u64) {
+        self.pages.add(linear / PAGE_SIZE);
+        for shift in [MIDDLE_SHIFT, HUGE_SHIFT] {
+            self.pages.add(region(linear, shift));
+        }
+    }
+
+    /// Begins an epoch if a page or a region may be one of those used; gives whether.
+    fn forget(&mut self, number: u64) -> bool {
+        let is_used = self.pages.has(number);
+        if is_used {
+            self.begin_epoch();
+        }
+        is_used
     }
 }
 
@@ -359,16 +375,12 @@ impl Tlb {
 
     /// Drops one page from all tables, whatever address space its entries belong to; of a large page, all its parts.
     pub fn invalidate_page(&mut self, linear: u64) {
-        let mut is_new = false;
-        for ways in self.ways.iter_mut().filter(|ways| ways.pages.has(linear / PAGE_SIZE)) {
-            ways.begin_epoch();
-            is_new = true;
-        }
+        let mut is_new = self.forget_ways(linear / PAGE_SIZE);
         for shift in [MIDDLE_SHIFT, HUGE_SHIFT] {
             if self.large.has(region(linear, shift)) {
                 self.invalidate_region(linear, shift);
-                self.begin_epochs();
-                is_new = true;
+                // A heap of large pages is no reason to find all code again.
+                is_new |= self.forget_ways(region(linear, shift));
             }
         }
         // Most invalidated pages hold data: ways to blocks stay.
@@ -462,6 +474,12 @@ impl Tlb {
         self.contexts = [Context { key: NO_KEY, generation: 0, used: 0 }; CONTEXTS];
     }
 
+    /// Begins an epoch wherever instruction fetch has used a page or a region; gives whether.
+    fn forget_ways(&mut self, number: u64) -> bool {
+        let [supervisor, user] = &mut self.ways;
+        supervisor.forget(number) | user.forget(number)
+    }
+
     fn begin_epochs(&mut self) {
         self.ways.iter_mut().for_each(Ways::begin_epoch);
     }
@@ -471,7 +489,7 @@ impl Tlb {
     /// The supervisor's fetch tag has the supervisor tables' generation as long as all its ways lead through global pages, and that of the address
     /// space otherwise; so this may change it.
     pub fn note_way(&mut self, linear: u64) {
-        self.ways[usize::from(self.code_base != 0)].pages.add(linear / PAGE_SIZE);
+        self.ways[usize::from(self.code_base != 0)].add(linear);
         if self.code_base == 0 && !self.has_local_way {
             let entry = &self.code[code_index(linear)];
             if entry.tag != linear & PAGE_MASK | self.generations[SUPERVISOR] {

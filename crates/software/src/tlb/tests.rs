@@ -68,9 +68,38 @@ fn only_pages_that_led_to_code_change_the_fetch_tag() {
     tlb.invalidate_page(0x5000);
     assert_ne!(tlb.fetch_tag, tag);
     let tag = tlb.fetch_tag;
+    // A part of a large page without code; with code in another part; of a page of 1 GiB.
+    tlb.note_way(0x5abc);
     tlb.note_large(0x40_0000, 21);
     tlb.invalidate_page(0x40_3000);
-    assert_ne!(tlb.fetch_tag, tag);
+    assert_eq!(tlb.fetch_tag, tag);
+    for (linear, shift) in [(0x40_0000, 21), (3 << 30, 30)] {
+        tlb.note_large(linear, shift);
+        tlb.note_way(linear + 0x1f_f123);
+        let tag = tlb.fetch_tag;
+        tlb.invalidate_page(linear + 0x3000);
+        assert_ne!(tlb.fetch_tag, tag);
+    }
+}
+
+#[test]
+fn the_ways_of_the_privilege_that_does_not_run_are_forgotten_too() {
+    let mut tlb = tlb();
+    tlb.switch_context(1, false);
+    tlb.note_large(0x40_0000, 21);
+    for page in [0x5000, 0x40_5000] {
+        tlb.note_way(page);
+        let tag = tlb.fetch_tag;
+        tlb.code_base = CODE_ENTRIES;
+        tlb.retag();
+        let user = tlb.fetch_tag;
+        tlb.invalidate_page(page & !0x3fff);
+        tlb.invalidate_page(page);
+        assert_eq!(tlb.fetch_tag, user);
+        tlb.code_base = 0;
+        tlb.retag();
+        assert_ne!(tlb.fetch_tag, tag);
+    }
 }
 
 fn fill(tlb: &mut Tlb, linear: u64, scope: Scope) {
