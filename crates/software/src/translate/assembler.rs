@@ -55,6 +55,7 @@ pub mod condition {
 /// Operations of the two-operand group (their number in the opcode).
 #[derive(Debug, Clone, Copy)]
 pub enum Binary {
+    Add = 0,
     Or = 1,
     And = 4,
     Sub = 5,

@@ -11,7 +11,7 @@ use std::mem::offset_of;
 
 use iced_x86::{Encoder, FlowControl, Instruction};
 
-use super::assembler::{Assembler, Label, Mem, Reg, Relocation, condition};
+use super::assembler::{Assembler, Binary, Label, Mem, Reg, Relocation, condition};
 use super::frame::{
     CALLOUT_OP, EXIT, NEXT_PAGE_MASK, OFFSET_MASK, RIP, VECTORS_MISSING, cpu_field, exit, register_slot,
 };
@@ -381,7 +381,7 @@ impl<'a> Generator<'a> {
         self.items.last().is_some_and(|last| last.instruction.ip() == item.instruction.ip())
     }
 
-    /// Counts the instructions from one on to where code may next come from elsewhere or go elsewhere. Uses SPARE, no flags.
+    /// Counts the instructions from one on to where code may next come from elsewhere or go elsewhere. May use SPARE; no flags that live.
     fn count(&mut self, first: usize) {
         let begins = |index: usize| {
             let before = index.checked_sub(1).map(|before| self.items[before].instruction.flow_control());
@@ -392,6 +392,10 @@ impl<'a> Generator<'a> {
         }
         let len = 1 + (first + 1..self.items.len()).take_while(|&index| !begins(index)).count();
         let counter = cpu_field(offset_of!(Cpu, instructions));
+        if self.items[first].live_before == 0 {
+            self.asm.binary_mem_imm(Binary::Add, counter, len as i32);
+            return;
+        }
         self.asm.load(SPARE, counter);
         self.asm.lea(SPARE, Mem::base(SPARE, len as i32));
         self.asm.store(counter, SPARE);
