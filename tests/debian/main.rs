@@ -70,20 +70,25 @@ fn apt_get_installs_a_package_from_a_local_repository_inside() {
 }
 
 /// Programs whose right result is known, in an image that has them (`polder-test-work`, made by `cargo xtask test --nightly`).
-#[test]
-#[ignore = "takes an hour: cargo xtask test --nightly runs it"]
-fn known_programs_give_their_known_results_inside() {
+fn known_programs_run(cpus: &str) {
     let _alone = ONE_AT_A_TIME.lock();
-    let script = "set -e\n\
-        cd /tmp\n\
-        printf 'int f(int n){return n<2?n:f(n-1)+f(n-2);}\\n#include <stdio.h>\\nint main(){printf(\"fib %%d\\\\n\",f(20));}\\n' > a.c\n\
-        gcc -O2 -o a a.c && ./a\n\
-        openssl speed -seconds 1 sha256 > /dev/null 2>&1 && echo openssl-good\n\
-        python3 -m test test_int test_float test_struct test_json test_re > python.log 2>&1 && echo python-good || tail -20 python.log\n\
-        stress-ng --verify --timeout 60 --cpu 1 --vm 1 --vm-bytes 64M --matrix 1 --fork 1 --pipe 1 && echo stress-good";
-    let outcome = run(&["run", "polder-test-work", "--", "sh", "-c", script], Duration::from_secs(3600));
+    let script = include_str!("known_programs.sh");
+    let arguments = ["run", "--cpus", cpus, "--memory", "2G", "polder-test-work", "--", "sh", "-c", script];
+    let outcome = run(&arguments, Duration::from_secs(3600));
     outcome.expect_status(0);
-    for good in ["fib 6765", "openssl-good", "python-good", "stress-good"] {
+    for good in ["gcc-good", "openssl-good", "python-good", "stress-good"] {
         outcome.expect_console(good);
     }
+}
+
+#[test]
+#[ignore = "takes long: cargo xtask test --nightly runs it"]
+fn known_programs_give_their_known_results_inside() {
+    known_programs_run("1");
+}
+
+#[test]
+#[ignore = "takes long: cargo xtask test --nightly runs it"]
+fn known_programs_give_their_known_results_on_four_vcpus() {
+    known_programs_run("4");
 }
