@@ -44,6 +44,8 @@ mod instruction;
 mod jumps;
 mod listing;
 mod lockstep;
+#[cfg(test)]
+mod loop_tests;
 mod memory;
 mod processor_state;
 mod registers;
