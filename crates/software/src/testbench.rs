@@ -22,6 +22,8 @@ use crate::translate::{ArenaMemory, FUNCTIONS, Translator};
 
 /// Bytes of memory.
 pub const MEMORY_BYTES: u64 = 8 << 20;
+/// A page table entry's bit that forbids fetch.
+const NO_EXECUTE: u64 = 1 << 63;
 /// Where code goes.
 pub const CODE: u64 = 0x10_0000;
 /// Where data goes.
@@ -325,12 +327,16 @@ impl TestBench {
         self.cpu.services.memory.read(GuestAddress(address), bytes).expect("inside memory");
     }
 
-    /// User mode with the vector units on, as a Linux program has it; only these pages stay mapped.
+    /// User mode with the vector units on, as a Linux program has it; only these pages stay mapped, and only that of [`CODE`] for fetch.
     pub fn enter_user_mode(&mut self, code: CodeSize, pages: &[u64], gs_base: u64) {
         self.set_mode(code, 3);
         for page in 0..MEMORY_BYTES >> 12 {
+            let at = TABLES + 0x3000 + 8 * page;
             if !pages.contains(&page) {
-                self.write(TABLES + 0x3000 + 8 * page, &0u64.to_le_bytes());
+                self.write(at, &0u64.to_le_bytes());
+            } else if page != CODE >> 12 {
+                let entry = u64::from_le_bytes(self.read(at)) | NO_EXECUTE;
+                self.write(at, &entry.to_le_bytes());
             }
         }
         self.cpu.xcr0 = 7;

@@ -16,6 +16,8 @@ pub const DATA_PAGES: u64 = 2;
 pub const STATE: u64 = 0x5ab3_1000;
 /// Where 32-bit code leaves by.
 const TRAMPOLINE: u64 = STATE - 0x1_0000;
+/// mincore does not know this page (Linux, arch/x86/entry/vsyscall).
+pub const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
 /// Linux's selectors.
 const USER_CODE_64: u16 = 0x33;
 const USER_CODE_32: u16 = 0x23;
@@ -81,10 +83,13 @@ pub fn pages() -> Vec<u64> {
     pages
 }
 
-/// Whether the host has this address mapped and the bench has not: the process' own memory, the state of this module included. What an
-/// instruction does there says nothing, and may break the process.
+/// Whether the host has this address mapped and the bench has not: the process' own memory, the state of this module included, and the
+/// page where Linux emulates system calls of old. What an instruction does there says nothing, and may break the process.
 pub fn only_the_host_has(address: u64) -> bool {
     let page = address / PAGE;
+    if page == VSYSCALL / PAGE {
+        return true;
+    }
     // SAFETY: mincore only writes the one byte about the one page; it fails where nothing is mapped.
     let is_mapped = unsafe { libc::mincore((page * PAGE) as *mut libc::c_void, 1, &mut 0) } == 0;
     is_mapped && !pages().contains(&page)
