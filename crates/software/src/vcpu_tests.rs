@@ -8,6 +8,7 @@ use polder_machine::state::{RunState, SegmentState, TableState, VcpuState};
 use polder_machine::{Engine, MsiMessage, Vcpu, VcpuExit, VcpuHandle};
 use polder_memory::{GuestAddress, GuestMemory};
 
+use crate::cpu::RSP;
 use crate::cpu_model::CpuModel;
 use crate::engine::{EngineOptions, SoftwareEngine, Translation};
 use crate::testbench::services;
@@ -368,5 +369,33 @@ fn the_timer_interrupts_running_code_soon_after_its_deadline() {
         machine.wait_for("the timer", |machine| machine.byte(0x7ec) == 1);
         machine.engine.handles()[0].stop();
         thread.join().unwrap();
+    });
+}
+
+/// Nothing jumps backwards but returns: each function calls the next one twice, so that the first would come back after some 2^40 instructions.
+#[test]
+fn a_vcpu_that_only_calls_and_returns_stops_when_it_is_told_to() {
+    const DEPTH: u64 = 40;
+    on_each_translation(|translation| {
+        let machine = Machine::new(1, translation);
+        let function = |number: u64| CODE + 16 + 16 * number;
+        // jmp to the first; the last one returns.
+        machine.write(CODE, &[0xeb, 14]);
+        for number in 0..DEPTH {
+            // call the next; call the next; ret
+            machine.write(function(number), &[0xe8, 11, 0, 0, 0, 0xe8, 6, 0, 0, 0, 0xc3]);
+        }
+        machine.write(function(DEPTH), &[0xc3]);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        let mut state = start_state();
+        state.gpr[RSP] = 0x9_0000;
+        vcpu.set_state(&state);
+        let thread = spawn(vcpu);
+        std::thread::sleep(Duration::from_millis(300));
+        machine.engine.handles()[0].stop();
+        machine.wait_for("the vCPU to stop", |_| thread.is_finished());
+        let (vcpu, _) = thread.join().unwrap();
+        let rsp = vcpu.state().gpr[RSP];
+        assert!((0x9_0000 - 8 * (DEPTH + 1)..0x9_0000).contains(&rsp), "{rsp:#x}");
     });
 }

@@ -56,12 +56,36 @@ pub const fn no_jump(at: usize) -> u64 {
     !(at as u64)
 }
 
+/// Returns that are remembered in an address space.
+pub const RETURNS: usize = 64;
+
+/// Where a return leads: what a call expects to come back to, and the code there.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Return {
+    pub linear: u64,
+    pub host: u64,
+}
+
+/// The last calls in an address space. The index of a jump table is the distance of its table of returns from the first in bytes, so that returns hear of a request
+/// for attention too: the first is never filled.
+#[repr(C)]
+struct Returns {
+    entries: [Return; RETURNS],
+    _unused: [u8; JUMPS - RETURNS * size_of::<Return>()],
+}
+
+const _: () = assert!(size_of::<Returns>() == JUMPS && RETURNS == 64);
+
 /// What jumps look at, for each address space.
 #[repr(C, align(4096))]
 pub struct Jumps {
     /// Where indirect jumps lead: from linear addresses to translated code.
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],
+    returns: [Returns; JUMP_TABLES],
+    /// What an entry of `returns` is while it is empty. The address is one that a guest cannot guess.
+    no_return: Return,
     /// What the jump tables have lost to other addresses in the same place, of all address spaces. All zero is [`FarJump::NONE`].
     far: [FarJump; FAR_JUMPS],
     /// Not zero: the binding holds.
@@ -93,9 +117,23 @@ impl Jumps {
         }
     }
 
+    /// Sets what empty entries of returns have: an address that no return has but by chance, and code that is safe even then.
+    pub fn set_no_return(&mut self, no_return: Return) {
+        self.no_return = no_return;
+        self.clear_returns();
+    }
+
+    /// Forgets where returns lead: their code is about to go.
+    pub fn clear_returns(&mut self) {
+        for returns in &mut self.returns {
+            returns.entries.fill(self.no_return);
+        }
+    }
+
     /// Forgets all of an address space. No binding beyond `last` was ever verified.
     pub fn clear(&mut self, space: usize, last: u32) {
         self.clear_table(space);
+        self.returns[space].entries.fill(self.no_return);
         let start = space * BINDINGS;
         self.verified[start..=start + last as usize].fill(0);
     }
@@ -262,6 +300,8 @@ pub const DATA: usize = std::mem::offset_of!(Layout, data);
 /// Distance of the jump tables from the processor.
 pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
 pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;
+/// Distance of the first entry of the first table of returns from the processor.
+pub const RETURNS_AT: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, returns)) as i32;
 /// Distance of [`Jumps::far`] from the processor.
 pub const FAR: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, far)) as i32;
 const VERIFIED: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, verified)) as i32;

@@ -36,6 +36,10 @@ pub struct Frame {
     pub jump_table: u32,
     /// Where the bytes of the address space in use begin among those of all (see [`super::bindings`]).
     pub space: u32,
+    /// Distance of the table of returns in use from the first, in bytes; stays when somebody wants attention.
+    pub returns: u32,
+    /// Place of the next call in it: a fourth of its distance, of eight bits, so that it goes round.
+    pub return_index: u8,
     /// The host's stack pointer outside translated code.
     pub host_stack: u64,
     /// Where to go on in translated code.
@@ -93,6 +97,8 @@ impl Default for Frame {
         Frame {
             jump_table: 0,
             space: 0,
+            returns: 0,
+            return_index: 0,
             host_stack: 0,
             target: 0,
             exit: exit::INDIRECT,
@@ -142,6 +148,8 @@ macro_rules! fields {
 fields! {
     JUMP_TABLE = jump_table;
     SPACE = space;
+    RETURNS_IN_USE = returns;
+    RETURN_INDEX = return_index;
     HOST_STACK = host_stack;
     TARGET = target;
     EXIT = exit;

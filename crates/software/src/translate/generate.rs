@@ -85,8 +85,15 @@ pub enum Cold {
         entry: Label,
         rip: u64,
         moved: i32,
-        /// The data table is another than at the unit's start.
-        anew: bool,
+        /// The function called: one of [`Thunks`]' that take such a jump.
+        thunk: usize,
+    },
+    /// Where a call is expected to come back to.
+    Return {
+        entry: Label,
+        /// The code of the link from there on.
+        to: Label,
+        link: usize,
     },
 }
 
@@ -535,11 +542,15 @@ impl<'a> Generator<'a> {
                     self.call_thunk(self.context.thunks.load_x87);
                     self.asm.jump(resume);
                 }
-                Cold::Indirect { entry, rip, moved, anew } => {
+                Cold::Indirect { entry, rip, moved, thunk } => {
                     self.asm.bind(entry);
-                    let thunks = &self.context.thunks;
-                    self.call_thunk(if anew { thunks.jump_anew } else { thunks.jump });
+                    self.call_thunk(thunk);
                     self.call_site(rip, None, moved);
+                }
+                Cold::Return { entry, to, link } => {
+                    self.asm.bind(entry);
+                    self.asm.jump(to);
+                    self.links[link].jump_at = self.asm.position() - 4;
                 }
             }
         }

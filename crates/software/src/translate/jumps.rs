@@ -1,15 +1,17 @@
 //! Jumps, calls and returns, and the ways out of a unit.
 
+use std::mem::offset_of;
+
 use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
-use super::arena::verified_at;
-use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP};
+use super::arena::{RETURNS_AT, Return, verified_at};
+use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP, Relocation};
 use super::bindings::NO_BINDING;
-use super::frame::{JUMP_TABLE, RIP, SPACE, exit, temporary};
+use super::frame::{JUMP_TABLE, RETURN_INDEX, RETURNS_IN_USE, RIP, SPACE, exit, temporary};
 use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Use};
 use super::groups::Access;
 use super::guest_code::{INSTRUCTION_BYTES_MAX, Item, branch_target, general_register, item_at};
-use super::registers::{ADDRESS, SPARE};
+use super::registers::{ADDEND, ADDRESS, SPARE};
 use super::thunks;
 use crate::lower::condition;
 use polder_memory::PAGE_SIZE;
@@ -142,12 +144,65 @@ impl Generator<'_> {
         self.asm.store(RIP, ADDRESS);
         if self.is_other_space() {
             self.asm.jump(miss);
-            self.cold.push(Cold::Indirect { entry: miss, rip, moved, anew: true });
+            let thunk = self.context.thunks.jump_anew;
+            self.cold.push(Cold::Indirect { entry: miss, rip, moved, thunk });
             return;
         }
         thunks::find_jump(&mut self.asm, miss);
         self.asm.jump_mem(thunks::found_jump());
-        self.cold.push(Cold::Indirect { entry: miss, rip, moved, anew: false });
+        self.cold.push(Cold::Indirect { entry: miss, rip, moved, thunk: self.context.thunks.jump });
+    }
+
+    /// Remembers where a call will come back to, for [`Generator::jump_back`]. Uses the scratch registers, no flags.
+    fn expect_return(&mut self, next: u64) {
+        if !self.is_near(next) || self.is_other_space() {
+            return;
+        }
+        let (entry, to) = (self.asm.label(), self.asm.label());
+        let link = self.new_link(to, LinkSite { target: next, jump_at: 0, binding_at: None, stub: 0, plain: false });
+        self.cold.push(Cold::Return { entry, to, link });
+        self.asm.load_u8(ADDEND, RETURN_INDEX);
+        self.asm.load32(SPARE, RETURNS_IN_USE);
+        self.asm.lea(SPARE, Mem::indexed(SPARE, ADDEND, 2, 0));
+        let field = |offset: usize| Mem::indexed(RSP, SPARE, 0, RETURNS_AT + offset as i32);
+        let linear = field(offset_of!(Return, linear));
+        match i32::try_from(next as i64) {
+            Ok(short) => {
+                self.asm.store_imm(linear, short);
+                self.asm.relocate(4, Relocation::LinearSigned);
+            }
+            Err(_) => {
+                self.asm.linear_constant(ADDRESS, next);
+                self.asm.store(linear, ADDRESS);
+            }
+        }
+        self.asm.address_of(ADDRESS, entry);
+        self.asm.store(field(offset_of!(Return, host)), ADDRESS);
+        self.asm.lea32(ADDEND, Mem::base(ADDEND, 4));
+        self.asm.store8(RETURN_INDEX, ADDEND);
+    }
+
+    /// Returns to the guest address in ADDRESS; as [`Generator::jump_indirect`]. The last call is expected to come back first: its entry is in the host's cache, while those of the jump table
+    /// are many.
+    fn jump_back(&mut self, rip: u64, moved: i32) {
+        if self.is_other_space() {
+            self.jump_indirect(rip, moved);
+            return;
+        }
+        let miss = self.asm.label();
+        self.asm.load_u8(ADDEND, RETURN_INDEX);
+        self.asm.lea32(ADDEND, Mem::base(ADDEND, -4));
+        self.asm.store8(RETURN_INDEX, ADDEND);
+        self.asm.extend_byte(ADDEND, ADDEND);
+        self.asm.load32(SPARE, JUMP_TABLE);
+        self.asm.lea(ADDEND, Mem::indexed(SPARE, ADDEND, 2, 0));
+        let field = |offset: usize| Mem::indexed(RSP, ADDEND, 0, RETURNS_AT + offset as i32);
+        self.asm.load(SPARE, field(offset_of!(Return, linear)));
+        self.asm.not(SPARE);
+        self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
+        self.asm.jump_unless_rcx_zero(miss);
+        self.asm.jump_mem(field(offset_of!(Return, host)));
+        self.cold.push(Cold::Indirect { entry: miss, rip, moved, thunk: self.context.thunks.return_missed });
     }
 
     /// Jumps, calls, returns, and what leaves for the system.
@@ -167,6 +222,7 @@ impl Generator<'_> {
             }
             (FlowControl::Call, Some(target)) => {
                 self.push_constant(item, instruction.next_ip(), true, Some(target))?;
+                self.expect_return(instruction.next_ip());
                 self.link(target, live);
             }
             (FlowControl::Return, _) if matches!(instruction.code(), Code::Retnq | Code::Retnq_imm16) => {
@@ -174,7 +230,7 @@ impl Generator<'_> {
                 self.asm.load(ADDRESS, place.mem);
                 let extra = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
                 self.asm.lea(R15, Mem::base(R15, 8 + extra));
-                self.jump_indirect(instruction.ip(), 8 + extra);
+                self.jump_back(instruction.ip(), 8 + extra);
             }
             (FlowControl::IndirectBranch | FlowControl::IndirectCall, _)
                 if matches!(instruction.code(), Code::Jmp_rm64 | Code::Call_rm64) =>
@@ -238,6 +294,7 @@ impl Generator<'_> {
             self.check_canonical(instruction.ip());
             self.asm.store(temporary(1), ADDRESS);
             self.push_constant(item, instruction.next_ip(), true, None)?;
+            self.expect_return(instruction.next_ip());
             self.asm.load(ADDRESS, temporary(1));
         }
         self.jump_indirect(instruction.ip(), 0);

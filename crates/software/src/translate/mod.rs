@@ -49,6 +49,8 @@ mod loop_tests;
 mod memory;
 mod processor_state;
 mod registers;
+#[cfg(test)]
+mod return_tests;
 mod run;
 mod signal;
 mod spaces;

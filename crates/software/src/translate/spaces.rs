@@ -1,7 +1,7 @@
 //! Address spaces, as translated code knows them, and where jumps lead in each.
 
 use super::Translator;
-use super::arena::{BINDINGS, FarJump, JUMP_TABLES, JUMPS, Jumps};
+use super::arena::{BINDINGS, FarJump, JUMP_TABLES, JUMPS, Jumps, Return};
 use crate::cpu::Cpu;
 
 /// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
@@ -43,7 +43,8 @@ impl Translator {
             space.used = self.clock;
         }
         cpu.frame.space = (self.current * BINDINGS) as u32;
-        (self.current * JUMPS) as u32
+        cpu.frame.returns = (self.current * JUMPS) as u32;
+        cpu.frame.returns
     }
 
     fn new_space(&mut self, key: SpaceKey, jumps: &mut Jumps) -> usize {
@@ -52,9 +53,18 @@ impl Translator {
         if self.spaces[slot].is_some() {
             jumps.clear(slot, self.bindings.last());
         }
+        if self.spaces_met == 0 {
+            jumps.set_no_return(self.no_return());
+        }
         self.spaces_met += 1;
         self.spaces[slot] = Some(Space { key, used: self.clock });
         slot
+    }
+
+    /// What an empty entry of returns has: an address that is not canonical, and that a guest does not come upon.
+    fn no_return(&self) -> Return {
+        let linear = crate::time::host_tsc().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 2 | 1 << 63;
+        Return { linear, host: self.cache.address(self.thunks.no_return) }
     }
 
     /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.

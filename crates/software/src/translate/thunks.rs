@@ -62,7 +62,11 @@ pub struct Thunks {
     pub load_x87: usize,
     /// Called after an indirect jump that missed: RIP is stored, ADDRESS has it too.
     pub jump: usize,
-    /// The same where the data table is no longer the one that code was entered with.
+    /// The same after a return that was not expected; RIP is not stored.
+    pub return_missed: usize,
+    /// Jumped to by a return to the address that empty entries have.
+    pub no_return: usize,
+    /// As `jump`, where the data table is no longer the one that code was entered with.
     pub jump_anew: usize,
     pub interpret: usize,
     pub attend: usize,
@@ -119,9 +123,21 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
         asm.pop_mem(RETURN_ADDRESS);
         jump_out(asm, function as *const () as u64, &common);
     }
+    thunks.return_missed = asm.position();
+    asm.pop_mem(RETURN_ADDRESS);
+    asm.store(RIP, ADDRESS);
+    let (missing, far) = (asm.label(), asm.label());
+    find_jump(asm, far);
+    asm.jump_mem(found_jump());
+    thunks.no_return = asm.position();
+    asm.store(RIP, ADDRESS);
+    asm.store32_imm(EXIT, exit::INDIRECT);
+    save_registers(asm);
+    save_vectors(asm);
+    asm.jump(common.leave);
     thunks.jump = asm.position();
     asm.pop_mem(RETURN_ADDRESS);
-    let missing = asm.label();
+    asm.bind(far);
     find_far(asm, missing);
     asm.bind(missing);
     jump_out(asm, functions.jump as *const () as u64, &common);

@@ -30,6 +30,8 @@ use crate::stopwatch::Activity;
 const UNIT_BYTES_MAX: usize = 64 << 10;
 /// Links of a vCPU.
 const LINKS_MAX: usize = 4 << 20;
+/// Of one instruction: two look-ups that lie in two pages, where it goes, and where a call comes back to.
+const LINKS_OF_ITEM: usize = 4;
 /// Links are numbered round these; the exits that are no links' are beyond.
 pub const LINK_NUMBERS: u32 = 1 << 31;
 /// Units of a flush that are freed with each translation after it.
@@ -439,6 +441,7 @@ impl Translator {
             self.evict_oldest(jumps);
         }
         if let Some(start) = start {
+            jumps.clear_returns();
             self.statistics.paused_since(start);
         }
     }
@@ -560,7 +563,7 @@ impl Translator {
             return Some(copy);
         }
         let Extent { granules, second_page } = self.reader.read(cpu, linear, page_number, readable)?;
-        self.make_room(2 * self.reader.items.len(), jumps);
+        self.make_room(LINKS_OF_ITEM * self.reader.items.len(), jumps);
         let items = &self.reader.items;
         let position = self.cache.position();
         let first_link = self.next_link();
