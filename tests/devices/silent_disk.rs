@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use polder_tests::{Kernel, Outcome, Scratch, can_open, inside_namespaces, polder};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
@@ -128,6 +129,8 @@ impl Drop for Silent {
             let device = self.disk.split(',').next().unwrap_or_default();
             let _ = Command::new("/sbin/losetup").args(["--detach", device]).status();
         }
+        // A folder with a file that is mounted cannot be removed.
+        let _ = unmount(self.scratch.path().join("silent.raw"), UnmountFlags::DETACH);
     }
 }
 
