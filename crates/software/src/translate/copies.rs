@@ -4,7 +4,8 @@ use super::Translator;
 use super::arena::{Jumps, verified_at};
 use super::assembler::Relocation;
 use super::bindings::NO_BINDING;
-use super::units::{LINK_NUMBERS, Unit};
+use super::links::LINK_NUMBERS;
+use super::units::Unit;
 
 impl Translator {
     /// The same code at another linear address: that of another program, most often. `None` if its numbers do not fit.

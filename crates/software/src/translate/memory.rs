@@ -6,8 +6,9 @@ use iced_x86::{Instruction, Register};
 
 use super::arena::DATA;
 use super::assembler::{Binary, Mem, R15, RBP, RSP, Reg, condition};
+use super::cold::{Cold, Split};
 use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_slot, temporary};
-use super::generate::{Cold, Generator, GiveUp, LinkSite, Result, Split, Use};
+use super::generate::{Generator, GiveUp, LinkSite, Result, Use};
 use super::groups::Access;
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};

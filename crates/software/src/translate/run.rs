@@ -6,8 +6,8 @@ use polder_memory::PAGE_SIZE;
 
 use super::Translator;
 use super::arena::{CpuBox, Jumps, jumps_of};
+use super::cold::{NOTED_FAR, NOTED_LEAVES, NOTED_PAGE};
 use super::frame::{LINKS_BETWEEN_AIMS, exit};
-use super::generate::{NOTED_FAR, NOTED_LEAVES, NOTED_PAGE};
 use super::lockstep::Before;
 use super::thunks::{Enter, Functions, GO_ON, LEAVE};
 use super::units::Place;

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use iced_x86::FlowControl;
 use polder_memory::PAGE_SIZE;
 
-use super::arena::{FarJump, HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump, verified_at};
+use super::arena::{FarJump, HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
 use super::assembler::Relocation;
 use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::cache::CodeCache;
 use super::fetch::{Extent, Reader, next_page};
 use super::generate::{Context, Generator, LinkSite, Ops, Site, Spare};
 use super::guest_code::Item;
+use super::links::{LINK_NUMBERS, LINKS_MAX, LINKS_OF_ITEM, Link};
 use super::listing::Listings;
 use super::lockstep::Lockstep;
 use super::spaces::{Space, jump_index};
@@ -28,12 +29,6 @@ use crate::stopwatch::Activity;
 
 /// No unit's code is longer.
 const UNIT_BYTES_MAX: usize = 64 << 10;
-/// Links of a vCPU.
-const LINKS_MAX: usize = 4 << 20;
-/// Of one instruction: two look-ups that lie in two pages, where it goes, and where a call comes back to.
-const LINKS_OF_ITEM: usize = 4;
-/// Links are numbered round these; the exits that are no links' are beyond.
-pub const LINK_NUMBERS: u32 = 1 << 31;
 /// Units of a flush that are freed with each translation after it.
 const FREED_AT_A_TIME: usize = 64;
 /// Entries of [`Translator::evicted`], and what an eviction puts there.
@@ -56,6 +51,11 @@ impl Form {
     /// The form of a unit for the processor's present state.
     pub(super) fn now(cpu: &Cpu, plain: bool) -> Form {
         Form { table: cpu.tlb.data_table() as u8, enabled: cpu.vector.enabled, plain }
+    }
+
+    /// Whether units of both forms run in the same address spaces.
+    pub(super) fn is_of_space(self, other: Form) -> bool {
+        (self.table, self.enabled) == (other.table, other.enabled)
     }
 }
 
@@ -116,16 +116,6 @@ pub struct SharedOps(#[expect(dead_code, reason = "kept for the code that calls 
 // SAFETY: all copies belong to one translator, which one thread uses at a time.
 unsafe impl Send for SharedOps {}
 
-/// A way out of a unit.
-#[derive(Clone, Copy)]
-pub struct Link {
-    pub(super) site: LinkSite,
-    /// Place of the unit's code.
-    pub(super) base: u32,
-    pub(super) from: u32,
-    pub(super) to: u32,
-}
-
 /// Hashes integers by multiplication.
 #[derive(Default)]
 pub struct Multiply(u64);
@@ -165,8 +155,8 @@ pub struct Translator {
     templates: Map<(u64, Form), u32>,
     pages: Map<u64, Vec<u32>>,
     /// From the oldest unit's to the newest's; the first one's number is `first_link`.
-    links: VecDeque<Link>,
-    first_link: u32,
+    pub(super) links: VecDeque<Link>,
+    pub(super) first_link: u32,
     /// Units of the last flush, freed little by little.
     flushed: VecDeque<Unit>,
     /// Times that evicted code must grow hot again before it is translated anew, by a hash of its address. A cache that is too small for
@@ -331,16 +321,8 @@ impl Translator {
         self.units.get(id.wrapping_sub(self.first_unit) as usize)
     }
 
-    fn unit_mut(&mut self, id: u32) -> Option<&mut Unit> {
+    pub(super) fn unit_mut(&mut self, id: u32) -> Option<&mut Unit> {
         self.units.get_mut(id.wrapping_sub(self.first_unit) as usize)
-    }
-
-    pub(super) fn link(&self, number: u32) -> Option<&Link> {
-        self.links.get((number.wrapping_sub(self.first_link) % LINK_NUMBERS) as usize)
-    }
-
-    fn link_mut(&mut self, number: u32) -> Option<&mut Link> {
-        self.links.get_mut((number.wrapping_sub(self.first_link) % LINK_NUMBERS) as usize)
     }
 
     /// Makes sure that nobody comes to a unit any more.
@@ -478,45 +460,6 @@ impl Translator {
         Some(self.cache.address(self.unit(id)?.code.start as usize))
     }
 
-    /// Where a link leads, and whether to the plain form there.
-    pub(super) fn link_target(&self, link: u32) -> Option<(u64, bool)> {
-        self.link(link).map(|link| (link.site.target, link.site.plain))
-    }
-
-    /// Aims a link at a unit; one that leads to another unit already, only if `anew`.
-    pub(super) fn aim(&mut self, link: u32, to: u32, anew: bool) {
-        let Some(unit) = self.unit(to) else { return };
-        let (target, form, page, binding) =
-            (unit.code.start as usize, unit.form, unit.physical / PAGE_SIZE, unit.binding);
-        let has_one_page = unit.second_page.is_none();
-        let Some(&Link { site, base, from, to: before }) = self.link(link) else { return };
-        if before == to || before != NO_UNIT && !anew {
-            return;
-        }
-        let Some(source) = self.unit(from) else { return };
-        let may_lead_there = match site.binding_at {
-            Some(_) => binding != NO_BINDING,
-            // The page was mapped anew while its old code ran on; another space may have it as it was.
-            None => has_one_page && source.physical / PAGE_SIZE == page,
-        };
-        if !may_lead_there || (source.form.table, source.form.enabled) != (form.table, form.enabled) {
-            return;
-        }
-        if let Some(unit) = self.unit_mut(before) {
-            unit.incoming.retain(|&number| number != link);
-        }
-        if let Some(entry) = self.link_mut(link) {
-            entry.to = to;
-        }
-        if let Some(unit) = self.unit_mut(to) {
-            unit.incoming.push(link);
-        }
-        if let Some(at) = site.binding_at {
-            self.cache.patch(base as usize + at, verified_at(binding));
-        }
-        self.cache.aim(base as usize + site.jump_at, target);
-    }
-
     /// The guest's instruction that a host address stands for, by the last site at or before it.
     pub(super) fn guest_of(&self, host: u64) -> Option<Place> {
         let position = self.cache.position_of(host)? as u32;
@@ -631,11 +574,6 @@ impl Translator {
         self.statistics.code_bytes += code.len() as u64;
         self.units.push_back(unit);
         id
-    }
-
-    /// The number of the next link.
-    pub(super) fn next_link(&self) -> u32 {
-        (self.first_link + self.links.len() as u32) % LINK_NUMBERS
     }
 }
 
