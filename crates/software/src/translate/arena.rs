@@ -56,26 +56,34 @@ pub const fn no_jump(at: usize) -> u64 {
     !(at as u64)
 }
 
-/// Returns that are remembered in an address space.
-pub const RETURNS: usize = 64;
+/// Returns that are remembered in an address space, by the place of the return address on the stack: a power of two.
+pub const RETURNS: usize = 256;
 
-/// Where a return leads: what a call expects to come back to, and the code there.
+/// Where returns of an address space lead: what the last call with its return address at such a place of the stack expects to come back to, and the code there. The index of a
+/// jump table is the distance of its returns from the first in bytes, so that returns hear of a request for attention too: the first are never filled.
+#[repr(C)]
+pub struct Returns {
+    pub linear: [u64; RETURNS],
+    pub host: [u64; RETURNS],
+    _unused: [u8; JUMPS - 2 * RETURNS * size_of::<u64>()],
+}
+
+const _: () = assert!(size_of::<Returns>() == JUMPS);
+
+/// What an entry of [`Returns`] is while it is empty.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct Return {
+pub struct NoReturn {
     pub linear: u64,
     pub host: u64,
 }
 
-/// The last calls in an address space. The index of a jump table is the distance of its table of returns from the first in bytes, so that returns hear of a request
-/// for attention too: the first is never filled.
-#[repr(C)]
-struct Returns {
-    entries: [Return; RETURNS],
-    _unused: [u8; JUMPS - RETURNS * size_of::<Return>()],
+impl Returns {
+    fn clear(&mut self, empty: NoReturn) {
+        self.linear.fill(empty.linear);
+        self.host.fill(empty.host);
+    }
 }
-
-const _: () = assert!(size_of::<Returns>() == JUMPS && RETURNS == 64);
 
 /// What jumps look at, for each address space.
 #[repr(C, align(4096))]
@@ -84,8 +92,8 @@ pub struct Jumps {
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],
     returns: [Returns; JUMP_TABLES],
-    /// What an entry of `returns` is while it is empty. The address is one that a guest cannot guess.
-    no_return: Return,
+    /// The address is one that a guest cannot guess.
+    no_return: NoReturn,
     /// What the jump tables have lost to other addresses in the same place, of all address spaces. All zero is [`FarJump::NONE`].
     far: [FarJump; FAR_JUMPS],
     /// Not zero: the binding holds.
@@ -118,7 +126,7 @@ impl Jumps {
     }
 
     /// Sets what empty entries of returns have: an address that no return has but by chance, and code that is safe even then.
-    pub fn set_no_return(&mut self, no_return: Return) {
+    pub fn set_no_return(&mut self, no_return: NoReturn) {
         self.no_return = no_return;
         self.clear_returns();
     }
@@ -126,14 +134,14 @@ impl Jumps {
     /// Forgets where returns lead: their code is about to go.
     pub fn clear_returns(&mut self) {
         for returns in &mut self.returns {
-            returns.entries.fill(self.no_return);
+            returns.clear(self.no_return);
         }
     }
 
     /// Forgets all of an address space. No binding beyond `last` was ever verified.
     pub fn clear(&mut self, space: usize, last: u32) {
         self.clear_table(space);
-        self.returns[space].entries.fill(self.no_return);
+        self.returns[space].clear(self.no_return);
         let start = space * BINDINGS;
         self.verified[start..=start + last as usize].fill(0);
     }
@@ -300,7 +308,7 @@ pub const DATA: usize = std::mem::offset_of!(Layout, data);
 /// Distance of the jump tables from the processor.
 pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
 pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;
-/// Distance of the first entry of the first table of returns from the processor.
+/// Distance of the first [`Returns`] from the processor.
 pub const RETURNS_AT: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, returns)) as i32;
 /// Distance of [`Jumps::far`] from the processor.
 pub const FAR: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, far)) as i32;

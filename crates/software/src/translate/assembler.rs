@@ -237,17 +237,6 @@ impl Assembler {
         self.with_mem(false, &[0x89], from.0, to);
     }
 
-    pub fn store8(&mut self, to: Mem, from: Reg) {
-        debug_assert!(from.0 >= 8, "needs a REX prefix");
-        self.with_mem(false, &[0x88], from.0, to);
-    }
-
-    /// MOVZX of a register's low byte.
-    pub fn extend_byte(&mut self, to: Reg, from: Reg) {
-        debug_assert!(from.0 >= 8, "needs a REX prefix");
-        self.with_reg(false, &[0x0f, 0xb6], to.0, from.0);
-    }
-
     /// LEA of the host address of a label.
     pub fn address_of(&mut self, to: Reg, label: Label) {
         self.rex(true, to.0, 0, 0, false);

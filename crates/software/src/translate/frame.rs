@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 
-use super::arena::{FAR_JUMPS, FAR_SHIFT, JUMPS, frame_offset};
+use super::arena::{FAR_JUMPS, FAR_SHIFT, JUMPS, RETURNS, frame_offset};
 use super::assembler::{Mem, RSP};
 use super::groups::SLOTS;
 use super::lockstep::Journal;
@@ -36,10 +36,8 @@ pub struct Frame {
     pub jump_table: u32,
     /// Where the bytes of the address space in use begin among those of all (see [`super::bindings`]).
     pub space: u32,
-    /// Distance of the table of returns in use from the first, in bytes; stays when somebody wants attention.
+    /// Distance of the returns in use from the first, in bytes; stays when somebody wants attention.
     pub returns: u32,
-    /// Place of the next call in it: a fourth of its distance, of eight bits, so that it goes round.
-    pub return_index: u8,
     /// The host's stack pointer outside translated code.
     pub host_stack: u64,
     /// Where to go on in translated code.
@@ -64,6 +62,8 @@ pub struct Frame {
     /// Bits of a linear address that choose an entry of a jump table, and of [`super::arena::Jumps`]' table for all address spaces.
     pub jump_mask: u64,
     pub far_mask: u64,
+    /// Bits of the guest's RSP that choose an entry of the returns.
+    pub return_mask: u64,
     /// All bits but IF and AC, of RFLAGS.
     pub without_interrupts: u64,
     pub without_access: u64,
@@ -98,7 +98,6 @@ impl Default for Frame {
             jump_table: 0,
             space: 0,
             returns: 0,
-            return_index: 0,
             host_stack: 0,
             target: 0,
             exit: exit::INDIRECT,
@@ -113,6 +112,7 @@ impl Default for Frame {
             index_mask: (crate::tlb::DATA_ENTRIES as u64 - 1) << 12,
             page_mask: !0xfff,
             jump_mask: JUMPS as u64 - 1,
+            return_mask: (RETURNS as u64 - 1) << 3,
             far_mask: (FAR_JUMPS as u64 - 1) << FAR_SHIFT,
             without_interrupts: !crate::flags::IF,
             without_access: !crate::flags::AC,
@@ -149,7 +149,7 @@ fields! {
     JUMP_TABLE = jump_table;
     SPACE = space;
     RETURNS_IN_USE = returns;
-    RETURN_INDEX = return_index;
+    RETURN_MASK = return_mask;
     HOST_STACK = host_stack;
     TARGET = target;
     EXIT = exit;

@@ -4,11 +4,11 @@ use std::mem::offset_of;
 
 use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
-use super::arena::{RETURNS_AT, Return, verified_at};
+use super::arena::{RETURNS_AT, Returns, verified_at};
 use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP, Relocation};
 use super::bindings::NO_BINDING;
 use super::cold::Cold;
-use super::frame::{JUMP_TABLE, RETURN_INDEX, RETURNS_IN_USE, RIP, SPACE, exit, temporary};
+use super::frame::{JUMP_TABLE, RETURN_MASK, RETURNS_IN_USE, RIP, SPACE, exit, temporary};
 use super::generate::{Generator, GiveUp, LinkSite, Result, Use};
 use super::groups::Access;
 use super::guest_code::{INSTRUCTION_BYTES_MAX, Item, branch_target, general_register, item_at};
@@ -162,11 +162,11 @@ impl Generator<'_> {
         let (entry, to) = (self.asm.label(), self.asm.label());
         let link = self.new_link(to, LinkSite { target: next, jump_at: 0, binding_at: None, stub: 0, plain: false });
         self.cold.push(Cold::Return { entry, to, link });
-        self.asm.load_u8(ADDEND, RETURN_INDEX);
+        self.asm.extract(ADDEND, R15, RETURN_MASK);
         self.asm.load32(SPARE, RETURNS_IN_USE);
-        self.asm.lea(SPARE, Mem::indexed(SPARE, ADDEND, 2, 0));
+        self.asm.lea(SPARE, Mem::indexed(SPARE, ADDEND, 3, 0));
         let field = |offset: usize| Mem::indexed(RSP, SPARE, 0, RETURNS_AT + offset as i32);
-        let linear = field(offset_of!(Return, linear));
+        let linear = field(offset_of!(Returns, linear));
         match i32::try_from(next as i64) {
             Ok(short) => {
                 self.asm.store_imm(linear, short);
@@ -178,31 +178,28 @@ impl Generator<'_> {
             }
         }
         self.asm.address_of(ADDRESS, entry);
-        self.asm.store(field(offset_of!(Return, host)), ADDRESS);
-        self.asm.lea32(ADDEND, Mem::base(ADDEND, 4));
-        self.asm.store8(RETURN_INDEX, ADDEND);
+        self.asm.store(field(offset_of!(Returns, host)), ADDRESS);
     }
 
-    /// Returns to the guest address in ADDRESS; as [`Generator::jump_indirect`]. The last call is expected to come back first: its entry is in the host's cache, while those of the jump table
-    /// are many.
+    /// Returns to the guest address in ADDRESS, which lay at RSP, and takes `moved` bytes from the stack; as [`Generator::jump_indirect`]. What the last call with that place of the stack has left is in the
+    /// host's cache, while the entries of the jump table are many.
     fn jump_back(&mut self, rip: u64, moved: i32) {
         if self.is_other_space() {
+            self.asm.lea(R15, Mem::base(R15, moved));
             self.jump_indirect(rip, moved);
             return;
         }
         let miss = self.asm.label();
-        self.asm.load_u8(ADDEND, RETURN_INDEX);
-        self.asm.lea32(ADDEND, Mem::base(ADDEND, -4));
-        self.asm.store8(RETURN_INDEX, ADDEND);
-        self.asm.extend_byte(ADDEND, ADDEND);
+        self.asm.extract(ADDEND, R15, RETURN_MASK);
+        self.asm.lea(R15, Mem::base(R15, moved));
         self.asm.load32(SPARE, JUMP_TABLE);
-        self.asm.lea(ADDEND, Mem::indexed(SPARE, ADDEND, 2, 0));
+        self.asm.lea(ADDEND, Mem::indexed(SPARE, ADDEND, 3, 0));
         let field = |offset: usize| Mem::indexed(RSP, ADDEND, 0, RETURNS_AT + offset as i32);
-        self.asm.load(SPARE, field(offset_of!(Return, linear)));
+        self.asm.load(SPARE, field(offset_of!(Returns, linear)));
         self.asm.not(SPARE);
         self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
         self.asm.jump_unless_rcx_zero(miss);
-        self.asm.jump_mem(field(offset_of!(Return, host)));
+        self.asm.jump_mem(field(offset_of!(Returns, host)));
         self.cold.push(Cold::Indirect { entry: miss, rip, moved, thunk: self.context.thunks.return_missed });
     }
 
@@ -230,7 +227,6 @@ impl Generator<'_> {
                 let place = self.reach(item, Access::Pop, 8, Use::Read)?;
                 self.asm.load(ADDRESS, place.mem);
                 let extra = if instruction.op_count() == 1 { i32::from(instruction.immediate16()) } else { 0 };
-                self.asm.lea(R15, Mem::base(R15, 8 + extra));
                 self.jump_back(instruction.ip(), 8 + extra);
             }
             (FlowControl::IndirectBranch | FlowControl::IndirectCall, _)

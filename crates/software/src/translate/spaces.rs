@@ -1,7 +1,7 @@
 //! Address spaces, as translated code knows them, and where jumps lead in each.
 
 use super::Translator;
-use super::arena::{BINDINGS, FarJump, JUMP_TABLES, JUMPS, Jumps, Return};
+use super::arena::{BINDINGS, FarJump, JUMP_TABLES, JUMPS, Jumps, NoReturn};
 use crate::cpu::Cpu;
 
 /// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
@@ -62,9 +62,9 @@ impl Translator {
     }
 
     /// What an empty entry of returns has: an address that is not canonical, and that a guest does not come upon.
-    fn no_return(&self) -> Return {
+    fn no_return(&self) -> NoReturn {
         let linear = crate::time::host_tsc().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 2 | 1 << 63;
-        Return { linear, host: self.cache.address(self.thunks.no_return) }
+        NoReturn { linear, host: self.cache.address(self.thunks.no_return) }
     }
 
     /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.

@@ -416,9 +416,15 @@ impl Translator {
             self.cache.start_over(self.first_position);
         }
         let position = self.cache.position() as u32;
-        let room = position..position + UNIT_BYTES_MAX as u32;
-        let is_in_the_way = |unit: &Unit| unit.code.start < room.end && unit.code.end > room.start;
-        while self.units.front().is_some_and(is_in_the_way) || self.links.len() + links > LINKS_MAX {
+        let is_in_the_way =
+            |unit: &Unit, bytes: usize| unit.code.start < position + bytes as u32 && unit.code.end > position;
+        // Room for more than one, for each time costs the returns.
+        let bytes = match self.units.front() {
+            Some(unit) if is_in_the_way(unit, UNIT_BYTES_MAX) => 2 * UNIT_BYTES_MAX,
+            _ => 0,
+        };
+        while self.units.front().is_some_and(|unit| is_in_the_way(unit, bytes)) || self.links.len() + links > LINKS_MAX
+        {
             start.get_or_insert_with(thread_time);
             self.evict_oldest(jumps);
         }
