@@ -44,7 +44,7 @@ const HOT: u32 = 16;
 pub const CODE_CACHE_BYTES_MIN: usize = 1 << 20;
 pub const CODE_CACHE_BYTES_MAX: usize = 1 << 30;
 /// The size that it has where nobody chose one.
-pub const CODE_CACHE_BYTES_DEFAULT: usize = 64 << 20;
+pub const CODE_CACHE_BYTES_DEFAULT: usize = 128 << 20;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
