@@ -13,7 +13,7 @@
 //! Invariants:
 //! - At each instruction's start all guest registers are at home ([`registers`]) and flags are in the host's, so that translated code may be left
 //!   at any of them. It is entered at the start of a unit only: what a group has found out holds from its head on.
-//! - A cycle of translated code passes a poll: a jump backwards looks at [`frame::Frame::jump_table`], an indirect one indexes with it.
+//! - A cycle of translated code passes a poll: a jump backwards looks at [`frame::Frame::jump_table`], indirect ones and returns index with it.
 //! - Translated code touches guest memory through a matching entry of the look-up tables only, and looks at the note after each store.
 //! - Units are made and dropped by the vCPU's own thread while it is out of translated code; links are aimed in calls of such code too.
 //!
