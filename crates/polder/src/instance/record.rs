@@ -3,7 +3,7 @@
 //! SQLite in WAL mode: any number of commands read and write it at once, and a killed one leaves it whole.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use polder_basics::ByteSize;
@@ -17,6 +17,8 @@ const LAYOUT: i64 = 1;
 /// Longest name of an instance; it is a host name in the guest too.
 const NAME_LEN_MAX: usize = 63;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How soon a table that is busy is tried again.
+const BUSY_LOOK: Duration = Duration::from_millis(5);
 
 /// How long an instance lasts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +143,16 @@ impl InstanceTable {
     /// Opens the table in the state folder; makes it if it is not there.
     pub fn open(state: &StateFolder) -> Result<Self> {
         let path = state.path().join("instances.db");
-        Self::open_file(&path).with_context(|| format!("cannot use the table of instances {}", path.display()))
+        let start = Instant::now();
+        loop {
+            match Self::open_file(&path) {
+                // SQLite does not wait by itself where the file becomes one with a log, or where a log is gone over again.
+                Err(error) if is_busy(&error) && start.elapsed() < BUSY_TIMEOUT => std::thread::sleep(BUSY_LOOK),
+                other => {
+                    return other.with_context(|| format!("cannot use the table of instances {}", path.display()));
+                }
+            }
+        }
     }
 
     fn open_file(path: &Path) -> Result<Self> {
@@ -264,6 +275,12 @@ impl InstanceTable {
     }
 }
 
+/// Whether another process uses the table just now.
+fn is_busy(error: &anyhow::Error) -> bool {
+    let code = error.downcast_ref::<rusqlite::Error>().and_then(rusqlite::Error::sqlite_error_code);
+    code == Some(rusqlite::ErrorCode::DatabaseBusy)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,6 +338,23 @@ mod tests {
         let record = table.get("web").unwrap();
         assert!(!record.is_active());
         assert_eq!(record.state(), "inactive (its process died)");
+    }
+
+    #[test]
+    fn a_table_is_made_by_many_at_once() {
+        let folder = std::env::temp_dir().join(format!("polder-table-many-{}", std::process::id()));
+        for _ in 0..20 {
+            let _ = std::fs::remove_dir_all(&folder);
+            std::fs::create_dir_all(&folder).unwrap();
+            let state = StateFolder::at(folder.clone());
+            std::thread::scope(|scope| {
+                let openers: Vec<_> = (0..8).map(|_| scope.spawn(|| InstanceTable::open(&state).map(drop))).collect();
+                for opener in openers {
+                    opener.join().unwrap().unwrap();
+                }
+            });
+        }
+        let _ = std::fs::remove_dir_all(&folder);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 
 use super::bindings::NO_BINDING;
 use super::frame::Frame;
@@ -92,13 +92,16 @@ pub struct Jumps {
     pub keys: [u64; JUMP_TABLES * JUMPS],
     pub hosts: [u64; JUMP_TABLES * JUMPS],
     returns: [Returns; JUMP_TABLES],
-    /// The address is one that a guest cannot guess.
-    no_return: NoReturn,
     /// What the jump tables have lost to other addresses in the same place, of all address spaces. All zero is [`FarJump::NONE`].
     far: [FarJump; FAR_JUMPS],
     /// Not zero: the binding holds.
     verified: [u8; JUMP_TABLES * BINDINGS],
+    /// The address is one that a guest cannot guess.
+    no_return: NoReturn,
 }
+
+const _: () =
+    assert!(std::mem::offset_of!(Jumps, far) % 4096 == 0 && size_of::<[FarJump; FAR_JUMPS]>().is_multiple_of(4096));
 
 impl Jumps {
     /// Fills an entry.
@@ -112,9 +115,13 @@ impl Jumps {
         &mut self.far[(linear >> FAR_SHIFT) as usize % FAR_JUMPS]
     }
 
-    /// Empties what is for all address spaces.
+    /// Empties what is for all address spaces. The pages go back to the host: to fill them would take longer than eviction may.
     pub fn clear_far(&mut self) {
-        self.far.fill(FarJump::NONE);
+        let start = self.far.as_mut_ptr();
+        // SAFETY: whole pages of the arena's private anonymous mapping, which read as zeros from here on; so does an empty entry.
+        if unsafe { madvise(start.cast(), size_of_val(&self.far), Advice::LinuxDontNeed) }.is_err() {
+            self.far.fill(FarJump::NONE);
+        }
     }
 
     /// Empties one table.
