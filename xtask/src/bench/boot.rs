@@ -53,13 +53,7 @@ impl Drop for Running {
 
 /// Measures, prints the table and writes it as JSON.
 pub fn measure(arguments: &BenchArguments) -> Result<()> {
-    let runners: Vec<Runner> = match arguments.runners.as_slice() {
-        [] => vec![Runner::Polder, Runner::Tcg],
-        names => names.iter().map(|name| name.parse()).collect::<Result<_>>()?,
-    };
-    if runners.iter().any(|runner| matches!(runner, Runner::Native | Runner::Interpreter)) {
-        bail!("a boot has no such form: choose from polder and tcg");
-    }
+    let runners = arguments.monitors("a boot")?;
     if let Some(name) = arguments.rows.iter().find(|name| ROWS.iter().all(|row| row.name != **name)) {
         bail!("there is no row {name}: choose from cloud/1, cloud/4, generic/1 and generic/4");
     }

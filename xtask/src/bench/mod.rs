@@ -7,6 +7,7 @@ mod report;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use report::Runner;
 
 #[derive(Args)]
 pub struct BenchArguments {
@@ -30,6 +31,20 @@ pub struct BenchArguments {
     /// Seconds after which a guest is given up
     #[arg(long, default_value_t = 3000)]
     timeout_s: u64,
+}
+
+impl BenchArguments {
+    /// The runners of a bench of whole machines, polder and TCG if none is named; `what` has no other form.
+    fn monitors(&self, what: &str) -> Result<Vec<Runner>> {
+        let runners: Vec<Runner> = match self.runners.as_slice() {
+            [] => vec![Runner::Polder, Runner::Tcg],
+            names => names.iter().map(|name| name.parse()).collect::<Result<_>>()?,
+        };
+        if runners.iter().any(|runner| matches!(runner, Runner::Native | Runner::Interpreter)) {
+            bail!("{what} has no such form: choose from polder and tcg");
+        }
+        Ok(runners)
+    }
 }
 
 /// Runs the bench of that name.

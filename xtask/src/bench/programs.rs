@@ -56,13 +56,7 @@ const MACHINES: [Machine; 5] = [
 
 /// Measures, prints the table and the ratios between variants, and writes the table as JSON.
 pub fn measure(arguments: &BenchArguments) -> Result<()> {
-    let runners: Vec<Runner> = match arguments.runners.as_slice() {
-        [] => vec![Runner::Polder, Runner::Tcg],
-        names => names.iter().map(|name| name.parse()).collect::<Result<_>>()?,
-    };
-    if runners.iter().any(|runner| matches!(runner, Runner::Native | Runner::Interpreter)) {
-        bail!("the programs bench has no such form: choose from polder and tcg");
-    }
+    let runners = arguments.monitors("the programs bench")?;
     if let Some(name) = arguments.rows.iter().find(|name| MACHINES.iter().all(|machine| !machine.has(name))) {
         bail!("there is no row {name}: choose from {}", MACHINES[0].rows.join(", "));
     }

@@ -3,6 +3,8 @@
 //! The seed is printed on a failure; `POLDER_SEED` takes it back and `POLDER_CASES` sets the number of cases. No instruction here uses the stack
 //! pointer or jumps, so the host side is a stub in this process; divisions that fault in the engine are left out.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 use crate::cpu::{CodeSize, RCX, RDI, RSI, RSP};
@@ -217,6 +219,14 @@ fn place_operands(instruction: &Instruction, random: &mut Random, gpr: &mut [u64
 /// A number from the environment.
 pub fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// POLDER_SEED, which takes a run back, or the time; printed.
+pub fn seed() -> u64 {
+    let time = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64);
+    let seed = variable("POLDER_SEED").unwrap_or_else(time);
+    println!("POLDER_SEED={seed}");
+    seed
 }
 
 #[test]

@@ -72,7 +72,6 @@ const _: () = assert!(size_of::<Returns>() == JUMPS);
 
 /// What an entry of [`Returns`] is while it is empty.
 #[derive(Debug, Clone, Copy)]
-#[repr(C)]
 pub struct NoReturn {
     pub linear: u64,
     pub host: u64,

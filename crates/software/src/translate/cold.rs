@@ -65,7 +65,7 @@ pub enum Cold {
         entry: Label,
         rip: u64,
         moved: i32,
-        /// The function called: one of [`Thunks`]' that take such a jump.
+        /// The function called: one of [`super::thunks::Thunks`]' that take such a jump.
         thunk: usize,
     },
     /// Where a call is expected to come back to.

@@ -1,5 +1,6 @@
 //! The bytes that become a unit.
 
+use iced_x86::InstructionInfoFactory;
 use polder_memory::{GuestMemory, PAGE_SIZE, PageNotes, raw};
 
 use super::guest_code::{self, INSTRUCTION_BYTES_MAX, ITEMS_MAX, Item};
@@ -57,13 +58,19 @@ pub struct Extent {
 pub struct Reader {
     /// The instructions of the unit that was read last.
     pub items: Vec<Item>,
+    info: InstructionInfoFactory,
     bytes: Bytes,
     again: Bytes,
 }
 
 impl Default for Reader {
     fn default() -> Reader {
-        Reader { items: Vec::new(), bytes: Box::new([0; BYTES_MAX]), again: Box::new([0; BYTES_MAX]) }
+        Reader {
+            items: Vec::new(),
+            info: InstructionInfoFactory::new(),
+            bytes: Box::new([0; BYTES_MAX]),
+            again: Box::new([0; BYTES_MAX]),
+        }
     }
 }
 
@@ -87,14 +94,14 @@ impl Reader {
         readable: usize,
         is_all: bool,
     ) -> Option<Extent> {
-        let Reader { items, bytes, again } = self;
+        let Reader { items, info, bytes, again } = self;
         let offset = linear % PAGE_SIZE;
         let options = cpu.model.decoder_options();
         let mut pieces = [Some(Piece::new(cpu, page_number, offset, readable)?), None];
         let mut second_page = None;
         for _ in 0..READS_MAX {
             read(&pieces, bytes);
-            let mut looked = guest_code::decode_into(items, &bytes[..readable], linear, options, ITEMS_MAX);
+            let mut looked = guest_code::decode_into(items, info, &bytes[..readable], linear, options, ITEMS_MAX);
             if items.is_empty() && offset as usize + readable == PAGE_SIZE as usize && readable < INSTRUCTION_BYTES_MAX
             {
                 let next = next_page(linear);
@@ -108,10 +115,10 @@ impl Reader {
                     second_page = Some(number);
                     read(&pieces, bytes);
                 }
-                guest_code::decode_into(items, &bytes[..INSTRUCTION_BYTES_MAX], linear, options, 1);
+                guest_code::decode_into(items, info, &bytes[..INSTRUCTION_BYTES_MAX], linear, options, 1);
                 let len = items.last()?.instruction.len();
                 // Without a look at what is behind it.
-                guest_code::decode_into(items, &bytes[..len], linear, options, 1);
+                guest_code::decode_into(items, info, &bytes[..len], linear, options, 1);
                 looked = 0;
             }
             let len = items.last()?.instruction.next_ip().wrapping_sub(linear) as usize;

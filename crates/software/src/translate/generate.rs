@@ -46,10 +46,18 @@ pub type Ops = Vec<Box<Op>>;
 pub struct Generated {
     /// Places of the items, if they are listed.
     pub starts: Vec<usize>,
+    pub ops: Ops,
+    /// [`Sites::x87`].
+    pub x87: Vec<X87Site>,
+    pub memory: Memory,
+}
+
+/// What a unit is generated in, kept from unit to unit: a unit has little code and would else spend a third of its time on allocations.
+pub struct Memory {
     pub asm: Assembler,
     pub links: Vec<LinkSite>,
-    pub ops: Ops,
-    pub sites: Sites,
+    /// [`Sites::sites`].
+    pub sites: Vec<Site>,
     labels: Vec<Label>,
     cold: Vec<Cold>,
     link_stubs: Vec<Label>,
@@ -58,45 +66,9 @@ pub struct Generated {
     plan: Plan,
 }
 
-impl Generated {
-    /// Memory for the next unit.
-    pub fn into_spare(mut self) -> Spare {
-        self.asm.clear();
-        self.links.clear();
-        self.sites.sites.clear();
-        self.labels.clear();
-        self.link_stubs.clear();
-        self.is_target.clear();
-        Spare {
-            asm: self.asm,
-            links: self.links,
-            sites: self.sites.sites,
-            labels: self.labels,
-            cold: self.cold,
-            link_stubs: self.link_stubs,
-            is_target: self.is_target,
-            encoder: self.encoder,
-            plan: self.plan,
-        }
-    }
-}
-
-/// Memory of earlier units, empty: a unit has little code and would else spend a third of its time on allocations.
-pub struct Spare {
-    asm: Assembler,
-    links: Vec<LinkSite>,
-    sites: Vec<Site>,
-    labels: Vec<Label>,
-    cold: Vec<Cold>,
-    link_stubs: Vec<Label>,
-    is_target: Vec<bool>,
-    encoder: Encoder,
-    plan: Plan,
-}
-
-impl Default for Spare {
-    fn default() -> Spare {
-        Spare {
+impl Default for Memory {
+    fn default() -> Memory {
+        Memory {
             asm: Assembler::default(),
             links: Vec::new(),
             sites: Vec::new(),
@@ -205,13 +177,29 @@ pub struct Generator<'a> {
 const X87_MISSING: Mem = cpu_field(offset_of!(Cpu, vector) + VectorState::X87_MISSING_OFFSET);
 
 impl<'a> Generator<'a> {
-    pub fn new(context: Context<'a>, items: &'a [Item], spare: Spare) -> Self {
-        let Spare { mut asm, links, sites, mut labels, cold, link_stubs, mut is_target, encoder, mut plan } = spare;
+    pub fn new(context: Context<'a>, items: &'a [Item], memory: Memory) -> Self {
+        let Memory {
+            mut asm,
+            mut links,
+            mut sites,
+            mut labels,
+            cold,
+            mut link_stubs,
+            mut is_target,
+            encoder,
+            mut plan,
+        } = memory;
         if context.plain {
             plan.clear();
         } else {
             plan.make(items);
         }
+        asm.clear();
+        links.clear();
+        sites.clear();
+        labels.clear();
+        link_stubs.clear();
+        is_target.clear();
         labels.extend(items.iter().map(|_| asm.label()));
         is_target.resize(items.len(), false);
         for (index, item) in items.iter().enumerate() {
@@ -288,19 +276,18 @@ impl<'a> Generator<'a> {
         } else {
             Vec::new()
         };
-        Ok(Generated {
-            starts,
+        let memory = Memory {
             asm: self.asm,
             links: self.links,
-            ops: self.ops,
-            sites: self.sites,
+            sites: self.sites.sites,
             labels: self.labels,
             cold: self.cold,
             link_stubs: self.link_stubs,
             is_target: self.is_target,
             encoder: self.encoder,
             plan: self.plan,
-        })
+        };
+        Ok(Generated { starts, ops: self.ops, x87: self.sites.x87, memory })
     }
 
     /// Whether the unit ends behind an instruction.
@@ -346,19 +333,19 @@ impl<'a> Generator<'a> {
 
     /// Stores a constant into RIP; may use SPARE, no flags.
     pub(super) fn store_rip(&mut self, rip: u64) {
-        self.store_linear(RIP, rip);
+        self.store_linear(RIP, rip, SPARE);
     }
 
-    /// Stores a guest address near the unit's own; may use SPARE.
-    pub fn store_linear(&mut self, to: Mem, value: u64) {
+    /// Stores a guest address near the unit's own; `scratch` is used if it needs more than 32 bits.
+    pub fn store_linear(&mut self, to: Mem, value: u64, scratch: Reg) {
         match i32::try_from(value as i64) {
             Ok(short) => {
                 self.asm.store_imm(to, short);
                 self.asm.relocate(4, Relocation::LinearSigned);
             }
             Err(_) => {
-                self.asm.linear_constant(SPARE, value);
-                self.asm.store(to, SPARE);
+                self.asm.linear_constant(scratch, value);
+                self.asm.store(to, scratch);
             }
         }
     }
@@ -497,7 +484,7 @@ impl<'a> Generator<'a> {
         let op = Box::new(op);
         let pointer = &raw const *op as u64;
         self.ops.push(op);
-        self.store_linear(register_slot(BLOCK_RIP as u8), instruction.ip());
+        self.store_linear(register_slot(BLOCK_RIP as u8), instruction.ip(), SPARE);
         self.store_constant(CALLOUT_OP, pointer, SPARE);
         self.store_rip(instruction.ip());
         self.call_thunk(self.context.thunks.callout);

@@ -77,28 +77,29 @@ pub fn is_of_model(model: &CpuModel, instruction: &Instruction) -> bool {
 /// Decodes a unit of at most `most` instructions. It goes on behind a jump to an address a little further on: what is between belongs to the
 /// unit's bytes, but not to the unit. Any other unconditional transfer ends it.
 pub fn decode(bytes: &[u8], linear: u64, options: u32, most: usize) -> Vec<Item> {
-    decode_and_look(bytes, linear, options, most).0
-}
-
-/// As [`decode`]; with the 64-byte granules of the page, behind the unit and at its jumps' targets, that were looked at to find out which flags are live.
-pub fn decode_and_look(bytes: &[u8], linear: u64, options: u32, most: usize) -> (Vec<Item>, u64) {
     let mut items = Vec::new();
-    let looked = decode_into(&mut items, bytes, linear, options, most);
-    (items, looked)
+    decode_into(&mut items, &mut InstructionInfoFactory::new(), bytes, linear, options, most);
+    items
 }
 
-/// As [`decode_and_look`], in place of what `items` has.
-pub fn decode_into(items: &mut Vec<Item>, bytes: &[u8], linear: u64, options: u32, most: usize) -> u64 {
+/// As [`decode`], in place of what `items` has; gives the 64-byte granules of the page, behind the unit and at its jumps' targets, that were looked at to find out which flags are live.
+pub fn decode_into(
+    items: &mut Vec<Item>,
+    info: &mut InstructionInfoFactory,
+    bytes: &[u8],
+    linear: u64,
+    options: u32,
+    most: usize,
+) -> u64 {
     items.clear();
     let most = most.min(ITEMS_MAX);
     let mut decoder = Decoder::with_ip(64, bytes, linear, options);
-    let mut info = InstructionInfoFactory::new();
     while items.len() < most && decoder.can_decode() {
         let instruction = decoder.decode();
         if instruction.is_invalid() {
             break;
         }
-        let facts = Facts::of(&instruction, &mut info);
+        let facts = Facts::of(&instruction, info);
         items.push(Item { instruction, facts, live_before: 0, live_after: 0 });
         match instruction.flow_control() {
             FlowControl::Next | FlowControl::ConditionalBranch => {}

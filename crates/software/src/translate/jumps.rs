@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use iced_x86::{Code, FlowControl, Instruction, OpKind};
 
 use super::arena::{RETURNS_AT, Returns, verified_at};
-use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP, Relocation};
+use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP};
 use super::bindings::NO_BINDING;
 use super::cold::Cold;
 use super::frame::{JUMP_TABLE, RETURN_MASK, RETURNS_IN_USE, RIP, SPACE, exit, temporary};
@@ -166,17 +166,7 @@ impl Generator<'_> {
         self.asm.load32(SPARE, RETURNS_IN_USE);
         self.asm.lea(SPARE, Mem::indexed(SPARE, ADDEND, 3, 0));
         let field = |offset: usize| Mem::indexed(RSP, SPARE, 0, RETURNS_AT + offset as i32);
-        let linear = field(offset_of!(Returns, linear));
-        match i32::try_from(next as i64) {
-            Ok(short) => {
-                self.asm.store_imm(linear, short);
-                self.asm.relocate(4, Relocation::LinearSigned);
-            }
-            Err(_) => {
-                self.asm.linear_constant(ADDRESS, next);
-                self.asm.store(linear, ADDRESS);
-            }
-        }
+        self.store_linear(field(offset_of!(Returns, linear)), next, ADDRESS);
         self.asm.address_of(ADDRESS, entry);
         self.asm.store(field(offset_of!(Returns, host)), ADDRESS);
     }

@@ -3,7 +3,7 @@
 //! Lockstep leaves units at jumps backwards, so it does not see this. The seed is printed on a failure; `POLDER_SEED` takes it back.
 
 use crate::cpu::{CodeSize, RAX, RBX, RCX, RSP};
-use crate::ops::against_host::Random;
+use crate::ops::against_host::{Random, seed};
 use crate::testbench::{DATA, STACK, Stop, TestBench, Tier, on_each_tier};
 
 const LOOPS: u64 = 300;
@@ -115,10 +115,7 @@ fn run(tier: Tier, code: &[u8], random: &mut Random) -> Result {
 
 #[test]
 fn random_loops_do_the_same_on_each_tier() {
-    let seed = std::env::var("POLDER_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |time| time.as_secs())
-    });
-    println!("POLDER_SEED={seed}");
+    let seed = seed();
     for number in 0..LOOPS {
         let seed = seed.wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut random = Random(seed);

@@ -1,7 +1,7 @@
 //! Returns, expected and unexpected: what a call remembers leads nowhere else than the stack does.
 
 use crate::cpu::{CodeSize, RAX, RCX, RSP};
-use crate::ops::against_host::Random;
+use crate::ops::against_host::{Random, seed};
 use crate::testbench::{CODE, STACK, Stop, TestBench, Tier, on_each_tier};
 
 const PROGRAMS: u64 = 60;
@@ -80,10 +80,7 @@ fn run(tier: Tier, functions: &[Vec<u8>]) -> (Stop, u64, u64, u64) {
 
 #[test]
 fn calls_and_unexpected_returns_lead_where_the_stack_says_on_each_tier() {
-    let seed = std::env::var("POLDER_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |time| time.as_secs())
-    });
-    println!("POLDER_SEED={seed}");
+    let seed = seed();
     // Programs whose recursion went as deep as it may.
     let mut deep = 0;
     for number in 0..PROGRAMS {

@@ -300,7 +300,10 @@ impl Translator {
             let rip = processor.rip;
             let mut host = None;
             if self.wants_plain.take() == Some(rip) {
-                let Some(unit) = self.plain(processor, jumps) else { return self.interpret(cpu, blocks) };
+                let known = self.unit_at(processor, true);
+                let Some(unit) = known.or_else(|| self.translate(processor, jumps, true)) else {
+                    return self.interpret(cpu, blocks);
+                };
                 host = self.host_of(unit);
             }
             if host.is_none() && self.cold.take() != Some(rip) {
@@ -332,13 +335,13 @@ impl Translator {
         }
     }
 
-    /// Translates the code at RIP, which is hot. `None`: it stays with the interpreter, for some time or for good.
+    /// Translates the code at RIP, which is hot and has no unit. `None`: it stays with the interpreter, for some time or for good.
     fn make(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, blocks: &mut Blocks) -> Option<u32> {
         if self.threshold != 0 && self.was_evicted_lately(cpu.rip) {
             blocks.set_heat(cpu, 0);
             return None;
         }
-        if self.translate(cpu, jumps).is_none() {
+        if self.translate(cpu, jumps, false).is_none() {
             blocks.set_heat(cpu, COLD_FOR_EVER);
             return None;
         }

@@ -92,6 +92,7 @@ fn above(mem: Mem, bytes: i32) -> Mem {
 /// Writes all thunks at the start of a code cache.
 pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     let common = Common { leave: asm.label(), elsewhere: asm.label() };
+    let exit = asm.label();
     let mut thunks = Thunks { enter: asm.position(), ..Thunks::default() };
     enter(asm);
     asm.bind(common.elsewhere);
@@ -99,6 +100,7 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     load_registers(asm);
     asm.jump_mem(TARGET);
     thunks.exit = asm.position();
+    asm.bind(exit);
     save_registers(asm);
     save_vectors(asm);
     asm.bind(common.leave);
@@ -132,9 +134,7 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     thunks.no_return = asm.position();
     asm.store(RIP, ADDRESS);
     asm.store32_imm(EXIT, exit::INDIRECT);
-    save_registers(asm);
-    save_vectors(asm);
-    asm.jump(common.leave);
+    asm.jump(exit);
     thunks.jump = asm.position();
     asm.pop_mem(RETURN_ADDRESS);
     asm.bind(far);
@@ -152,9 +152,7 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     thunks.landing = asm.position();
     asm.store(MISS_ADDRESS, RCX);
     asm.store32_imm(EXIT, exit::HOST_FAULT);
-    save_registers(asm);
-    save_vectors(asm);
-    asm.jump(common.leave);
+    asm.jump(exit);
     thunks
 }
 

@@ -14,7 +14,7 @@ use super::assembler::Relocation;
 use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::cache::CodeCache;
 use super::fetch::{Extent, Reader, next_page};
-use super::generate::{Context, Generator, LinkSite, Ops, Site, Spare};
+use super::generate::{Context, Generated, Generator, LinkSite, Memory, Ops, Site};
 use super::guest_code::Item;
 use super::links::{LINK_NUMBERS, LINKS_MAX, LINKS_OF_ITEM, Link};
 use super::listing::Listings;
@@ -177,7 +177,7 @@ pub struct Translator {
     /// CR4.SMAP, as the units that there are assume it.
     pub(super) guards_user_pages: bool,
     reader: Reader,
-    spare: Spare,
+    memory: Memory,
     /// Times that a block is interpreted before it is translated.
     pub threshold: u32,
     pub statistics: Statistics,
@@ -250,7 +250,7 @@ impl Translator {
             wants_plain: None,
             guards_user_pages: false,
             reader: Reader::default(),
-            spare: Spare::default(),
+            memory: Memory::default(),
             threshold,
             statistics: Statistics::default(),
             listings: Listings::default(),
@@ -434,14 +434,6 @@ impl Translator {
         }
     }
 
-    /// The unit in plain form at RIP, where the stretch of a group lies in two pages; made if need be.
-    pub(super) fn plain(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
-        let before = cpu.stopwatch.turn_to(Activity::Translator);
-        let unit = self.make_unit(cpu, jumps, true);
-        cpu.stopwatch.turn_to(before);
-        unit
-    }
-
     pub(super) fn unit_at(&mut self, cpu: &mut Cpu, plain: bool) -> Option<u32> {
         if !is_canonical(cpu.rip, 48) || cpu.debugger.cuts_at(cpu.rip) {
             return None;
@@ -484,18 +476,15 @@ impl Translator {
         })
     }
 
-    /// Translates the code at RIP. `None`: it stays with the interpreter.
-    pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
+    /// Translates the code at RIP, for which there is no such unit. `None`: it stays with the interpreter. The plain form is for where the stretch of a group lies in two pages.
+    pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, plain: bool) -> Option<u32> {
         let before = cpu.stopwatch.turn_to(Activity::Translator);
-        let unit = self.make_unit(cpu, jumps, false);
+        let unit = self.make_unit(cpu, jumps, plain);
         cpu.stopwatch.turn_to(before);
         unit
     }
 
     fn make_unit(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, plain: bool) -> Option<u32> {
-        if let Some(id) = self.unit_at(cpu, plain) {
-            return Some(id);
-        }
         let linear = cpu.rip;
         let page_number = block_cache::code_page(cpu, linear).ok()?;
         if page_number == cpu.apic_page || cpu.debugger.cuts_at(linear) {
@@ -529,15 +518,15 @@ impl Translator {
             plain,
             first_link: first_link as usize,
         };
-        let mut generated = Generator::new(context, items, std::mem::take(&mut self.spare)).run().ok()?;
-        if generated.asm.bytes.len() > UNIT_BYTES_MAX {
+        let Generated { starts, ops, x87, memory } =
+            Generator::new(context, items, std::mem::take(&mut self.memory)).run().ok()?;
+        if memory.asm.bytes.len() > UNIT_BYTES_MAX {
             return None;
         }
         let host = self.cache.address(position);
-        self.listings.list(items, &generated.starts, &generated.asm.bytes, host);
+        self.listings.list(items, &starts, &memory.asm.bytes, host);
         let leaps = |item: &Item| item.instruction.flow_control() == FlowControl::UnconditionalBranch;
         self.statistics.superblocks += u64::from(items[..items.len() - 1].iter().any(leaps));
-        let ops = std::mem::take(&mut generated.ops);
         let unit = Unit {
             linear,
             physical,
@@ -545,18 +534,18 @@ impl Translator {
             granules,
             second_page,
             binding: NO_BINDING,
-            code: position as u32..(position + generated.asm.bytes.len()) as u32,
+            code: position as u32..(position + memory.asm.bytes.len()) as u32,
             first_link,
-            links: generated.links.len() as u32,
+            links: memory.links.len() as u32,
             incoming: Vec::new(),
             ops: SharedOps((!ops.is_empty()).then(|| Rc::new(ops))),
-            relocations: generated.asm.relocations.as_slice().into(),
-            sites: generated.sites.sites.as_slice().into(),
-            x87: std::mem::take(&mut generated.sites.x87),
+            relocations: memory.asm.relocations.as_slice().into(),
+            sites: memory.sites.as_slice().into(),
+            x87,
             valid: true,
         };
-        let id = self.add(unit, &generated.asm.bytes, &generated.links);
-        self.spare = generated.into_spare();
+        let id = self.add(unit, &memory.asm.bytes, &memory.links);
+        self.memory = memory;
         if second_page.is_none() {
             self.templates.insert((physical, form), id);
         }

@@ -128,7 +128,7 @@ impl Generator<'_> {
 
     /// Stores the pointers of an x87 instruction. Uses SPARE, changes no flag.
     pub fn store_pointers_of(&mut self, site: X87Site) {
-        self.store_linear(pointer(offset_of!(Pointers, instruction)), site.rip);
+        self.store_linear(pointer(offset_of!(Pointers, instruction)), site.rip, SPARE);
         self.asm.store16_imm(pointer(offset_of!(Pointers, opcode)), site.opcode);
         self.asm.load_u16(SPARE, selector(CS));
         self.asm.store16(pointer(offset_of!(Pointers, code_selector)), SPARE);
