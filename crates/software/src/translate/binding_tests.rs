@@ -2,6 +2,7 @@
 
 use super::arena::{BINDINGS, JUMPS};
 use super::bindings::{Binding, Bindings, NO_BINDING};
+use super::generate::Shape;
 use super::units::Form;
 use crate::cpu::{RAX, RCX, RSP, cr4};
 use crate::testbench::{CODE, CodeSize, STACK, Stop, TABLES, TestBench};
@@ -283,7 +284,7 @@ fn code_that_is_dropped_leaves_no_way_behind() {
 #[test]
 fn numbers_of_bindings_are_bounded_and_hold_nowhere_when_they_are_given_anew() {
     let mut bench = TestBench::new();
-    let form = Form::now(&bench.cpu, false);
+    let form = Form::now(&bench.cpu, Shape::Shared);
     let (_, jumps) = bench.cpu.split();
     let mut bindings = Bindings::default();
     let binding = |page: u64| Binding::new(page, page, None, form);

@@ -35,8 +35,16 @@ pub struct LinkSite {
     pub binding_at: Option<usize>,
     /// Where the jump leads while it is not linked.
     pub stub: usize,
-    /// It leads to the plain form of the unit there, without groups.
-    pub plain: bool,
+    pub shape: Shape,
+}
+
+/// How a unit's look-ups are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Shape {
+    /// Accesses share them ([`super::groups`]); the shape that everybody comes to.
+    Shared,
+    /// Each access has its own: for where the stretch of a group lies in two pages.
+    Plain,
 }
 
 /// Ops whose addresses are in generated code.
@@ -122,8 +130,7 @@ pub struct Context<'a> {
     pub counts: bool,
     /// Every look-up for writing misses first, so that what is stored to can be kept.
     pub keeps_journal: bool,
-    /// Nothing is shared between accesses.
-    pub plain: bool,
+    pub shape: Shape,
     /// Number of the first link.
     pub first_link: usize,
 }
@@ -189,10 +196,9 @@ impl<'a> Generator<'a> {
             encoder,
             mut plan,
         } = memory;
-        if context.plain {
-            plan.clear();
-        } else {
-            plan.make(items);
+        match context.shape {
+            Shape::Plain => plan.clear(),
+            Shape::Shared => plan.make(items),
         }
         asm.clear();
         links.clear();

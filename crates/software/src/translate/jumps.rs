@@ -9,7 +9,7 @@ use super::assembler::{self, Binary, Label, Mem, R9, R15, RSP};
 use super::bindings::NO_BINDING;
 use super::cold::Cold;
 use super::frame::{JUMP_TABLE, RETURN_MASK, RETURNS_IN_USE, RIP, SPACE, exit, temporary};
-use super::generate::{Generator, GiveUp, LinkSite, Result, Use};
+use super::generate::{Generator, GiveUp, LinkSite, Result, Shape, Use};
 use super::groups::Access;
 use super::guest_code::{INSTRUCTION_BYTES_MAX, Item, branch_target, general_register, item_at};
 use super::registers::{ADDEND, ADDRESS, SPARE};
@@ -94,7 +94,7 @@ impl Generator<'_> {
             self.asm.bind(label);
             self.asm.jump(entry);
         }
-        self.new_link(entry, LinkSite { target, jump_at, binding_at, stub: 0, plain: false });
+        self.new_link(entry, LinkSite { target, jump_at, binding_at, stub: 0, shape: Shape::Shared });
     }
 
     /// Adds a link whose jump leads to `entry`, where its cold code will be; gives its number.
@@ -121,7 +121,7 @@ impl Generator<'_> {
             let entry = self.asm.label();
             self.asm.jump_if(code, entry);
             let jump_at = self.asm.position() - 4;
-            self.new_link(entry, LinkSite { target, jump_at, binding_at: None, stub: 0, plain: false });
+            self.new_link(entry, LinkSite { target, jump_at, binding_at: None, stub: 0, shape: Shape::Shared });
             return;
         }
         let skip = self.asm.label();
@@ -160,7 +160,8 @@ impl Generator<'_> {
             return;
         }
         let (entry, to) = (self.asm.label(), self.asm.label());
-        let link = self.new_link(to, LinkSite { target: next, jump_at: 0, binding_at: None, stub: 0, plain: false });
+        let link =
+            self.new_link(to, LinkSite { target: next, jump_at: 0, binding_at: None, stub: 0, shape: Shape::Shared });
         self.cold.push(Cold::Return { entry, to, link });
         self.asm.extract(ADDEND, R15, RETURN_MASK);
         self.asm.load32(SPARE, RETURNS_IN_USE);

@@ -8,7 +8,7 @@ use polder_memory::PAGE_SIZE;
 use super::Translator;
 use super::arena::verified_at;
 use super::bindings::NO_BINDING;
-use super::generate::LinkSite;
+use super::generate::{LinkSite, Shape};
 use super::units::NO_UNIT;
 
 /// Links of a vCPU.
@@ -37,9 +37,9 @@ impl Translator {
         self.links.get_mut((number.wrapping_sub(self.first_link) % LINK_NUMBERS) as usize)
     }
 
-    /// Where a link leads, and whether to the plain form there.
-    pub(super) fn link_target(&self, link: u32) -> Option<(u64, bool)> {
-        self.link(link).map(|link| (link.site.target, link.site.plain))
+    /// Where a link leads, and to what shape of the code there.
+    pub(super) fn link_target(&self, link: u32) -> Option<(u64, Shape)> {
+        self.link(link).map(|link| (link.site.target, link.site.shape))
     }
 
     /// Aims a link at a unit; one that leads to another unit already, only if `anew`.

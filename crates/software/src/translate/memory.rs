@@ -8,7 +8,7 @@ use super::arena::DATA;
 use super::assembler::{Binary, Mem, R15, RBP, RSP, Reg, condition};
 use super::cold::{Cold, Split};
 use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_slot, temporary};
-use super::generate::{Generator, GiveUp, LinkSite, Result, Use};
+use super::generate::{Generator, GiveUp, LinkSite, Result, Shape, Use};
 use super::groups::Access;
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};
@@ -136,7 +136,8 @@ impl Generator<'_> {
         }
         let entry = self.asm.label();
         // The jump is emitted with the look-up's cold code.
-        let link = self.new_link(entry, LinkSite { target: rip, jump_at: 0, binding_at: None, stub: 0, plain: true });
+        let link =
+            self.new_link(entry, LinkSite { target: rip, jump_at: 0, binding_at: None, stub: 0, shape: Shape::Plain });
         Split { entry, link: Some(link) }
     }
 

@@ -8,6 +8,7 @@ use super::Translator;
 use super::arena::{CpuBox, Jumps, jumps_of};
 use super::cold::{NOTED_FAR, NOTED_LEAVES, NOTED_PAGE};
 use super::frame::{LINKS_BETWEEN_AIMS, exit};
+use super::generate::Shape;
 use super::lockstep::Before;
 use super::thunks::{Enter, Functions, GO_ON, LEAVE};
 use super::units::Place;
@@ -299,9 +300,9 @@ impl Translator {
             }
             let rip = processor.rip;
             let mut host = None;
-            if self.wants_plain.take() == Some(rip) {
-                let known = self.unit_at(processor, true);
-                let Some(unit) = known.or_else(|| self.translate(processor, jumps, true)) else {
+            if let Some((_, shape)) = self.wanted.take().filter(|&(wanted, _)| wanted == rip) {
+                let known = self.unit_at(processor, shape);
+                let Some(unit) = known.or_else(|| self.translate(processor, jumps, shape)) else {
                     return self.interpret(cpu, blocks);
                 };
                 host = self.host_of(unit);
@@ -341,7 +342,7 @@ impl Translator {
             blocks.set_heat(cpu, 0);
             return None;
         }
-        if self.translate(cpu, jumps, false).is_none() {
+        if self.translate(cpu, jumps, Shape::Shared).is_none() {
             blocks.set_heat(cpu, COLD_FOR_EVER);
             return None;
         }
@@ -420,20 +421,20 @@ impl Translator {
     /// The code that the link whose number is in `exit` leads to; RIP is set. `anew`: the link is aimed there even if it leads elsewhere in other address spaces.
     fn over_link(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, anew: bool) -> Option<u64> {
         let link = std::mem::replace(&mut cpu.frame.exit, exit::INDIRECT);
-        let (target, plain) = self.link_target(link)?;
+        let (target, shape) = self.link_target(link)?;
         cpu.rip = target;
         if self.lockstep.is_some() {
             return None;
         }
         cpu.freshen_tables();
-        let unit = if plain {
-            // Making it might drop the unit that runs.
-            self.wants_plain = Some(target);
-            self.unit_at(cpu, true)?
-        } else {
+        let unit = if shape == Shape::Shared {
             self.find(cpu, jumps)?
+        } else {
+            // Making it might drop the unit that runs.
+            self.wanted = Some((target, shape));
+            self.unit_at(cpu, shape)?
         };
-        self.wants_plain = None;
+        self.wanted = None;
         self.aim(link, unit, anew);
         let host = self.host_of(unit)?;
         self.go_on_in_space(cpu, jumps).then_some(host)

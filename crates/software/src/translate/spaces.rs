@@ -2,6 +2,7 @@
 
 use super::Translator;
 use super::arena::{BINDINGS, FarJump, JUMP_TABLES, JUMPS, Jumps, NoReturn};
+use super::generate::Shape;
 use crate::cpu::Cpu;
 
 /// What an address space is to translated code: instruction fetch leads to the same bytes, data through the same table, and the same instructions
@@ -70,7 +71,7 @@ impl Translator {
     /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.
     pub(super) fn find(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         let linear = cpu.rip;
-        let id = self.unit_at(cpu, false)?;
+        let id = self.unit_at(cpu, Shape::Shared)?;
         let host = self.host_of(id)?;
         let binding = self.unit(id)?.binding;
         // That may have changed what the address space is to instruction fetch.

@@ -14,7 +14,7 @@ use super::assembler::Relocation;
 use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::cache::CodeCache;
 use super::fetch::{Extent, Reader, next_page};
-use super::generate::{Context, Generated, Generator, LinkSite, Memory, Ops, Site};
+use super::generate::{Context, Generated, Generator, LinkSite, Memory, Ops, Shape, Site};
 use super::guest_code::Item;
 use super::links::{LINK_NUMBERS, LINKS_MAX, LINKS_OF_ITEM, Link};
 use super::listing::Listings;
@@ -43,14 +43,13 @@ pub struct Form {
     table: u8,
     /// The enabled classes of vector and x87 instructions.
     enabled: u8,
-    /// Accesses share no look-ups.
-    plain: bool,
+    shape: Shape,
 }
 
 impl Form {
     /// The form of a unit for the processor's present state.
-    pub(super) fn now(cpu: &Cpu, plain: bool) -> Form {
-        Form { table: cpu.tlb.data_table() as u8, enabled: cpu.vector.enabled, plain }
+    pub(super) fn now(cpu: &Cpu, shape: Shape) -> Form {
+        Form { table: cpu.tlb.data_table() as u8, enabled: cpu.vector.enabled, shape }
     }
 
     /// Whether units of both forms run in the same address spaces.
@@ -172,8 +171,8 @@ pub struct Translator {
     pub(super) clock: u64,
     /// An address that translated code has just gone to, and that no code is known for.
     pub(super) cold: Option<u64>,
-    /// An address whose plain form is wanted.
-    pub(super) wants_plain: Option<u64>,
+    /// An address whose code is wanted in a shape that nobody comes to but by a link.
+    pub(super) wanted: Option<(u64, Shape)>,
     /// CR4.SMAP, as the units that there are assume it.
     pub(super) guards_user_pages: bool,
     reader: Reader,
@@ -247,7 +246,7 @@ impl Translator {
             spaces_met: 0,
             clock: 0,
             cold: None,
-            wants_plain: None,
+            wanted: None,
             guards_user_pages: false,
             reader: Reader::default(),
             memory: Memory::default(),
@@ -434,7 +433,7 @@ impl Translator {
         }
     }
 
-    pub(super) fn unit_at(&mut self, cpu: &mut Cpu, plain: bool) -> Option<u32> {
+    pub(super) fn unit_at(&mut self, cpu: &mut Cpu, shape: Shape) -> Option<u32> {
         if !is_canonical(cpu.rip, 48) || cpu.debugger.cuts_at(cpu.rip) {
             return None;
         }
@@ -442,7 +441,7 @@ impl Translator {
         let physical = page_number * PAGE_SIZE + cpu.rip % PAGE_SIZE;
         // The jump table depends on this page's translation from here on.
         cpu.tlb.note_way(cpu.rip);
-        let form = Form::now(cpu, plain);
+        let form = Form::now(cpu, shape);
         let id = *self.by_address.get(&(cpu.rip, physical, form))?;
         if let Some(second_page) = self.unit(id)?.second_page {
             let second = next_page(cpu.rip);
@@ -476,15 +475,15 @@ impl Translator {
         })
     }
 
-    /// Translates the code at RIP, for which there is no such unit. `None`: it stays with the interpreter. The plain form is for where the stretch of a group lies in two pages.
-    pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, plain: bool) -> Option<u32> {
+    /// Translates the code at RIP, for which there is no such unit. `None`: it stays with the interpreter.
+    pub(super) fn translate(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, shape: Shape) -> Option<u32> {
         let before = cpu.stopwatch.turn_to(Activity::Translator);
-        let unit = self.make_unit(cpu, jumps, plain);
+        let unit = self.make_unit(cpu, jumps, shape);
         cpu.stopwatch.turn_to(before);
         unit
     }
 
-    fn make_unit(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, plain: bool) -> Option<u32> {
+    fn make_unit(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, shape: Shape) -> Option<u32> {
         let linear = cpu.rip;
         let page_number = block_cache::code_page(cpu, linear).ok()?;
         if page_number == cpu.apic_page || cpu.debugger.cuts_at(linear) {
@@ -492,7 +491,7 @@ impl Translator {
         }
         let offset = (linear % PAGE_SIZE) as usize;
         let physical = page_number * PAGE_SIZE + offset as u64;
-        let form = Form::now(cpu, plain);
+        let form = Form::now(cpu, shape);
         let readable = cpu.debugger.uncut(linear, PAGE_SIZE as usize - offset);
         // Only whole units that nobody wants to see made.
         let is_whole = readable == PAGE_SIZE as usize - offset && !self.listings.address_is_near(linear);
@@ -515,7 +514,7 @@ impl Translator {
             listed: self.listings.wants(items),
             counts: cpu.stopwatch.is_on(),
             keeps_journal: self.lockstep.is_some(),
-            plain,
+            shape,
             first_link: first_link as usize,
         };
         let Generated { starts, ops, x87, memory } =
@@ -556,7 +555,7 @@ impl Translator {
     /// Adds a unit whose place was found at the cache's position.
     pub(super) fn add(&mut self, mut unit: Unit, code: &[u8], sites: &[LinkSite]) -> u32 {
         let [linear_page, physical_page] = [unit.linear, unit.physical].map(|address| address / PAGE_SIZE);
-        let form = Form { plain: false, ..unit.form };
+        let form = Form { shape: Shape::Shared, ..unit.form };
         unit.binding = self.bindings.take(Binding::new(linear_page, physical_page, unit.second_page, form));
         self.listings.name(unit.linear, self.cache.address(unit.code.start as usize), code.len());
         self.cache.add(code);
