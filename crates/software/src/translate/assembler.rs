@@ -44,6 +44,9 @@ pub struct Label(usize);
 
 const UNBOUND: usize = usize::MAX;
 
+/// VEX.L: vectors of 256 bits.
+const LONG: u8 = 4;
+
 /// Condition codes, as in Jcc's opcode.
 pub mod condition {
     pub const BELOW: u8 = 2;
@@ -435,19 +438,39 @@ impl Assembler {
 
     /// VMOVUPS ymm, [mem]
     pub fn load_ymm(&mut self, register: u8, mem: Mem) {
-        self.vex_vector(register, mem, 0x10);
+        self.vex_vector(register, mem, LONG, 0x10);
     }
 
     /// VMOVUPS [mem], ymm
     pub fn store_ymm(&mut self, mem: Mem, register: u8) {
-        self.vex_vector(register, mem, 0x11);
+        self.vex_vector(register, mem, LONG, 0x11);
     }
 
-    fn vex_vector(&mut self, register: u8, mem: Mem, opcode: u8) {
+    /// VMOVUPS xmm, [mem]
+    pub fn load_xmm(&mut self, register: u8, mem: Mem) {
+        self.vex_vector(register, mem, 0, 0x10);
+    }
+
+    /// VORPS xmm0, xmm0, [mem]
+    pub fn or_xmm0(&mut self, mem: Mem) {
+        self.vex_vector(0, mem, 0, 0x56);
+    }
+
+    /// VPTEST xmm0, xmm0
+    pub fn test_xmm0(&mut self) {
+        self.raw(&[0xc4, 0xe2, 0x79, 0x17, 0xc0]);
+    }
+
+    /// VZEROUPPER
+    pub fn zero_upper(&mut self) {
+        self.raw(&[0xc5, 0xf8, 0x77]);
+    }
+
+    fn vex_vector(&mut self, register: u8, mem: Mem, length: u8, opcode: u8) {
         let index = mem.index.map_or(0, |(index, _)| index.0);
         let base = mem.base.map_or(0, |base| base.0);
         let second = (!register >> 3 & 1) << 7 | (!index >> 3 & 1) << 6 | (!base >> 3 & 1) << 5 | 1;
-        self.raw(&[0xc4, second, 0x7c, opcode]);
+        self.raw(&[0xc4, second, 0x78 | length, opcode]);
         self.operand(register, mem);
     }
 
