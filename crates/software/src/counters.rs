@@ -95,6 +95,8 @@ counters! {
     translated_units
     /// Those of them that go on behind a jump.
     translated_superblocks
+    /// Those of them that are a loop whose look-ups last for many rounds.
+    translated_loops
     /// Bytes of their code.
     translated_code_bytes
     /// Times that translated code met an address space that it did not know, or no longer.

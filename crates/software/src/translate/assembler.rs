@@ -36,6 +36,11 @@ impl Mem {
     pub const fn indexed(base: Reg, index: Reg, shift: u8, displacement: i32) -> Mem {
         Mem { base: Some(base), index: Some((index, shift)), displacement }
     }
+
+    /// Whether a register is part of the address.
+    pub fn names(self, register: Reg) -> bool {
+        self.base == Some(register) || self.index.is_some_and(|(index, _)| index == register)
+    }
 }
 
 /// A place in the code that jumps lead to.
@@ -51,6 +56,11 @@ const LONG: u8 = 4;
 pub mod condition {
     pub const BELOW: u8 = 2;
     pub const ABOVE: u8 = 7;
+    pub const OVERFLOW: u8 = 0;
+    pub const LESS: u8 = 12;
+    pub const GREATER_OR_EQUAL: u8 = 13;
+    pub const LESS_OR_EQUAL: u8 = 14;
+    pub const GREATER: u8 = 15;
     pub const EQUAL: u8 = 4;
     pub const NOT_EQUAL: u8 = 5;
 }
@@ -356,6 +366,13 @@ impl Assembler {
     pub fn compare8_imm(&mut self, mem: Mem, value: u8) {
         self.with_mem(false, &[0x80], 7, mem);
         self.byte(value);
+    }
+
+    pub fn shift_left(&mut self, to: Reg, count: u8) {
+        if count != 0 {
+            self.with_reg(true, &[0xc1], 4, to.0);
+            self.byte(count);
+        }
     }
 
     pub fn shift_right(&mut self, to: Reg, count: u8) {

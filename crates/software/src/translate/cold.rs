@@ -68,8 +68,8 @@ pub enum Cold {
         /// The function called: one of [`super::thunks::Thunks`]' that take such a jump.
         thunk: usize,
     },
-    /// Where a call is expected to come back to.
-    Return {
+    /// A jump that is a link: where a call is expected to come back to, or the other shape of a loop.
+    Jump {
         entry: Label,
         /// The code of the link from there on.
         to: Label,
@@ -180,7 +180,7 @@ impl Generator<'_> {
                     self.call_thunk(thunk);
                     self.call_site(rip, None, moved);
                 }
-                Cold::Return { entry, to, link } => {
+                Cold::Jump { entry, to, link } => {
                     self.asm.bind(entry);
                     self.asm.jump(to);
                     self.links[link].jump_at = self.asm.position() - 4;

@@ -6,6 +6,7 @@ use super::arena::{FAR_JUMPS, FAR_SHIFT, JUMPS, RETURNS, frame_offset};
 use super::assembler::{Mem, RSP};
 use super::groups::SLOTS;
 use super::lockstep::Journal;
+use super::steady::LIMITS;
 use crate::cpu::{Cpu, cr4};
 use crate::flags;
 
@@ -85,6 +86,8 @@ pub struct Frame {
     /// Host addresses of groups' stretches, and of their pages' notes.
     pub stretches: [u64; SLOTS],
     pub notes: [u64; SLOTS],
+    /// Of the registers that move steady groups ([`super::steady`]).
+    pub limits: [u64; LIMITS],
     /// Bits 0 to 11, and bit 12.
     pub offset_mask: u64,
     pub next_page_mask: u64,
@@ -127,6 +130,7 @@ impl Default for Frame {
             translator: 0,
             stretches: [0; SLOTS],
             notes: [0; SLOTS],
+            limits: [0; LIMITS],
             offset_mask: 0xfff,
             next_page_mask: 0x1000,
             journal: None,
@@ -194,6 +198,11 @@ pub const fn stretch_slot(slot: usize) -> Mem {
 /// Where a group that is stored to keeps the address of its page's note.
 pub const fn note_slot(slot: usize) -> Mem {
     Mem::base(RSP, frame_offset(offset_of!(Frame, notes) + 8 * slot))
+}
+
+/// Where the limit of a register in a steady loop is.
+pub const fn limit_slot(slot: usize) -> Mem {
+    Mem::base(RSP, frame_offset(offset_of!(Frame, limits) + 8 * slot))
 }
 
 /// The slot of a guest register in [`Cpu::gpr`].

@@ -15,8 +15,9 @@ use super::assembler::{Assembler, Binary, Label, Mem, Reg, Relocation, condition
 use super::cold::Cold;
 use super::frame::{CALLOUT_OP, RIP, VECTORS_MISSING, cpu_field, exit, register_slot};
 use super::groups::Plan;
-use super::guest_code::{Item, item_at};
+use super::guest_code::{Item, target_inside};
 use super::registers::{SPARE, home};
+use super::steady::Loop;
 use super::thunks::Thunks;
 use super::x87::X87Site;
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
@@ -38,6 +39,13 @@ pub struct LinkSite {
     pub shape: Shape,
 }
 
+impl LinkSite {
+    /// A way to the code at `target`, whose jump is not emitted yet.
+    pub fn new(target: u64, shape: Shape) -> LinkSite {
+        LinkSite { target, jump_at: 0, binding_at: None, stub: 0, shape }
+    }
+}
+
 /// How a unit's look-ups are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shape {
@@ -45,6 +53,8 @@ pub enum Shape {
     Shared,
     /// Each access has its own: for where the stretch of a group lies in two pages.
     Plain,
+    /// Those of the loop at its start are kept from round to round ([`super::steady`]).
+    Steady,
 }
 
 /// Ops whose addresses are in generated code.
@@ -173,6 +183,11 @@ pub struct Generator<'a> {
     /// Items that jumps inside the unit lead to.
     is_target: Vec<bool>,
     pub plan: Plan,
+    /// The loop at the unit's start in the steady shape, and where its look-ups are.
+    pub steady: Option<Loop>,
+    pub steady_entry: Label,
+    /// Heads of loops that have a steady shape.
+    pub steady_heads: Vec<usize>,
     /// The item that is being generated.
     pub index: usize,
     /// The group whose stretch ADDEND has the host address of.
@@ -196,9 +211,22 @@ impl<'a> Generator<'a> {
             encoder,
             mut plan,
         } = memory;
+        let mut steady = None;
+        let mut steady_heads = Vec::new();
+        if context.shape == Shape::Steady {
+            steady = Loop::find(items);
+        }
+        if context.shape != Shape::Plain && !context.keeps_journal {
+            let heads = (0..items.len()).filter_map(|index| target_inside(items, index).filter(|&to| to <= index));
+            steady_heads.extend(heads);
+            steady_heads.sort_unstable();
+            steady_heads.dedup();
+            let is_other = |head: usize| head != 0 || context.shape == Shape::Shared;
+            steady_heads.retain(|&head| is_other(head) && Loop::find(&items[head..]).is_some());
+        }
         match context.shape {
             Shape::Plain => plan.clear(),
-            Shape::Shared => plan.make(items),
+            _ => plan.make(items, steady.as_ref()),
         }
         asm.clear();
         links.clear();
@@ -207,10 +235,10 @@ impl<'a> Generator<'a> {
         link_stubs.clear();
         is_target.clear();
         labels.extend(items.iter().map(|_| asm.label()));
+        let steady_entry = asm.label();
         is_target.resize(items.len(), false);
         for (index, item) in items.iter().enumerate() {
-            let target = super::guest_code::branch_target(&item.instruction);
-            let inside = target.and_then(|target| item_at(items, target));
+            let inside = target_inside(items, index);
             // A jump to what comes next is no jump.
             let leaps =
                 item.instruction.flow_control() == FlowControl::UnconditionalBranch && inside == Some(index + 1);
@@ -236,6 +264,9 @@ impl<'a> Generator<'a> {
             entry_table: context.table,
             is_target,
             plan,
+            steady,
+            steady_entry,
+            steady_heads,
             index: 0,
             held: None,
             held_before: None,
@@ -245,6 +276,10 @@ impl<'a> Generator<'a> {
     /// Generates the unit.
     pub fn run(mut self) -> Result<Generated> {
         let mut ended = false;
+        if let Some(steady) = self.steady.take() {
+            self.fill_steady(&steady, self.steady_entry);
+            self.steady = Some(steady);
+        }
         for index in 0..self.items.len() {
             let item = self.items[index];
             self.index = index;
@@ -252,7 +287,7 @@ impl<'a> Generator<'a> {
                 self.store_x87_pointers();
             }
             if self.is_target[index] {
-                self.vectors_loaded = false;
+                self.vectors_loaded = self.steady.as_ref().is_some_and(|steady| steady.has_vectors(index));
                 self.x87_loaded = false;
                 self.held = None;
             }

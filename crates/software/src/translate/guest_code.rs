@@ -168,6 +168,11 @@ fn find_live_flags(items: &mut [Item], decoder: &mut Decoder<'_>, len: usize, li
     }
 }
 
+/// The item that the jump at `index` leads to, if it leads to one.
+pub fn target_inside(items: &[Item], index: usize) -> Option<usize> {
+    item_at(items, branch_target(&items[index].instruction)?)
+}
+
 /// The target of a relative branch.
 pub fn branch_target(instruction: &Instruction) -> Option<u64> {
     (instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64)

@@ -10,10 +10,10 @@ use super::forms::{
 };
 use super::frame::{register_slot, temporary};
 use super::generate::{Generator, GiveUp, Result, Use};
-use super::groups::Access;
 use super::guest_code::{Item, general_register, is_of_model};
 use super::memory::{COLLAPSED, Place};
 use super::registers::{ADDEND, ADDRESS, SPARE, home};
+use super::values::Access;
 
 impl Generator<'_> {
     /// Generates one instruction; tells whether control never goes on behind it.
@@ -155,7 +155,7 @@ impl Generator<'_> {
             Some((usage, bytes)) => {
                 let mut reached = self.reach(item, Access::Operand, bytes, usage)?;
                 let has_spare = !wants_rcx && (usage == Use::Read || reached.note.is_some());
-                if reached.mem.index.is_none() {
+                if !reached.mem.names(ADDRESS) {
                     free.push(ADDRESS);
                 } else if slots.len() > usize::from(has_spare) {
                     self.asm.lea(ADDRESS, reached.mem);

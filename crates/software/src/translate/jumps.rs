@@ -10,10 +10,10 @@ use super::bindings::NO_BINDING;
 use super::cold::Cold;
 use super::frame::{JUMP_TABLE, RETURN_MASK, RETURNS_IN_USE, RIP, SPACE, exit, temporary};
 use super::generate::{Generator, GiveUp, LinkSite, Result, Shape, Use};
-use super::groups::Access;
 use super::guest_code::{INSTRUCTION_BYTES_MAX, Item, branch_target, general_register, item_at};
 use super::registers::{ADDEND, ADDRESS, SPARE};
 use super::thunks;
+use super::values::Access;
 use crate::lower::condition;
 use polder_memory::PAGE_SIZE;
 
@@ -52,6 +52,9 @@ impl Generator<'_> {
             return;
         }
         if let Some(index) = inside {
+            if self.asm.is_bound(self.labels[index]) && self.jump_back_in_loop(index, target) {
+                return;
+            }
             if self.asm.is_bound(self.labels[index]) {
                 self.poll(target, live);
             }
@@ -94,7 +97,32 @@ impl Generator<'_> {
             self.asm.bind(label);
             self.asm.jump(entry);
         }
-        self.new_link(entry, LinkSite { target, jump_at, binding_at, stub: 0, shape: Shape::Shared });
+        self.new_link(entry, LinkSite { jump_at, binding_at, ..LinkSite::new(target, Shape::Shared) });
+    }
+
+    /// Jumps back to a loop's head where that leads on in another shape of the loop, or to another round of a steady one. `false`: it is a jump as others are.
+    fn jump_back_in_loop(&mut self, head: usize, target: u64) -> bool {
+        if let Some(steady) = self.steady.take_if(|_| head == 0) {
+            self.poll(target, false);
+            self.next_steady_round(&steady, self.steady_entry, self.labels[0]);
+            self.steady = Some(steady);
+            return true;
+        }
+        let shape = match self.context.shape {
+            // Only the round that met two pages is for this shape.
+            Shape::Plain if head == 0 && self.items[0].live_before == 0 => Shape::Shared,
+            Shape::Shared | Shape::Steady if self.steady_heads.contains(&head) => Shape::Steady,
+            _ => return false,
+        };
+        if !self.is_near(target) || self.is_other_space() {
+            return false;
+        }
+        self.poll(target, false);
+        let entry = self.asm.label();
+        self.asm.jump(entry);
+        let jump_at = self.asm.position() - 4;
+        self.new_link(entry, LinkSite { jump_at, ..LinkSite::new(target, shape) });
+        true
     }
 
     /// Adds a link whose jump leads to `entry`, where its cold code will be; gives its number.
@@ -121,7 +149,7 @@ impl Generator<'_> {
             let entry = self.asm.label();
             self.asm.jump_if(code, entry);
             let jump_at = self.asm.position() - 4;
-            self.new_link(entry, LinkSite { target, jump_at, binding_at: None, stub: 0, shape: Shape::Shared });
+            self.new_link(entry, LinkSite { jump_at, ..LinkSite::new(target, Shape::Shared) });
             return;
         }
         let skip = self.asm.label();
@@ -160,9 +188,8 @@ impl Generator<'_> {
             return;
         }
         let (entry, to) = (self.asm.label(), self.asm.label());
-        let link =
-            self.new_link(to, LinkSite { target: next, jump_at: 0, binding_at: None, stub: 0, shape: Shape::Shared });
-        self.cold.push(Cold::Return { entry, to, link });
+        let link = self.new_link(to, LinkSite::new(next, Shape::Shared));
+        self.cold.push(Cold::Jump { entry, to, link });
         self.asm.extract(ADDEND, R15, RETURN_MASK);
         self.asm.load32(SPARE, RETURNS_IN_USE);
         self.asm.lea(SPARE, Mem::indexed(SPARE, ADDEND, 3, 0));

@@ -5,13 +5,13 @@ use std::mem::offset_of;
 use iced_x86::{Instruction, Register};
 
 use super::arena::DATA;
-use super::assembler::{Binary, Mem, R15, RBP, RSP, Reg, condition};
+use super::assembler::{Binary, Label, Mem, R15, RBP, RSP, Reg, condition};
 use super::cold::{Cold, Split};
 use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_slot, temporary};
 use super::generate::{Generator, GiveUp, LinkSite, Result, Shape, Use};
-use super::groups::Access;
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};
+use super::values::Access;
 use crate::cpu::Cpu;
 use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb};
 
@@ -62,9 +62,9 @@ impl Generator<'_> {
         Ok(())
     }
 
-    /// Adds the base of FS or GS to ADDRESS. Uses SPARE.
-    pub fn add_segment_base(&mut self, instruction: &Instruction) {
-        let segment = match instruction.memory_segment() {
+    /// Adds the base of the segment register, if it is FS or GS, to ADDRESS. Uses SPARE.
+    pub fn add_base_of(&mut self, segment: Register) {
+        let segment = match segment {
             Register::FS => crate::cpu::FS,
             Register::GS => crate::cpu::GS,
             _ => return,
@@ -85,26 +85,12 @@ impl Generator<'_> {
         let split = splits.then(|| self.split(rip));
         let retry = self.asm.label();
         let entry = self.asm.label();
-        let table = (DATA + self.context.table * DATA_ENTRIES * size_of::<DataEntry>()) as i32;
-        let tag = match usage {
-            Use::Read => offset_of!(DataEntry, read_tag),
-            Use::Write => offset_of!(DataEntry, write_tag),
-        } as i32;
-        let field = |offset: i32| Mem::indexed(RSP, ADDEND, 0, table + offset);
-        let generation = cpu_field(offset_of!(Cpu, tlb) + Tlb::generation_offset(self.context.table));
         if self.context.keeps_journal && usage == Use::Write {
             self.asm.jump(entry);
         }
         self.asm.bind(retry);
         if !live {
-            self.asm.mov(ADDEND, ADDRESS);
-            self.asm.shift_right(ADDEND, 12 - ENTRY_SHIFT);
-            self.asm.binary32_imm(Binary::And, ADDEND, ((DATA_ENTRIES - 1) << ENTRY_SHIFT) as i32);
-            self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
-            self.asm.binary_imm(Binary::And, SPARE, -4096);
-            self.asm.binary_mem(Binary::Or, SPARE, generation);
-            self.asm.binary_mem(Binary::Cmp, SPARE, field(tag));
-            self.asm.jump_if(condition::NOT_EQUAL, entry);
+            self.probe(bytes, usage, entry);
         } else {
             self.asm.store(temporary(0), ADDRESS);
             self.asm.extract(ADDEND, ADDRESS, INDEX_MASK);
@@ -112,9 +98,9 @@ impl Generator<'_> {
             self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
             self.asm.extract(SPARE, SPARE, PAGE_MASK);
             self.asm.rotate_right(SPARE, SPARE, 52);
-            self.asm.load(ADDRESS, generation);
+            self.asm.load(ADDRESS, self.generation());
             self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 0));
-            self.asm.load(ADDRESS, Mem::indexed(RSP, ADDEND, 2, table + tag));
+            self.asm.load(ADDRESS, Mem { index: Some((ADDEND, 2)), ..self.entry_tag(usage) });
             self.asm.not(ADDRESS);
             self.asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
             self.asm.load(ADDRESS, temporary(0));
@@ -122,10 +108,50 @@ impl Generator<'_> {
             self.asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, 2)), displacement: 0 });
         }
         if usage == Use::Write {
-            self.asm.load(SPARE, field(offset_of!(DataEntry, note) as i32));
+            self.asm.load(SPARE, self.entry_note());
         }
-        self.asm.load(ADDEND, field(offset_of!(DataEntry, addend) as i32));
+        self.asm.load(ADDEND, self.entry_addend());
         self.cold.push(Cold::Miss { entry, retry, bytes, usage, rip, split, x87: self.last_x87 });
+    }
+
+    /// Puts the place of the entry of the guest address in ADDRESS into ADDEND, and jumps away if it has not the page of `bytes` bytes there. Uses SPARE and flags.
+    pub fn probe(&mut self, bytes: u32, usage: Use, missing: Label) {
+        self.asm.mov(ADDEND, ADDRESS);
+        self.asm.shift_right(ADDEND, 12 - ENTRY_SHIFT);
+        self.asm.binary32_imm(Binary::And, ADDEND, ((DATA_ENTRIES - 1) << ENTRY_SHIFT) as i32);
+        self.asm.lea(SPARE, Mem::base(ADDRESS, bytes as i32 - 1));
+        self.asm.binary_imm(Binary::And, SPARE, -4096);
+        self.asm.binary_mem(Binary::Or, SPARE, self.generation());
+        self.asm.binary_mem(Binary::Cmp, SPARE, self.entry_tag(usage));
+        self.asm.jump_if(condition::NOT_EQUAL, missing);
+    }
+
+    /// The generation of the data table in use.
+    fn generation(&self) -> Mem {
+        cpu_field(offset_of!(Cpu, tlb) + Tlb::generation_offset(self.context.table))
+    }
+
+    /// A field of the entry whose place is in ADDEND.
+    fn entry_field(&self, offset: usize) -> Mem {
+        let table = DATA + self.context.table * DATA_ENTRIES * size_of::<DataEntry>();
+        Mem::indexed(RSP, ADDEND, 0, (table + offset) as i32)
+    }
+
+    fn entry_tag(&self, usage: Use) -> Mem {
+        self.entry_field(match usage {
+            Use::Read => offset_of!(DataEntry, read_tag),
+            Use::Write => offset_of!(DataEntry, write_tag),
+        })
+    }
+
+    /// The address of the page's note, in the entry whose place is in ADDEND.
+    pub fn entry_note(&self) -> Mem {
+        self.entry_field(offset_of!(DataEntry, note))
+    }
+
+    /// What leads to the host address, in the entry whose place is in ADDEND.
+    pub fn entry_addend(&self) -> Mem {
+        self.entry_field(offset_of!(DataEntry, addend))
     }
 
     /// A way to the plain form of the unit from `rip` on.
@@ -136,8 +162,7 @@ impl Generator<'_> {
         }
         let entry = self.asm.label();
         // The jump is emitted with the look-up's cold code.
-        let link =
-            self.new_link(entry, LinkSite { target: rip, jump_at: 0, binding_at: None, stub: 0, shape: Shape::Plain });
+        let link = self.new_link(entry, LinkSite::new(rip, Shape::Plain));
         Split { entry, link: Some(link) }
     }
 
@@ -163,7 +188,7 @@ impl Generator<'_> {
     }
 
     /// Finds the host address of an access: by the look-up of its group or by its own. Uses all scratch registers; afterwards a place outside of
-    /// a group lies at [`LOOKED_UP`], one in a group at ADDEND, and ADDRESS is free.
+    /// a group lies at [`LOOKED_UP`], one in a group at ADDEND, plus another register in a steady one.
     pub fn reach(&mut self, item: &Item, access: Access, bytes: u32, usage: Use) -> Result<Place> {
         let held = self.held.take().or(self.held_before.take());
         let share = self.plan.share(self.index, access);
@@ -173,13 +198,14 @@ impl Generator<'_> {
             return Ok(LOOKED_UP);
         };
         let group = self.plan.groups[share.group];
-        let mem = Mem::base(ADDEND, share.offset as i32);
         let note = note_slot(group.slot);
         if !share.is_head {
             if held != Some(share.group) {
                 self.asm.load(ADDEND, stretch_slot(group.slot));
             }
             self.held = Some(share.group);
+            let index = share.varying.map(|(register, shift)| (self.register(register, ADDRESS), shift));
+            let mem = Mem { base: Some(ADDEND), index, displacement: share.offset };
             return Ok(Place { mem, note: (usage == Use::Write).then_some(note) });
         }
         self.linear_address(item, access, group.lead)?;
@@ -191,7 +217,7 @@ impl Generator<'_> {
         }
         self.plan.groups[share.group].is_ready = true;
         self.held = Some(share.group);
-        Ok(Place { mem, note: None })
+        Ok(Place { mem: Mem::base(ADDEND, share.offset), note: None })
     }
 
     /// Puts the address of an access and `lead` into ADDRESS.
@@ -214,7 +240,7 @@ impl Generator<'_> {
     /// Puts the linear address of the instruction's memory operand into ADDRESS.
     pub fn memory_address(&mut self, item: &Item) -> Result<()> {
         self.effective_address(&item.instruction, ADDRESS)?;
-        self.add_segment_base(&item.instruction);
+        self.add_base_of(item.instruction.memory_segment());
         Ok(())
     }
 }

@@ -5,10 +5,10 @@ use iced_x86::{Code, OpKind};
 use super::assembler::{Mem, R15, RBP, Reg, Relocation};
 use super::frame::{register_slot, temporary};
 use super::generate::{Generator, GiveUp, Result, Use};
-use super::groups::Access;
 use super::guest_code::{Item, general_register};
 use super::memory::{COLLAPSED, Place};
 use super::registers::{ADDEND, ADDRESS, home};
+use super::values::Access;
 
 const RSP_NUMBER: u8 = 4;
 
@@ -66,6 +66,7 @@ impl Generator<'_> {
             return (place, ADDRESS);
         }
         self.asm.lea(ADDRESS, place.mem);
+        self.held = None;
         (COLLAPSED, ADDEND)
     }
 

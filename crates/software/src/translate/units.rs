@@ -191,6 +191,7 @@ pub struct Statistics {
     pub units: u64,
     /// Units that go on behind a jump.
     pub superblocks: u64,
+    pub loops: u64,
     pub code_bytes: u64,
     pub flushes: u64,
     /// Units dropped to make room for others.
@@ -284,6 +285,7 @@ impl Translator {
     pub fn report(&self, counters: &mut Counters) {
         counters.translated_units = self.statistics.units;
         counters.translated_superblocks = self.statistics.superblocks;
+        counters.translated_loops = self.statistics.loops;
         counters.translated_code_bytes = self.statistics.code_bytes;
         counters.code_cache_bytes = self.cache.len() as u64;
         counters.translated_spaces = self.spaces_met;
@@ -525,6 +527,7 @@ impl Translator {
         let host = self.cache.address(position);
         self.listings.list(items, &starts, &memory.asm.bytes, host);
         let leaps = |item: &Item| item.instruction.flow_control() == FlowControl::UnconditionalBranch;
+        self.statistics.loops += u64::from(shape == Shape::Steady);
         self.statistics.superblocks += u64::from(items[..items.len() - 1].iter().any(leaps));
         let unit = Unit {
             linear,

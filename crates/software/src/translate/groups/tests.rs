@@ -4,12 +4,12 @@ use crate::translate::guest_code;
 /// The plan of some instructions, in the middle of a page.
 fn plan_of(instructions: &[&[u8]]) -> Plan {
     let mut plan = Plan::default();
-    plan.make(&guest_code::decode(&instructions.concat(), 0x40_0100, 0, guest_code::ITEMS_MAX));
+    plan.make(&guest_code::decode(&instructions.concat(), 0x40_0100, 0, guest_code::ITEMS_MAX), None);
     plan
 }
 
 /// For each item: the group of its operand or stack access, and the place in it.
-fn shares(plan: &Plan) -> Vec<Option<(usize, u32)>> {
+fn shares(plan: &Plan) -> Vec<Option<(usize, i32)>> {
     let either = |shares: &[Option<Share>; 2]| shares[0].or(shares[1]);
     plan.shares.iter().map(|shares| either(shares).map(|share| (share.group, share.offset))).collect()
 }
