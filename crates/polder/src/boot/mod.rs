@@ -24,7 +24,7 @@ use polder_vmm::{
 };
 
 use crate::watched::{Hold, Orders, say_what_is_left};
-use options::{parse_address, parse_code_cache, parse_disk, parse_net};
+use options::{CODE_CACHE_DEFAULT, parse_address, parse_code_cache, parse_disk, parse_net};
 use stats_file::StatsFile;
 
 pub use input::{Escapes, Keys, Typed};
@@ -77,7 +77,7 @@ pub struct BootArguments {
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     translate: TranslateName,
     /// Memory for the translated code of each vCPU, 1M to 1G; when it is full the oldest code goes
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_code_cache)]
+    #[arg(long, value_name = "SIZE", default_value = CODE_CACHE_DEFAULT, value_parser = parse_code_cache)]
     code_cache: ByteSize,
     /// List on standard error what code with this guest address (hexadecimal) is translated to
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address, hide_short_help = true)]

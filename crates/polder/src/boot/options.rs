@@ -41,6 +41,9 @@ pub fn parse_address(text: &str) -> Result<u64, String> {
         .map_err(|_| "an address is a hexadecimal number of up to 16 digits".to_owned())
 }
 
+/// What the engine takes where nobody chose: a test compares them.
+pub const CODE_CACHE_DEFAULT: &str = "128M";
+
 /// A size that a code cache can have.
 pub fn parse_code_cache(text: &str) -> Result<ByteSize, String> {
     let size: ByteSize = text.parse().map_err(|error: polder_basics::ParseSizeError| error.to_string())?;
@@ -111,6 +114,11 @@ mod tests {
         assert_eq!(parse_address("0xffffffff81000000"), Ok(0xffff_ffff_8100_0000));
         assert_eq!(parse_address("1f"), Ok(0x1f));
         assert!(parse_address("main").is_err() && parse_address("").is_err());
+    }
+
+    #[test]
+    fn the_code_cache_has_the_engines_size_if_nothing_is_said() {
+        assert_eq!(parse_code_cache(CODE_CACHE_DEFAULT).unwrap().0 as usize, polder_vmm::CODE_CACHE_BYTES_DEFAULT);
     }
 
     #[test]
