@@ -97,7 +97,11 @@ counters! {
     translated_superblocks
     /// Those of them that are a loop whose look-ups last for many rounds.
     translated_loops
-    /// Bytes of their code.
+    /// Units that were copied to another linear address,
+    translated_copies
+    /// and units that were moved to one.
+    translated_moves
+    /// Bytes of the code of units and copies.
     translated_code_bytes
     /// Times that translated code met an address space that it did not know, or no longer.
     translated_spaces

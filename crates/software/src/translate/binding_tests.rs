@@ -288,22 +288,22 @@ fn numbers_of_bindings_are_bounded_and_hold_nowhere_when_they_are_given_anew() {
     let (_, jumps) = bench.cpu.split();
     let mut bindings = Bindings::default();
     let binding = |page: u64| Binding::new(page, page, None, form);
-    let first = bindings.take(binding(0));
-    assert_eq!(bindings.take(binding(0)), first);
-    let others: Vec<u32> = (1..BINDINGS as u64 - 1).map(|page| bindings.take(binding(page))).collect();
+    let first = bindings.take(binding(0), 7, 0);
+    assert_eq!(bindings.take(binding(0), 8, 0), first);
+    let others: Vec<u32> = (1..BINDINGS as u64 - 1).map(|page| bindings.take(binding(page), 9, 0)).collect();
     assert!(!others.contains(&NO_BINDING) && !others.contains(&first));
-    assert_eq!(bindings.take(binding(1 << 20)), NO_BINDING);
+    assert_eq!(bindings.take(binding(1 << 20), 10, 0), NO_BINDING);
     for space in [1, 15] {
         jumps.verify(space, NO_BINDING);
         jumps.verify(space, first);
         assert!(jumps.is_verified(space, first) && !jumps.is_verified(space, NO_BINDING));
         assert!(others.iter().all(|&other| !jumps.is_verified(space, other)));
     }
-    bindings.give_back(NO_BINDING, jumps);
-    bindings.give_back(first, jumps);
-    assert_eq!(bindings.take(binding(1 << 20)), NO_BINDING);
-    bindings.give_back(first, jumps);
-    assert_eq!(bindings.take(binding(1 << 20)), first);
+    bindings.give_back(NO_BINDING, 7, jumps);
+    bindings.give_back(first, 7, jumps);
+    assert_eq!(bindings.take(binding(1 << 20), 10, 0), NO_BINDING);
+    bindings.give_back(first, 8, jumps);
+    assert_eq!(bindings.take(binding(1 << 20), 10, 0), first);
     assert!((0..16).all(|space| !jumps.is_verified(space, first)));
 }
 

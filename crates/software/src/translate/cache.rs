@@ -122,6 +122,17 @@ impl CodeCache {
         }
     }
 
+    /// Adds to the 64-bit number at `at`.
+    pub fn add_to(&mut self, at: usize, value: u64) {
+        if at + 8 <= self.filled {
+            // SAFETY: as in `patch`.
+            unsafe {
+                let number = self.writable.add(at).cast::<u64>();
+                number.write_unaligned(number.read_unaligned().wrapping_add(value));
+            }
+        }
+    }
+
     /// Makes the relative jump whose distance is at `at` lead to `target`.
     pub fn aim(&mut self, at: usize, target: usize) {
         self.patch(at, (target as i64 - (at as i64 + 4)) as i32);

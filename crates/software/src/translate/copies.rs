@@ -1,15 +1,38 @@
 //! Units at other linear addresses.
 
 use super::Translator;
+use polder_memory::PAGE_SIZE;
+
 use super::arena::{Jumps, verified_at};
 use super::assembler::Relocation;
 use super::bindings::NO_BINDING;
 use super::links::LINK_NUMBERS;
-use super::units::Unit;
+use super::units::{Form, Unit};
+use crate::cpu::Cpu;
+use crate::stopwatch::Activity;
 
 impl Translator {
+    /// A unit for RIP and its physical address from one of the same code at another linear address; `None` if there is no such.
+    pub(super) fn adapt(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, physical: u64, form: Form) -> Option<u32> {
+        let linear = cpu.rip;
+        let template = *self.templates.get(&(physical, form))?;
+        let rest = (PAGE_SIZE - linear % PAGE_SIZE) as usize;
+        // Only whole units that nobody wants to see made.
+        let is_whole = cpu.debugger.uncut(linear, rest) == rest && !self.listings.address_is_near(linear);
+        if !is_whole || physical / PAGE_SIZE == cpu.apic_page {
+            return None;
+        }
+        let before = cpu.stopwatch.turn_to(Activity::Translator);
+        let binding = self.unit(template)?.binding_at(linear);
+        let has_moved = self.move_units(binding, jumps);
+        let moved = has_moved.then(|| self.by_address.get(&(linear, physical, form)).copied()).flatten();
+        let unit = moved.or_else(|| self.copy_unit(template, linear, jumps));
+        cpu.stopwatch.turn_to(before);
+        unit
+    }
+
     /// The same code at another linear address: that of another program, most often. `None` if its numbers do not fit.
-    pub(super) fn copy_unit(&mut self, template: u32, linear: u64, jumps: &mut Jumps) -> Option<u32> {
+    fn copy_unit(&mut self, template: u32, linear: u64, jumps: &mut Jumps) -> Option<u32> {
         let links = self.unit(template)?.links;
         self.make_room(links as usize, jumps);
         let unit = self.unit(template).filter(|unit| unit.valid)?;
@@ -67,7 +90,12 @@ impl Translator {
             x87,
             valid: true,
         };
-        Some(self.add(copy, &code, &sites))
+        let code_of = (copy.physical, copy.form);
+        let id = self.add(copy, &code, &sites);
+        // The oldest units are evicted first.
+        self.templates.insert(code_of, id);
+        self.statistics.copied += 1;
+        Some(id)
     }
 }
 

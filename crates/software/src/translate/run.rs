@@ -301,7 +301,7 @@ impl Translator {
             let rip = processor.rip;
             let mut host = None;
             if let Some((_, shape)) = self.wanted.take().filter(|&(wanted, _)| wanted == rip) {
-                let known = self.unit_at(processor, shape);
+                let known = self.unit_at(processor, jumps, shape);
                 let Some(unit) = known.or_else(|| self.translate(processor, jumps, shape)) else {
                     return self.interpret(cpu, blocks);
                 };
@@ -432,7 +432,7 @@ impl Translator {
         } else {
             // Making it might drop the unit that runs.
             self.wanted = Some((target, shape));
-            self.unit_at(cpu, shape)?
+            self.unit_at(cpu, jumps, shape)?
         };
         self.wanted = None;
         self.aim(link, unit, anew);

@@ -71,7 +71,7 @@ impl Translator {
     /// Finds the unit at RIP in the address space in use; remembers it in the jump table. The answer is the place of its code.
     pub(super) fn find(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u32> {
         let linear = cpu.rip;
-        let id = self.unit_at(cpu, Shape::Shared)?;
+        let id = self.unit_at(cpu, jumps, Shape::Shared)?;
         let host = self.host_of(id)?;
         let binding = self.unit(id)?.binding;
         // That may have changed what the address space is to instruction fetch.
@@ -79,6 +79,7 @@ impl Translator {
         if self.current != 0 {
             *jumps.far(linear) = FarJump { linear, host, binding };
             jumps.verify(self.current, binding);
+            self.bindings.note_use(binding, self.spaces_met);
             jumps.put(self.current * JUMPS + jump_index(linear), linear, host);
         }
         Some(id)

@@ -89,6 +89,12 @@ impl Unit {
         [Some(self.physical / PAGE_SIZE), self.second_page]
     }
 
+    /// What its binding is at a linear address.
+    pub(super) fn binding_at(&self, linear: u64) -> Binding {
+        let form = Form { shape: Shape::Shared, ..self.form };
+        Binding::new(linear / PAGE_SIZE, self.physical / PAGE_SIZE, self.second_page, form)
+    }
+
     /// The granules of one of its pages that its bytes lie in.
     fn granules_on(&self, page_number: u64) -> u64 {
         let first = if page_number == self.physical / PAGE_SIZE { self.granules } else { 0 };
@@ -149,10 +155,10 @@ pub struct Translator {
     /// From the oldest to the newest, as their code lies in the cache; the first one's number is `first_unit`.
     units: VecDeque<Unit>,
     first_unit: u32,
-    by_address: Map<(u64, u64, Form), u32>,
-    /// A unit for a physical address and form, whatever its linear address.
-    templates: Map<(u64, Form), u32>,
-    pages: Map<u64, Vec<u32>>,
+    pub(super) by_address: Map<(u64, u64, Form), u32>,
+    /// The newest unit for a physical address and form, whatever its linear address.
+    pub(super) templates: Map<(u64, Form), u32>,
+    pages: Map<u64, VecDeque<u32>>,
     /// From the oldest unit's to the newest's; the first one's number is `first_link`.
     pub(super) links: VecDeque<Link>,
     pub(super) first_link: u32,
@@ -196,6 +202,9 @@ pub struct Statistics {
     pub flushes: u64,
     /// Units dropped to make room for others.
     pub evicted: u64,
+    /// Units copied to another linear address, and units moved to one.
+    pub copied: u64,
+    pub moved: u64,
     /// The longest that making room or a flush took, in time of the thread.
     pub pause_ns_max: u64,
 }
@@ -286,6 +295,8 @@ impl Translator {
         counters.translated_units = self.statistics.units;
         counters.translated_superblocks = self.statistics.superblocks;
         counters.translated_loops = self.statistics.loops;
+        counters.translated_copies = self.statistics.copied;
+        counters.translated_moves = self.statistics.moved;
         counters.translated_code_bytes = self.statistics.code_bytes;
         counters.code_cache_bytes = self.cache.len() as u64;
         counters.translated_spaces = self.spaces_met;
@@ -351,7 +362,7 @@ impl Translator {
                 self.cache.aim(base as usize + site.jump_at, base as usize + site.stub);
             }
         }
-        self.bindings.give_back(binding, jumps);
+        self.bindings.give_back(binding, id, jumps);
         // Its own ways out need no care: nobody comes here any more.
         for number in 0..count {
             if let Some(link) = self.link_mut(first.wrapping_add(number)) {
@@ -374,14 +385,20 @@ impl Translator {
     fn evict_oldest(&mut self, jumps: &mut Jumps) {
         let id = self.first_unit;
         let Some(unit) = self.units.front() else { return };
-        let (linear, is_valid) = (unit.linear, unit.valid);
+        let (linear, is_valid, code) = (unit.linear, unit.valid, (unit.physical, unit.form));
         let pages = unit.pages();
         if is_valid {
-            self.evicted[evicted_index(linear)] = ROUNDS_AFTER_EVICTION;
             self.drop_unit(id, jumps);
+            if !self.templates.contains_key(&code) {
+                self.evicted[evicted_index(linear)] = ROUNDS_AFTER_EVICTION;
+            }
             for page_number in pages.into_iter().flatten() {
                 if let Some(on_page) = self.pages.get_mut(&page_number) {
-                    on_page.retain(|&other| other != id);
+                    // The oldest of all is the oldest here, but for units that were dropped with their other page.
+                    while on_page.front().is_some_and(|&front| front != id) {
+                        on_page.pop_front();
+                    }
+                    on_page.pop_front();
                     if on_page.is_empty() {
                         self.pages.remove(&page_number);
                     }
@@ -435,7 +452,8 @@ impl Translator {
         }
     }
 
-    pub(super) fn unit_at(&mut self, cpu: &mut Cpu, shape: Shape) -> Option<u32> {
+    /// The unit at RIP; if need be, it is made from one of the same code at another linear address.
+    pub(super) fn unit_at(&mut self, cpu: &mut Cpu, jumps: &mut Jumps, shape: Shape) -> Option<u32> {
         if !is_canonical(cpu.rip, 48) || cpu.debugger.cuts_at(cpu.rip) {
             return None;
         }
@@ -444,7 +462,10 @@ impl Translator {
         // The jump table depends on this page's translation from here on.
         cpu.tlb.note_way(cpu.rip);
         let form = Form::now(cpu, shape);
-        let id = *self.by_address.get(&(cpu.rip, physical, form))?;
+        let Some(&id) = self.by_address.get(&(cpu.rip, physical, form)) else {
+            // In lockstep the unit that has just run is still looked at.
+            return if self.lockstep.is_none() { self.adapt(cpu, jumps, physical, form) } else { None };
+        };
         if let Some(second_page) = self.unit(id)?.second_page {
             let second = next_page(cpu.rip);
             if block_cache::code_page(cpu, second).ok()? != second_page {
@@ -495,11 +516,8 @@ impl Translator {
         let physical = page_number * PAGE_SIZE + offset as u64;
         let form = Form::now(cpu, shape);
         let readable = cpu.debugger.uncut(linear, PAGE_SIZE as usize - offset);
-        // Only whole units that nobody wants to see made.
-        let is_whole = readable == PAGE_SIZE as usize - offset && !self.listings.address_is_near(linear);
-        let template = self.templates.get(&(physical, form)).copied().filter(|_| is_whole);
-        if let Some(copy) = template.and_then(|template| self.copy_unit(template, linear, jumps)) {
-            return Some(copy);
+        if let Some(unit) = self.adapt(cpu, jumps, physical, form) {
+            return Some(unit);
         }
         let Extent { granules, second_page } = self.reader.read(cpu, linear, page_number, readable)?;
         self.make_room(LINKS_OF_ITEM * self.reader.items.len(), jumps);
@@ -557,16 +575,14 @@ impl Translator {
 
     /// Adds a unit whose place was found at the cache's position.
     pub(super) fn add(&mut self, mut unit: Unit, code: &[u8], sites: &[LinkSite]) -> u32 {
-        let [linear_page, physical_page] = [unit.linear, unit.physical].map(|address| address / PAGE_SIZE);
-        let form = Form { shape: Shape::Shared, ..unit.form };
-        unit.binding = self.bindings.take(Binding::new(linear_page, physical_page, unit.second_page, form));
+        let id = self.first_unit.wrapping_add(self.units.len() as u32);
+        unit.binding = self.bindings.take(unit.binding_at(unit.linear), id, self.spaces_met);
         self.listings.name(unit.linear, self.cache.address(unit.code.start as usize), code.len());
         self.cache.add(code);
-        let id = self.first_unit.wrapping_add(self.units.len() as u32);
         self.links.extend(sites.iter().map(|&site| Link { site, base: unit.code.start, from: id, to: NO_UNIT }));
         self.by_address.insert((unit.linear, unit.physical, unit.form), id);
         for page_number in unit.pages().into_iter().flatten() {
-            self.pages.entry(page_number).or_default().push(id);
+            self.pages.entry(page_number).or_default().push_back(id);
         }
         self.statistics.code_bytes += code.len() as u64;
         self.units.push_back(unit);
