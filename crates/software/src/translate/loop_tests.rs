@@ -81,6 +81,7 @@ fn random_loop(random: &mut Random) -> Vec<u8> {
         code.extend([0x0f, 0x85]);
         code.extend(back.to_le_bytes());
     }
+    let middle = code.len() + 2;
     straight(random, &mut code, 6);
     // What the flags hold at the head matters to nobody: test al, 8. Then dec ecx or rcx; jnz head
     code.splice(head..head, [0xa8, 8]);
@@ -91,6 +92,15 @@ fn random_loop(random: &mut Random) -> Vec<u8> {
     let back = head as i32 - (code.len() as i32 + 4);
     code.extend(back.to_le_bytes());
     straight(random, &mut code, 6);
+    if random.below(3) == 0 {
+        // Into the loop from behind, perhaps round a handler: pause; mov ecx, 3; sub r14d, 1; jg middle
+        if random.below(2) == 0 {
+            code.extend([0xf3, 0x90]);
+        }
+        code.extend([0xb9, 3, 0, 0, 0, 0x41, 0x83, 0xee, 1, 0x0f, 0x8f]);
+        let back = middle as i32 - (code.len() as i32 + 4);
+        code.extend(back.to_le_bytes());
+    }
     code.push(0xf4);
     code
 }
@@ -111,6 +121,7 @@ fn run(tier: Tier, code: &[u8], random: &mut Random) -> Result {
     for register in [RAX, RBX, 2, 9] {
         bench.cpu.gpr[register] = random.next();
     }
+    bench.cpu.gpr[14] = random.below(4);
     for pointer in POINTERS {
         // Near the seam of two pages, often.
         let seam = 4096 * (2 + random.below(3));

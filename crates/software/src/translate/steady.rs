@@ -99,6 +99,12 @@ impl Loop {
     /// The loop at the start of some items, if it has steady groups.
     pub fn find(items: &[Item]) -> Option<Loop> {
         let last = (0..items.len()).rev().find(|&index| target_inside(items, index) == Some(0))?;
+        // Nobody comes into the loop but at its head: neither an inner loop nor what is behind it.
+        let leads_in =
+            |index: usize| target_inside(items, index).is_some_and(|target| target != 0 && target <= index.min(last));
+        if (0..items.len()).any(leads_in) {
+            return None;
+        }
         let items = &items[..=last];
         let is_plain = |item: &Item| {
             let goes_on = matches!(
@@ -107,8 +113,7 @@ impl Loop {
             );
             goes_on && item.facts.keeps_translations
         };
-        let is_inner = |index: usize| target_inside(items, index).is_some_and(|target| target != 0 && target <= index);
-        if items[0].live_before != 0 || !items.iter().all(is_plain) || (0..=last).any(is_inner) {
+        if items[0].live_before != 0 || !items.iter().all(is_plain) {
             return None;
         }
         let uses_vectors = items.iter().any(|item| item.facts.uses_vectors);

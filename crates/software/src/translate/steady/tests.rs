@@ -69,6 +69,15 @@ fn loops_that_move_otherwise_are_not_steady() {
 }
 
 #[test]
+fn a_loop_that_is_entered_in_its_middle_is_not_steady() {
+    // mov eax, [rdx]; add rdx, 8; cmp rdx, rcx; jne back; add rdx, rsi; cmp rdx, rdi; jne to the step
+    let tail: &[&[u8]] = &[LOAD, STEP, &[0x48, 0x39, 0xca], &back(9), &[0x48, 0x01, 0xf2, 0x48, 0x39, 0xfa]];
+    assert!(loop_of(&[&tail.concat(), &[0xc3]]).is_some());
+    let len = tail.concat().len() as i8 + 2;
+    assert!(loop_of(&[&tail.concat(), &[0x75, (2 - len) as u8], &[0xc3]]).is_none());
+}
+
+#[test]
 fn an_index_has_its_scale_and_a_register_that_shrinks_a_lower_limit() {
     // mov eax, [rsi + rcx*4 + 16]; sub rcx, 1; jnz back
     let found = loop_of(&[&[0x8b, 0x44, 0x8e, 0x10], &[0x48, 0x83, 0xe9, 1], &back(8), &[0xc3]]).unwrap();
@@ -149,4 +158,26 @@ fn a_loop_sees_a_page_that_is_mapped_anew_under_it() {
     let stop = bench.run(1 << 40);
     assert!(!matches!(stop, Stop::Limit), "{stop:?}");
     assert_eq!(bench.cpu.rip, CODE + 7);
+}
+
+#[test]
+fn a_loop_that_is_entered_in_its_middle_uses_the_registers_of_then() {
+    on_each_tier(|tier| {
+        let mut bench = TestBench::on(tier);
+        bench.set_mode(CodeSize::Bits64, 0);
+        bench.write(FIRST, &std::array::from_fn::<u8, 64, _>(|at| at as u8));
+        bench.cpu.gpr[2] = FIRST;
+        bench.cpu.gpr[RCX] = 20;
+        // add ebx, 1; add eax, [rdx]; sub ecx, 1; jnz back; lea rdx, [rdx + 16]; pause; mov ecx, 3; sub r14d, 1; jg to the second; ud2
+        let code = [
+            0x83, 0xc3, 1, 0x03, 0x02, 0x83, 0xe9, 1, 0x75, 0xf6, 0x48, 0x8d, 0x52, 16, 0xf3, 0x90, 0xb9, 3, 0, 0, 0,
+            0x41, 0x83, 0xee, 1, 0x7f, 0xe8, 0x0f, 0x0b,
+        ];
+        bench.cpu.gpr[14] = 2;
+        bench.cpu.gpr[RAX] = 0;
+        bench.run_code(&code, 1 << 40);
+        let word = |at: u32| u32::from_le_bytes(std::array::from_fn(|byte| (at + byte as u32) as u8));
+        let sum = word(0).wrapping_mul(20).wrapping_add(word(16).wrapping_mul(3));
+        assert_eq!(bench.cpu.gpr[RAX] as u32, sum, "{tier:?}");
+    });
 }
