@@ -159,7 +159,7 @@ impl Generator<'_> {
                     free.push(ADDRESS);
                 } else if slots.len() > usize::from(has_spare) {
                     self.asm.lea(ADDRESS, reached.mem);
-                    reached = COLLAPSED;
+                    reached.mem = COLLAPSED.mem;
                     free.push(ADDEND);
                 }
                 if has_spare {

@@ -97,20 +97,24 @@ impl Journal {
     /// The host address of the first byte that is not as kept, with what is there and what was kept.
     ///
     /// Accessed and dirty bits that were set when translated code looked a page up are no difference, they are set again: the interpreter found
-    /// the translation and did not walk the tables.
+    /// the translation and did not walk the tables. They are set only if nothing else differs: such bits change in other bytes too.
     fn first_change(&self) -> Option<(u64, u8, u8)> {
+        let mut walked = Vec::new();
         for kept in &self.0 {
             let now = bytes_of(kept.page);
             for (at, (&now, &kept_byte)) in now.iter().zip(kept.bytes.iter()).enumerate() {
                 // SAFETY: inside the page.
                 let place = unsafe { kept.page.add(at) };
                 if at % 8 == 0 && kept_byte & !now & WALK_BITS != 0 && (kept_byte ^ now) & !WALK_BITS == 0 {
-                    // SAFETY: a page of guest RAM, as `keep` was promised.
-                    unsafe { raw::copy(&(now | kept_byte), place, 1) };
+                    walked.push((place, now | kept_byte));
                 } else if now != kept_byte {
                     return Some((place as u64, now, kept_byte));
                 }
             }
+        }
+        for (place, byte) in walked {
+            // SAFETY: a page of guest RAM, as `keep` was promised.
+            unsafe { raw::copy(&byte, place, 1) };
         }
         None
     }

@@ -6,7 +6,7 @@ use crate::cpu::{CodeSize, RAX, RBX, RCX, RSP};
 use crate::ops::against_host::{Random, seed};
 use crate::testbench::{DATA, STACK, Stop, TestBench, Tier, on_each_tier};
 
-const LOOPS: u64 = 300;
+const LOOPS: u64 = 500;
 /// Bytes of data that loops reach, from [`DATA`] on.
 const REACH: usize = 8 * 4096;
 /// RSI, RDI, R8 and R10 point into the data; RBX, RDX and R9 hold numbers. RCX counts.
@@ -29,7 +29,7 @@ fn instruction(random: &mut Random, code: &mut Vec<u8>) {
     let number = NUMBERS[random.below(3) as usize];
     let pointer = POINTERS[random.below(4) as usize];
     let displacement = random.below(256) as i32 - 64;
-    match random.below(14) {
+    match random.below(15) {
         0..=2 => with_memory(code, &[0x8b], number, pointer, displacement),
         3 | 4 => with_memory(code, &[0x89], number, pointer, displacement),
         5 => with_memory(code, &[0x01], number, pointer, displacement),
@@ -47,6 +47,8 @@ fn instruction(random: &mut Random, code: &mut Vec<u8>) {
             code.extend([0x48 | (number >> 3) << 2 | pointer >> 3, opcode, 0x44 | (number & 7) << 3]);
             code.extend([scale << 6 | (RCX as u8) << 3 | pointer & 7, random.below(128) as u8]);
         }
+        // shld [pointer], number, cl
+        13 => with_memory(code, &[0x0f, 0xa5], number, pointer, displacement),
         // push; pop
         12 => code.extend([0x53, 0x5a]),
         // imul rbx, rbx, 5
@@ -57,11 +59,12 @@ fn instruction(random: &mut Random, code: &mut Vec<u8>) {
 /// Before the loop, in it and behind it; sometimes with a way round that leaves something out, and with a loop in the loop.
 fn random_loop(random: &mut Random) -> Vec<u8> {
     let mut code = Vec::new();
+    let leaves_out = random.below(2) == 0;
     let straight = |random: &mut Random, code: &mut Vec<u8>, most: u64| {
         for _ in 0..random.below(most) {
             let before = code.len();
             instruction(random, code);
-            if random.below(4) == 0 {
+            if leaves_out && random.below(4) == 0 {
                 // Leave it out or not: test al, 1; jz over it
                 let len = (code.len() - before) as u8;
                 code.splice(before..before, [0xa8, 1, 0x74, len]);

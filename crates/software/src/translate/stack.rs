@@ -67,7 +67,7 @@ impl Generator<'_> {
         }
         self.asm.lea(ADDRESS, place.mem);
         self.held = None;
-        (COLLAPSED, ADDEND)
+        (Place { mem: COLLAPSED.mem, ..place }, ADDEND)
     }
 
     pub fn push(&mut self, item: &Item) -> Result<()> {

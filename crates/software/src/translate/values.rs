@@ -39,7 +39,7 @@ pub struct Key {
     pub base: Option<u32>,
     /// Value and scale.
     pub index: Option<(u32, u32)>,
-    /// Of an address that is known, the page.
+    /// Of an address that is known as a distance from the code, the page.
     pub page: Option<u64>,
 }
 
@@ -53,6 +53,9 @@ pub struct Reached {
     pub bytes: u32,
     pub usage: Use,
 }
+
+/// The number of RIP's value.
+const INSTRUCTION_POINTER: u32 = 0;
 
 /// The last number that was given.
 #[derive(Debug, Default)]
@@ -124,11 +127,18 @@ impl Values {
             _ => Register::None,
         };
         let displacement = instruction.memory_displacement64();
-        let known = instruction.memory_base() == Register::RIP || instruction.memory_base() == Register::None;
-        if known && instruction.memory_index() == Register::None {
+        if matches!(instruction.memory_base(), Register::RIP | Register::None)
+            && instruction.memory_index() == Register::None
+        {
             let offset = displacement as i64;
+            // A copy of the unit at another address has the same absolute addresses and other relative ones.
+            let is_relative = instruction.memory_base() == Register::RIP;
             if segment != Register::None {
-                return Some((Key { segment, base: None, index: None, page: None }, offset));
+                let base = is_relative.then_some(INSTRUCTION_POINTER);
+                return Some((Key { segment, base, index: None, page: None }, offset));
+            }
+            if !is_relative {
+                return None;
             }
             let in_page = offset & (PAGE_SIZE as i64 - 1);
             let key = Key { segment, base: None, index: None, page: Some(displacement >> 12) };

@@ -181,3 +181,21 @@ fn a_stretch_has_a_greatest_length() {
     ]);
     assert_eq!(shares(&plan)[..3], [None, Some((0, 0)), Some((0, 8))]);
 }
+
+#[test]
+fn a_relative_and_an_absolute_address_share_nothing() {
+    // The unit's copy at another address has another distance between them.
+    let plan = plan_of(&[
+        // mov eax, [rip + 0x100]
+        &[0x8b, 0x05, 0, 1, 0, 0],
+        // mov eax, [0x400208]
+        &[0x8b, 0x04, 0x25, 0x08, 0x02, 0x40, 0],
+        // mov eax, gs:[rip + 0x100]
+        &[0x65, 0x8b, 0x05, 0, 1, 0, 0],
+        // mov eax, gs:[0x400218]
+        &[0x65, 0x8b, 0x04, 0x25, 0x18, 0x02, 0x40, 0],
+        // ret
+        &[0xc3],
+    ]);
+    assert_eq!(shares(&plan), [None; 5]);
+}

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cpu::{CodeSize, RAX, RCX};
-use crate::testbench::{CODE, Stop, TABLES, TestBench, on_each_tier};
+use crate::testbench::{CODE, Stop, TABLES, TestBench, Tier, on_each_tier};
 use crate::translate::guest_code;
 
 fn loop_of(instructions: &[&[u8]]) -> Option<Loop> {
@@ -180,4 +180,22 @@ fn a_loop_that_is_entered_in_its_middle_uses_the_registers_of_then() {
         let sum = word(0).wrapping_mul(20).wrapping_add(word(16).wrapping_mul(3));
         assert_eq!(bench.cpu.gpr[RAX] as u32, sum, "{tier:?}");
     });
+}
+
+#[test]
+fn a_store_that_needs_all_scratch_registers_still_finds_the_note_of_its_page() {
+    let run = |tier| {
+        let mut bench = TestBench::on(tier);
+        bench.set_mode(CodeSize::Bits64, 0);
+        bench.write(FIRST, &std::array::from_fn::<u8, 256, _>(|at| at as u8));
+        (bench.cpu.gpr[9], bench.cpu.gpr[10]) = (0x0123_4567_89ab_cdef, FIRST);
+        bench.cpu.gpr[RCX] = 30;
+        // shld [r10], r9, cl; add r10, 8; sub rcx, 1; jnz back; ud2
+        let code = [0x4d, 0x0f, 0xa5, 0x0a, 0x49, 0x83, 0xc2, 8, 0x48, 0x83, 0xe9, 1, 0x75, 0xf2, 0x0f, 0x0b];
+        let stop = bench.run_code(&code, 1 << 40);
+        assert!(matches!(stop, Stop::Fault(fault) if fault.vector == 6), "{tier:?}: {stop:?}");
+        bench.read::<256>(FIRST)
+    };
+    let expected = run(Tier::Interpreter);
+    on_each_tier(|tier| assert_eq!(run(tier), expected, "{tier:?}"));
 }
