@@ -1,6 +1,6 @@
 //! PUSH, POP and LEAVE.
 
-use iced_x86::{Code, OpKind};
+use iced_x86::{Code, OpKind, Register};
 
 use super::assembler::{Mem, R15, RBP, Reg, Relocation};
 use super::frame::{register_slot, temporary};
@@ -101,6 +101,11 @@ impl Generator<'_> {
 
     pub fn pop(&mut self, item: &Item) -> Result<()> {
         let instruction = &item.instruction;
+        // With RSP in its address the operand lies where that points afterwards.
+        let is_memory = instruction.op0_kind() == OpKind::Memory && instruction.memory_base() != Register::RSP;
+        if instruction.code() == Code::Pop_rm64 && is_memory {
+            return self.pop_to_memory(item);
+        }
         let number = match instruction.code() {
             Code::Pop_r64 | Code::Pop_rm64 if instruction.op0_kind() == OpKind::Register => {
                 general_register(instruction.op0_register()).map(|(number, _)| number)
@@ -118,6 +123,21 @@ impl Generator<'_> {
         if number != RSP_NUMBER {
             self.asm.lea(R15, Mem::base(R15, 8));
         }
+        Ok(())
+    }
+
+    /// Compilers of Lisp begin their functions with it: the caller's return address goes into the frame.
+    fn pop_to_memory(&mut self, item: &Item) -> Result<()> {
+        let place = self.reach(item, Access::Pop, 8, Use::Read)?;
+        self.asm.load(ADDRESS, place.mem);
+        self.asm.store(temporary(1), ADDRESS);
+        let place = self.reach(item, Access::Operand, 8, Use::Write)?;
+        let (place, scratch) = self.with_scratch(place);
+        self.asm.load(scratch, temporary(1));
+        self.asm.store(place.mem, scratch);
+        // Both accesses are done: no fault comes after this.
+        self.asm.lea(R15, Mem::base(R15, 8));
+        self.check_note(item, 8, place, Some(item.instruction.next_ip()));
         Ok(())
     }
 

@@ -264,6 +264,37 @@ fn an_access_that_shares_a_look_up_faults_itself() {
 }
 
 #[test]
+fn a_pop_into_memory_is_translated_and_leaves_no_trace_if_it_faults() {
+    let Some(mut bench) = bench() else { return };
+    let (stack, frame) = (DATA + 0x1000, DATA + 0x2ff8);
+    // pop qword [rbp + 8]; pop qword [rax * 2 + DATA]; ud2
+    let mut code = vec![0x8f, 0x45, 8, 0x8f, 0x04, 0x45];
+    code.extend((DATA as u32).to_le_bytes());
+    code.extend([0x0f, 0x0b]);
+    bench.write(stack, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]);
+    let prepare = |bench: &mut TestBench, rights: u64| {
+        bench.write(entry_of(DATA + 0x3000), &((DATA + 0x3000) | rights).to_le_bytes());
+        bench.cpu.tlb.flush_all();
+        bench.cpu.gpr[RAX] = 32;
+        bench.cpu.gpr[crate::cpu::RSP] = stack;
+        bench.cpu.gpr[crate::cpu::RBP] = frame;
+    };
+    prepare(&mut bench, 7);
+    let before = bench.translation_counters().callouts;
+    assert_eq!(vector(bench.run_code(&code, 100)), 6);
+    // UD2 is the only one.
+    assert_eq!(bench.translation_counters().callouts, before + 1);
+    assert_eq!(bench.read::<8>(DATA + 0x3000), [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(bench.read::<8>(DATA + 64), [9, 10, 11, 12, 13, 14, 15, 16]);
+    assert_eq!(bench.cpu.gpr[crate::cpu::RSP], stack + 16);
+    // The frame's page is not there.
+    prepare(&mut bench, 0);
+    let Stop::Fault(exception) = bench.run_code(&code, 100) else { panic!("it faults") };
+    assert_eq!((exception.vector, exception.detail, bench.cpu.rip), (14, DATA + 0x3000, CODE));
+    assert_eq!(bench.cpu.gpr[crate::cpu::RSP], stack);
+}
+
+#[test]
 fn an_instruction_in_two_pages_is_translated_and_follows_both() {
     let Some(mut bench) = bench() else { return };
     let end = CODE + 0x7000;
