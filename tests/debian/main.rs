@@ -69,16 +69,23 @@ fn apt_get_installs_a_package_from_a_local_repository_inside() {
     outcome.expect_status(0).expect_console("greeted-42");
 }
 
-/// Programs whose right result is known, in an image that has them (`polder-test-work`, made by `cargo xtask test --nightly`).
-fn known_programs_run(cpus: &str) {
+/// A script of programs whose right results are known, in an image that has them (`polder-test-work`, made by `cargo xtask test --nightly`). It names each part that went well.
+fn known_results(cpus: &str, script: &str, parts: &[&str]) {
     let _alone = ONE_AT_A_TIME.lock();
-    let script = include_str!("known_programs.sh");
     let arguments = ["run", "--cpus", cpus, "--memory", "2G", "polder-test-work", "--", "sh", "-c", script];
     let outcome = run(&arguments, Duration::from_secs(3600));
     outcome.expect_status(0);
-    for good in ["gcc-good", "openssl-good", "python-good", "stress-good"] {
-        outcome.expect_console(good);
+    for part in parts {
+        outcome.expect_console(&format!("{part}-good"));
     }
+}
+
+fn known_programs_run(cpus: &str) {
+    known_results(cpus, include_str!("known_programs.sh"), &["gcc", "openssl", "python", "stress"]);
+}
+
+fn code_is_made_at_run_time(cpus: &str) {
+    known_results(cpus, include_str!("code_at_run_time.sh"), &["luajit", "node", "php", "sbcl", "java"]);
 }
 
 #[test]
@@ -91,4 +98,16 @@ fn known_programs_give_their_known_results_inside() {
 #[ignore = "takes long: cargo xtask test --nightly runs it"]
 fn known_programs_give_their_known_results_on_four_vcpus() {
     known_programs_run("4");
+}
+
+#[test]
+#[ignore = "takes long: cargo xtask test --nightly runs it"]
+fn compilers_at_run_time_give_their_known_results_inside() {
+    code_is_made_at_run_time("1");
+}
+
+#[test]
+#[ignore = "takes long: cargo xtask test --nightly runs it"]
+fn compilers_at_run_time_give_their_known_results_on_two_vcpus() {
+    code_is_made_at_run_time("2");
 }

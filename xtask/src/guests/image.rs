@@ -17,7 +17,11 @@ const NORMAL: Image = Image { name: "debian", options: &[] };
 /// The image of the long ones, with programs whose right results are known.
 const WORK: Image = Image {
     name: "polder-test-work",
-    options: &["--include", "gcc,libc6-dev,openssl,stress-ng,python3,libpython3.11-testsuite,python3-distutils"],
+    options: &[
+        "--include",
+        "gcc,libc6-dev,openssl,stress-ng,python3,libpython3.11-testsuite,python3-distutils,\
+         luajit,nodejs,php8.2-cli,php8.2-opcache,sbcl,openjdk-17-jdk-headless",
+    ],
 };
 /// The normal image with Debian's other kernel, for the boot bench.
 const GENERIC: Image = Image { name: "debian-generic", options: &["--kernel", "generic"] };
@@ -44,8 +48,9 @@ fn make(image: &Image) -> Result<PathBuf> {
     let home = crate::project::guests().join("home");
     std::fs::create_dir_all(&home)?;
     let folder = home.join("images").join(name);
-    // An image is as its builder and its agent made it: another of these, another image.
-    let made_from = ingredients()?;
+    // An image is as its options, its builder and its agent made it: another of these, another image.
+    let mut made_from = image.options.join("\n").into_bytes();
+    made_from.extend(ingredients()?);
     let stamp = home.join(format!("{name}.made-from"));
     if folder.exists() && std::fs::read(&stamp).is_ok_and(|used| used == made_from) {
         return Ok(folder);
