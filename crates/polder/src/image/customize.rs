@@ -20,8 +20,10 @@ pub const PACKAGES: &[&str] = &[
     "less",
 ];
 
-/// Before the kernel is installed: its initrd holds the modules of a polder machine instead of those of every machine.
+/// Before the kernel is installed: its initrd holds the modules of a polder machine instead of those of every machine. Manual pages
+/// are left out, but update-alternatives links to some (OpenJDK's, for one) and fails where there are no folders for them.
 pub const BEFORE_PACKAGES: &str = r#"set -eu
+for section in 1 2 3 4 5 6 7 8; do mkdir -p "$1/usr/share/man/man$section"; done
 mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
 printf 'MODULES=list\nCOMPRESS=gzip\n' > "$1/etc/initramfs-tools/conf.d/polder"
 printf '%s\n' virtio_pci virtio_blk virtio_net virtio_console virtio-rng ext4 pvpanic-mmio crc32c-intel crc32c_generic \
