@@ -57,8 +57,10 @@ counters! {
     nmis
     /// Exceptions delivered.
     exceptions
-    /// Look-ups of translated code that missed.
+    /// Look-ups of translated code that missed,
     translated_misses
+    /// and others that did too, but found the page in the second level by themselves.
+    translated_refills
     /// Instructions of translated code that handlers of the interpreter ran.
     callouts
     /// Returns from the inner loop.

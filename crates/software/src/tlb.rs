@@ -24,7 +24,6 @@ use polder_memory::PAGE_SIZE;
 
 use crate::cpu::{Cpu, cr0, cr4};
 use crate::flags;
-use crate::second_level::SecondLevel;
 
 mod data_tables;
 
@@ -120,7 +119,6 @@ impl Ways {
 pub struct Tlb {
     data: DataTables,
     code: Box<[CodeEntry; 2 * CODE_ENTRIES]>,
-    second: SecondLevel,
     /// First entry of the code table in use.
     code_base: usize,
     /// The data table's generation in use: one of `generations`.
@@ -165,7 +163,6 @@ impl Tlb {
                 .into_boxed_slice()
                 .try_into()
                 .unwrap_or_else(|_| unreachable!("same length")),
-            second: SecondLevel::default(),
             code_base: 0,
             generation: 2,
             generations: [1, 2, 2, 1],
@@ -311,14 +308,14 @@ impl Tlb {
         *self.data.entry_mut(table, linear) = entry;
         // What a switch drops one by one is not looked for in the second level.
         if table == USER || scope == Scope::Global || self.supervisor_follows() {
-            self.second.put(table, linear, entry);
+            self.data.second.put(table, linear, entry);
         }
     }
 
     /// Brings `linear`'s entry back from the second level to the table in use, if it allows the access; gives the host address.
     pub fn refill(&mut self, linear: u64, write: bool) -> Option<*mut u8> {
         let table = self.data_table();
-        let entry = *self.second.get(table, linear)?;
+        let entry = *self.data.second.get(table, linear)?;
         let tag = if write { entry.write_tag } else { entry.read_tag };
         if tag != linear & PAGE_MASK | self.generation {
             return None;
@@ -398,12 +395,12 @@ impl Tlb {
         for table in 0..WATCHED {
             self.data.entry_mut(table, linear).forget();
         }
-        self.second.drop_page(linear);
+        self.data.second.drop_page(linear);
     }
 
     #[cold]
     fn invalidate_region(&mut self, linear: u64, shift: u32) {
-        self.second.drop_region(linear, shift);
+        self.data.second.drop_region(linear, shift);
         let region = linear >> shift;
         for entry in self.data.filled_mut() {
             if entry.read_tag >> shift == region {
@@ -512,7 +509,7 @@ impl Tlb {
             for entry in self.code.iter_mut() {
                 entry.tag = NO_TAG;
             }
-            self.second.clear();
+            self.data.second.clear();
             self.forget_contexts();
             self.begin_epochs();
             self.local.clear();

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use polder_memory::PAGE_SIZE;
 
 use super::{NO_TAG, SUPERVISOR_TABLES, WATCHED};
+use crate::second_level::SecondLevel;
 use crate::translate::ArenaMemory;
 
 /// Entries in a data table.
@@ -51,6 +52,7 @@ pub struct DataTables {
     in_use: NonNull<DataEntry>,
     /// All tables.
     first: NonNull<DataEntry>,
+    pub second: SecondLevel,
     /// Keeps the memory.
     _arena: Arc<ArenaMemory>,
 }
@@ -65,7 +67,9 @@ impl DataTables {
     /// The arena has no other `DataTables` that is used after this, and its memory is as the host gave it or was left by another one.
     pub unsafe fn new(arena: Arc<ArenaMemory>) -> DataTables {
         let first = arena.data_memory().cast();
-        let mut tables = DataTables { in_use: first, first, _arena: arena };
+        // SAFETY: the caller's promise; the arena is a private anonymous mapping and is kept here.
+        let second = unsafe { SecondLevel::new(arena.second_memory()) };
+        let mut tables = DataTables { in_use: first, first, second, _arena: arena };
         for entry in
             tables.filled_mut().iter_mut().filter(|entry| entry.read_tag != NO_TAG || entry.write_tag != NO_TAG)
         {

@@ -4,7 +4,7 @@
 //! a stack for calls into Rust. So the registers, the look-up tables and the jump tables lie together in one mapping:
 //!
 //! ```text
-//! guard page | stack, growing down | Cpu | data tables | Jumps
+//! guard page | stack, growing down | Cpu | data tables | their second level | Jumps
 //! ```
 //!
 //! The mapping lives as long as anybody who may write the attention word in it.
@@ -20,6 +20,7 @@ use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anony
 use super::bindings::NO_BINDING;
 use super::frame::Frame;
 use crate::cpu::Cpu;
+use crate::second_level::SecondMemory;
 use crate::tlb::{DataMemory, DataTables};
 
 /// Stack for what translated code calls: handlers, and the devices behind them.
@@ -176,6 +177,7 @@ impl Jumps {
 pub struct Layout {
     pub cpu: Cpu,
     pub data: DataMemory,
+    pub second: SecondMemory,
     pub jumps: Jumps,
 }
 
@@ -214,6 +216,12 @@ impl ArenaMemory {
     pub fn data_memory(&self) -> NonNull<DataMemory> {
         // SAFETY: the field lies inside the mapping.
         unsafe { NonNull::new_unchecked(&raw mut (*self.layout()).data) }
+    }
+
+    /// Their second level.
+    pub fn second_memory(&self) -> NonNull<SecondMemory> {
+        // SAFETY: as above.
+        unsafe { NonNull::new_unchecked(&raw mut (*self.layout()).second) }
     }
 
     /// The word that other threads clear to get the vCPU's attention while it runs translated code.
@@ -311,6 +319,7 @@ pub unsafe fn jumps_of<'a>(cpu: *mut Cpu) -> &'a mut Jumps {
 
 /// Distance of the data tables from the processor.
 pub const DATA: usize = std::mem::offset_of!(Layout, data);
+pub const SECOND: usize = std::mem::offset_of!(Layout, second);
 /// Distance of the jump tables from the processor.
 pub const KEYS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, keys)) as i32;
 pub const HOSTS: i32 = (std::mem::offset_of!(Layout, jumps) + std::mem::offset_of!(Jumps, hosts)) as i32;

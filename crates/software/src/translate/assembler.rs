@@ -368,6 +368,11 @@ impl Assembler {
         self.byte(value);
     }
 
+    /// IMUL r64, r/m64
+    pub fn multiply(&mut self, to: Reg, by: Reg) {
+        self.with_reg(true, &[0x0f, 0xaf], to.0, by.0);
+    }
+
     pub fn shift_left(&mut self, to: Reg, count: u8) {
         if count != 0 {
             self.with_reg(true, &[0xc1], 4, to.0);

@@ -50,6 +50,9 @@ pub struct Frame {
     pub return_address: u64,
     /// ADDEND during a call into Rust.
     pub kept_addend: u64,
+    /// RAX and flags while a thunk needs them.
+    pub kept_rax: u64,
+    pub kept_flags: u64,
     /// Jumps over such links until one is aimed anew.
     pub countdown: u32,
     /// 0: the host's vector registers are the guest's; 1: the guest's are in the processor.
@@ -108,6 +111,8 @@ impl Default for Frame {
             argument: 0,
             return_address: 0,
             kept_addend: 0,
+            kept_rax: 0,
+            kept_flags: 0,
             countdown: LINKS_BETWEEN_AIMS,
             vectors_missing: 1,
             vectors_were_missing: 1,
@@ -161,6 +166,9 @@ fields! {
     MISS_ADDRESS = miss_address;
     RETURN_ADDRESS = return_address;
     KEPT_ADDEND = kept_addend;
+    KEPT_RAX = kept_rax;
+    KEPT_FLAGS = kept_flags;
+    JOURNAL = journal;
     COUNTDOWN = countdown;
     VECTORS_MISSING = vectors_missing;
     VECTORS_WERE_MISSING = vectors_were_missing;

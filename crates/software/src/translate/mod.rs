@@ -53,6 +53,8 @@ mod memory;
 mod move_tests;
 mod moves;
 mod processor_state;
+#[cfg(test)]
+mod refill_tests;
 mod registers;
 #[cfg(test)]
 mod return_tests;

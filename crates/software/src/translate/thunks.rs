@@ -2,17 +2,21 @@
 
 use std::mem::offset_of;
 
-use super::arena::{FAR, FarJump, HOSTS, KEYS, verified_at};
+use super::arena::{DATA, FAR, FarJump, HOSTS, KEYS, SECOND, verified_at};
 use super::assembler::{Assembler, Binary, Label, Mem, R15, RAX, RBP, RBX, RCX, RDI, RSI, RSP, Reg, condition};
 use super::bindings::NO_BINDING;
 use super::frame::{
-    ARGUMENT, ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, FAR_MASK, HOST_STACK, JUMP_MASK, JUMP_TABLE, KEPT_ADDEND,
-    MISS_ADDRESS, RETURN_ADDRESS, RIP, SPACE, TARGET, VECTORS_MISSING, VECTORS_WERE_MISSING, cpu_field, exit,
-    register_slot, temporary,
+    ARGUMENT, ARITHMETIC, CALLOUT_OP, COUNTDOWN, EXIT, FAR_MASK, HOST_STACK, JOURNAL, JUMP_MASK, JUMP_TABLE,
+    KEPT_ADDEND, KEPT_FLAGS, KEPT_RAX, MISS_ADDRESS, RETURN_ADDRESS, RIP, SPACE, TARGET, VECTORS_MISSING,
+    VECTORS_WERE_MISSING, cpu_field, exit, register_slot, temporary,
 };
+use super::generate::Use;
 use super::registers::{ADDEND, ADDRESS, HOMES, SPARE};
-use crate::cpu::Cpu;
+use crate::counters::Counters;
+use crate::cpu::{Cpu, Mode};
 use crate::op::Op;
+use crate::second_level::{HASH_FACTOR, HASH_SHIFT, USER_ENTRIES};
+use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb, USER};
 use crate::vector::VectorState;
 
 /// What a function that translated code calls returns: go on where it was called.
@@ -78,6 +82,7 @@ pub struct Thunks {
     pub landing: usize,
 }
 
+const COUNTERS: usize = offset_of!(Cpu, counters);
 const YMM: usize = offset_of!(Cpu, vector) + offset_of!(VectorState, ymm);
 
 fn ymm_slot(register: u8) -> Mem {
@@ -106,8 +111,10 @@ pub fn generate(asm: &mut Assembler, functions: Functions) -> Thunks {
     asm.bind(common.leave);
     leave(asm);
     thunks.miss_read = asm.position();
+    look_further(asm, Use::Read);
     call_out(asm, functions.miss_read as *const () as u64, &common);
     thunks.miss_write = asm.position();
+    look_further(asm, Use::Write);
     call_out(asm, functions.miss_write as *const () as u64, &common);
     thunks.noted = asm.position();
     call_out(asm, functions.noted as *const () as u64, &common);
@@ -227,6 +234,64 @@ fn call_rust(asm: &mut Assembler, function: u64) {
     asm.constant(RAX, function);
     asm.call_reg(RAX);
     asm.binary_imm(Binary::Cmp, RAX, LEAVE as i32);
+}
+
+/// A look-up of SPARE bytes at ADDRESS missed: brings the entry back from the second level, if that has it, and returns to try again. For user code
+/// only: other tables' entries have to be accounted for. Else goes on behind, with all as it was; ADDEND apart.
+fn look_further(asm: &mut Assembler, usage: Use) {
+    let missing = asm.label();
+    let here = |mem| above(mem, 8);
+    let tag = match usage {
+        Use::Read => offset_of!(DataEntry, read_tag),
+        Use::Write => offset_of!(DataEntry, write_tag),
+    };
+    let second = |offset: usize| here(Mem::indexed(RSP, ADDEND, 0, (SECOND + offset) as i32));
+    let first = |offset: usize| here(Mem::indexed(RSP, RAX, 0, (DATA + offset) as i32));
+    const SHIFT: u8 = size_of::<DataEntry>().trailing_zeros() as u8;
+    asm.store(here(KEPT_RAX), RAX);
+    asm.store(here(ARGUMENT), SPARE);
+    asm.flags_to_ax();
+    asm.store(here(KEPT_FLAGS), RAX);
+    asm.compare8_imm(here(cpu_field(offset_of!(Cpu, mode) + offset_of!(Mode, cpl))), 3);
+    asm.jump_if(condition::NOT_EQUAL, missing);
+    if usage == Use::Write {
+        // Lockstep wants to hear of all pages stored to.
+        asm.binary_mem_imm(Binary::Cmp, here(JOURNAL), 0);
+        asm.jump_if(condition::NOT_EQUAL, missing);
+    }
+    asm.lea(ADDEND, Mem::indexed(ADDRESS, SPARE, 0, -1));
+    asm.mov(SPARE, ADDRESS);
+    asm.binary_imm(Binary::And, ADDEND, -4096);
+    asm.binary_imm(Binary::And, SPARE, -4096);
+    asm.binary(Binary::Cmp, ADDEND, SPARE);
+    asm.jump_if(condition::NOT_EQUAL, missing);
+    asm.binary_mem(Binary::Or, SPARE, here(cpu_field(offset_of!(Cpu, tlb) + Tlb::generation_offset(USER))));
+    asm.shift_right(ADDEND, 12);
+    asm.constant(RAX, HASH_FACTOR);
+    asm.multiply(ADDEND, RAX);
+    asm.shift_right(ADDEND, HASH_SHIFT);
+    asm.binary32_imm(Binary::And, ADDEND, USER_ENTRIES as i32 - 1);
+    asm.shift_left(ADDEND, SHIFT);
+    asm.binary_mem(Binary::Cmp, SPARE, second(tag));
+    asm.jump_if(condition::NOT_EQUAL, missing);
+    asm.mov(RAX, ADDRESS);
+    asm.shift_right(RAX, 12 - SHIFT);
+    asm.binary32_imm(Binary::And, RAX, ((DATA_ENTRIES - 1) << SHIFT) as i32);
+    for offset in (0..size_of::<DataEntry>()).step_by(8) {
+        asm.load(SPARE, second(offset));
+        asm.store(first(offset), SPARE);
+    }
+    asm.binary_mem_imm(Binary::Add, here(cpu_field(COUNTERS + offset_of!(Counters, translated_refills))), 1);
+    let restore = |asm: &mut Assembler| {
+        asm.load_u16(RAX, here(KEPT_FLAGS));
+        asm.flags_from_ax();
+        asm.load(RAX, here(KEPT_RAX));
+        asm.load(SPARE, here(ARGUMENT));
+    };
+    restore(asm);
+    asm.ret();
+    asm.bind(missing);
+    restore(asm);
 }
 
 /// A call into Rust and back, or elsewhere. The caller's return address is on the stack. Registers and flags stay, SPARE apart.
