@@ -50,6 +50,12 @@ impl Debugger {
         self.cuts = addresses.to_vec();
     }
 
+    /// Sets breakpoints where no code is kept.
+    #[cfg(test)]
+    pub fn break_at(&mut self, addresses: &[u64]) {
+        self.set_orders(&DebugOrders { breakpoints: addresses.to_vec(), ..DebugOrders::default() });
+    }
+
     /// Whether instructions must run one by one.
     #[inline]
     pub fn needs_single_step(&self) -> bool {

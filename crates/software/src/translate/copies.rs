@@ -24,7 +24,11 @@ impl Translator {
         }
         let before = cpu.stopwatch.turn_to(Activity::Translator);
         let binding = self.unit(template)?.binding_at(linear);
-        let has_moved = self.move_units(binding, jumps);
+        // What moves has code anywhere in the page.
+        let page = linear & !(PAGE_SIZE - 1);
+        let is_uncut =
+            !cpu.debugger.cuts_at(page) && cpu.debugger.uncut(page, PAGE_SIZE as usize) == PAGE_SIZE as usize;
+        let has_moved = is_uncut && self.move_units(binding, jumps);
         let moved = has_moved.then(|| self.by_address.get(&(linear, physical, form)).copied()).flatten();
         let unit = moved.or_else(|| self.copy_unit(template, linear, jumps));
         cpu.stopwatch.turn_to(before);

@@ -1,6 +1,7 @@
 //! The same code at many linear addresses, in one address space after the other.
 
 use crate::cpu::{RAX, RBX, RSP};
+use crate::fault::vector;
 use crate::ops::against_host::{Random, seed};
 use crate::testbench::{CODE, STACK, Stop, TABLES, TestBench};
 
@@ -39,7 +40,7 @@ fn prepare(bench: &mut TestBench) {
             bench.write(at, &(to | 7).to_le_bytes());
         }
     }
-    for place in 1..=PLACES {
+    for place in 1..=PLACES + 1 {
         let set = SETS + 0x3000 * (place % DISTANCES);
         bench.write(TABLES + 8 * place, &(set | 7).to_le_bytes());
     }
@@ -117,6 +118,25 @@ fn code_that_moves_does_as_the_interpreter_does() {
     let counters = bench.translation_counters();
     assert!(counters.translated_moves > 500, "{counters:?}");
     assert!(counters.translated_copies > 100, "{counters:?}");
+}
+
+#[test]
+fn code_does_not_move_to_a_page_with_a_breakpoint() {
+    let Some(mut bench) = TestBench::translating(64 << 20) else { return };
+    prepare(&mut bench);
+    for place in 1..=PLACES {
+        bench.cpu.write_cr3(TABLES).expect("the tables are there");
+        run(&mut bench, place);
+    }
+    let place = PLACES + 1;
+    let code = (place << 39) + 0x1000 * (place % DISTANCES) + CODE;
+    // Behind the first instruction, where a function further on in the page returns to.
+    bench.cpu.debugger.break_at(&[code + 2]);
+    bench.write(STACK, &code.to_le_bytes());
+    (bench.cpu.rip, bench.cpu.gpr[RSP]) = (code + 0x200, STACK);
+    let stop = bench.run(1000);
+    assert!(matches!(stop, Stop::Fault(fault) if fault.vector == vector::DEBUGGER), "{stop:?}");
+    assert_eq!(bench.cpu.rip, code + 2);
 }
 
 #[test]
