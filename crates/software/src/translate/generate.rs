@@ -19,6 +19,7 @@ use super::guest_code::{Item, target_inside};
 use super::registers::{SPARE, home};
 use super::steady::Loop;
 use super::thunks::Thunks;
+use super::values::Access;
 use super::x87::X87Site;
 use crate::cpu::{BLOCK_RIP, CodeSize, Cpu};
 use crate::cpu_model::CpuModel;
@@ -181,7 +182,7 @@ pub struct Generator<'a> {
     /// The data table that the unit was entered with.
     pub entry_table: usize,
     /// Items that jumps inside the unit lead to.
-    is_target: Vec<bool>,
+    pub is_target: Vec<bool>,
     pub plan: Plan,
     /// The loop at the unit's start in the steady shape, and where its look-ups are.
     pub steady: Option<Loop>,
@@ -190,6 +191,8 @@ pub struct Generator<'a> {
     pub steady_heads: Vec<usize>,
     /// The item that is being generated.
     pub index: usize,
+    /// The access of an item whose look-up is done; it lies at [`super::memory::LOOKED_UP`] if nothing is looked up before.
+    pub ahead: Option<(usize, Access)>,
     /// The group whose stretch ADDEND has the host address of.
     pub held: Option<usize>,
     /// The same at the start of the instruction that is being generated, until ADDEND is used.
@@ -268,6 +271,7 @@ impl<'a> Generator<'a> {
             steady_entry,
             steady_heads,
             index: 0,
+            ahead: None,
             held: None,
             held_before: None,
         }
@@ -298,6 +302,7 @@ impl<'a> Generator<'a> {
             if self.context.counts {
                 self.count(index);
             }
+            self.look_ahead(index);
             ended = self.instruction(&item)?;
         }
         if !ended && let Some(last) = self.items.last() {

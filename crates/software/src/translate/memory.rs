@@ -80,7 +80,7 @@ impl Generator<'_> {
     }
 
     /// As [`Generator::look_up`]. With `splits` what lies in two pages goes on in the plain form.
-    fn look_up_stretch(&mut self, item: &Item, bytes: u32, usage: Use, live: bool, splits: bool) {
+    pub fn look_up_stretch(&mut self, item: &Item, bytes: u32, usage: Use, live: bool, splits: bool) {
         let rip = item.instruction.ip();
         let split = splits.then(|| self.split(rip));
         let retry = self.asm.label();
@@ -191,6 +191,9 @@ impl Generator<'_> {
     /// a group lies at [`LOOKED_UP`], one in a group at ADDEND, plus another register in a steady one.
     pub fn reach(&mut self, item: &Item, access: Access, bytes: u32, usage: Use) -> Result<Place> {
         let held = self.held.take().or(self.held_before.take());
+        if self.ahead.take() == Some((self.index, access)) {
+            return Ok(LOOKED_UP);
+        }
         let share = self.plan.share(self.index, access);
         let Some(share) = share.filter(|share| share.is_head || self.plan.groups[share.group].is_ready) else {
             self.linear_address(item, access, 0)?;
@@ -199,7 +202,8 @@ impl Generator<'_> {
         };
         let group = self.plan.groups[share.group];
         let note = note_slot(group.slot);
-        if !share.is_head {
+        // A head's look-up may have been ahead of it.
+        if !share.is_head || group.is_ready {
             if held != Some(share.group) {
                 self.asm.load(ADDEND, stretch_slot(group.slot));
             }
@@ -210,14 +214,20 @@ impl Generator<'_> {
         }
         self.linear_address(item, access, group.lead)?;
         self.look_up_stretch(item, group.len, usage, item.live_before != 0, group.len > bytes);
-        self.asm.lea(ADDEND, LOOKED_UP.mem);
-        self.asm.store(stretch_slot(group.slot), ADDEND);
-        if usage == Use::Write {
-            self.asm.store(note, SPARE);
-        }
-        self.plan.groups[share.group].is_ready = true;
-        self.held = Some(share.group);
+        self.keep_stretch(share.group, usage);
         Ok(Place { mem: Mem::base(ADDEND, share.offset), note: None })
+    }
+
+    /// Keeps what the look-up of a group's head has found.
+    pub fn keep_stretch(&mut self, group: usize, usage: Use) {
+        let slot = self.plan.groups[group].slot;
+        self.asm.lea(ADDEND, LOOKED_UP.mem);
+        self.asm.store(stretch_slot(slot), ADDEND);
+        if usage == Use::Write {
+            self.asm.store(note_slot(slot), SPARE);
+        }
+        self.plan.groups[group].is_ready = true;
+        self.held = Some(group);
     }
 
     /// Puts the address of an access and `lead` into ADDRESS.
