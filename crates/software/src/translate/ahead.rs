@@ -100,13 +100,12 @@ impl Generator<'_> {
             _ => None,
         };
         let (lead, len) = head.map_or((0, bytes), |head| (self.plan.groups[head].lead, self.plan.groups[head].len));
-        let register = |number: u32| (0..16).find(|&register| first.at(register.into()).number == number);
         let start = offset + i64::from(lead);
         if let Some(page) = key.page {
             self.asm.linear_constant(ADDRESS, (page * PAGE_SIZE).wrapping_add_signed(start));
         } else {
-            let base = key.base.map(register);
-            let index = key.index.map(|(number, scale)| (register(number), scale.trailing_zeros() as u8));
+            let base = key.base.map(|number| first.holder(number));
+            let index = key.index.map(|(number, scale)| (first.holder(number), scale.trailing_zeros() as u8));
             let Ok(displacement) = i32::try_from(start) else { return };
             let base = match base {
                 Some(None) => return,

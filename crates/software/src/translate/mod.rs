@@ -18,7 +18,7 @@
 //! - Units are made and dropped by the vCPU's own thread while it is out of translated code; links are aimed in calls of such code too.
 //!
 //! Map: `arena` (where the processor lies), `frame` (what translated code keeps there), `registers` (where guest registers are), `assembler`, `thunks` (ways in and out),
-//! `cache` (memory for code), `guest_code` (units and live flags), `facts` (about one instruction), `values` (what is known of addresses), `groups` and `steady` (accesses that share a look-up, in a loop for all its rounds), `generate` and `cold` (a unit's host code), `instruction` (which of an instruction's forms), `memory` and `ahead` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` and `links` (what is translated), `spaces` and `bindings` (how it is found), `fetch` (bytes of code), `copies` and `moves` (units at other addresses), `run`
+//! `cache` (memory for code), `guest_code` (units and live flags), `facts` (about one instruction), `values` (what is known of addresses), `groups` and `steady` (accesses that share a look-up, in a loop for all its rounds), `generate` and `cold` (a unit's host code), `instruction` (which of an instruction's forms), `memory` and `ahead` (look-ups), `jumps`, `stack`, `forms` (instructions emitted as themselves), `x87`, `bits`, `strings`, `processor_state`, `system` (host code for families), `units` and `links` (what is translated), `eviction` (what goes again), `spaces` and `bindings` (how it is found), `fetch` (bytes of code), `copies` and `moves` (units at other addresses), `run`
 //! (the loop around), `signal` (exceptions on the host), `lockstep` (each unit compared with the interpreter).
 
 mod ahead;
@@ -33,6 +33,7 @@ mod cold;
 mod copies;
 #[cfg(test)]
 mod count_tests;
+mod eviction;
 #[cfg(test)]
 mod eviction_tests;
 mod facts;

@@ -251,7 +251,7 @@ impl Seen {
         let shifts = [0, reached.key.index.map_or(0, |(_, scale)| scale.trailing_zeros() as u8)];
         for (place, (name, shift)) in names.into_iter().zip(shifts).enumerate() {
             let Some((named, value)) = name else { continue };
-            let origin = (0..16).find(|&register| first.at(register.into()).number == value.number)?;
+            let origin = first.holder(value.number)?;
             if place == 0 {
                 address.base = Some(origin);
             } else {

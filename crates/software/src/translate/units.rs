@@ -9,17 +9,18 @@ use std::sync::Arc;
 use iced_x86::FlowControl;
 use polder_memory::PAGE_SIZE;
 
-use super::arena::{FarJump, HOSTS, JUMP_TABLES, JUMPS, Jumps, KEYS, no_jump};
+use super::arena::{HOSTS, JUMP_TABLES, Jumps, KEYS};
 use super::assembler::Relocation;
 use super::bindings::{Binding, Bindings, NO_BINDING};
 use super::cache::CodeCache;
+use super::eviction::{EVICTED, thread_time};
 use super::fetch::{Extent, Reader, next_page};
 use super::generate::{Context, Generated, Generator, LinkSite, Memory, Ops, Shape, Site};
 use super::guest_code::Item;
-use super::links::{LINK_NUMBERS, LINKS_MAX, LINKS_OF_ITEM, Link};
+use super::links::{LINKS_OF_ITEM, Link};
 use super::listing::Listings;
 use super::lockstep::Lockstep;
-use super::spaces::{Space, jump_index};
+use super::spaces::Space;
 use super::thunks::{self, Functions, Thunks};
 use super::x87::X87Site;
 use crate::block_cache;
@@ -28,12 +29,7 @@ use crate::cpu::{Cpu, cr4, is_canonical};
 use crate::stopwatch::Activity;
 
 /// No unit's code is longer.
-const UNIT_BYTES_MAX: usize = 64 << 10;
-/// Units of a flush that are freed with each translation after it.
-const FREED_AT_A_TIME: usize = 64;
-/// Entries of [`Translator::evicted`], and what an eviction puts there.
-const EVICTED: usize = 1 << 16;
-const ROUNDS_AFTER_EVICTION: u8 = 4;
+pub const UNIT_BYTES_MAX: usize = 64 << 10;
 pub const NO_UNIT: u32 = u32::MAX;
 
 /// What code is translated for.
@@ -85,7 +81,7 @@ pub struct Unit {
 
 impl Unit {
     /// Guest-physical numbers of its pages.
-    fn pages(&self) -> [Option<u64>; 2] {
+    pub(super) fn pages(&self) -> [Option<u64>; 2] {
         [Some(self.physical / PAGE_SIZE), self.second_page]
     }
 
@@ -96,7 +92,7 @@ impl Unit {
     }
 
     /// The granules of one of its pages that its bytes lie in.
-    fn granules_on(&self, page_number: u64) -> u64 {
+    pub(super) fn granules_on(&self, page_number: u64) -> u64 {
         let first = if page_number == self.physical / PAGE_SIZE { self.granules } else { 0 };
         // Less than an instruction of the second page: it lies in the first granule.
         first | u64::from(self.second_page == Some(page_number))
@@ -151,22 +147,22 @@ type Map<K, V> = HashMap<K, V, BuildHasherDefault<Multiply>>;
 pub struct Translator {
     pub(super) cache: CodeCache,
     pub(super) thunks: Thunks,
-    first_position: usize,
+    pub(super) first_position: usize,
     /// From the oldest to the newest, as their code lies in the cache; the first one's number is `first_unit`.
-    units: VecDeque<Unit>,
-    first_unit: u32,
+    pub(super) units: VecDeque<Unit>,
+    pub(super) first_unit: u32,
     pub(super) by_address: Map<(u64, u64, Form), u32>,
     /// The newest unit for a physical address and form, whatever its linear address.
     pub(super) templates: Map<(u64, Form), u32>,
-    pages: Map<u64, VecDeque<u32>>,
+    pub(super) pages: Map<u64, VecDeque<u32>>,
     /// From the oldest unit's to the newest's; the first one's number is `first_link`.
     pub(super) links: VecDeque<Link>,
     pub(super) first_link: u32,
     /// Units of the last flush, freed little by little.
-    flushed: VecDeque<Unit>,
+    pub(super) flushed: VecDeque<Unit>,
     /// Times that evicted code must grow hot again before it is translated anew, by a hash of its address. A cache that is too small for
     /// what runs would else be filled without end.
-    evicted: Box<[u8; EVICTED]>,
+    pub(super) evicted: Box<[u8; EVICTED]>,
     pub(super) spaces: [Option<Space>; JUMP_TABLES],
     pub(super) current: usize,
     /// The one before.
@@ -210,7 +206,7 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    fn paused_since(&mut self, start: u64) {
+    pub(super) fn paused_since(&mut self, start: u64) {
         self.pause_ns_max = self.pause_ns_max.max(thread_time().saturating_sub(start));
     }
 }
@@ -267,29 +263,6 @@ impl Translator {
         }))
     }
 
-    /// Drops everything.
-    pub fn flush(&mut self, jumps: &mut Jumps) {
-        let start = thread_time();
-        self.statistics.flushes += 1;
-        // Freeing all of them now would take long.
-        self.first_unit = self.first_unit.wrapping_add(self.units.len() as u32);
-        self.flushed.append(&mut self.units);
-        self.by_address.clear();
-        self.templates.clear();
-        self.pages.clear();
-        self.links.clear();
-        self.cache.start_over(self.first_position);
-        for (slot, space) in self.spaces.iter_mut().enumerate() {
-            if space.take().is_some() {
-                jumps.clear(slot, self.bindings.last());
-            }
-        }
-        self.bindings.clear();
-        self.current = 0;
-        jumps.clear_far();
-        self.statistics.paused_since(start);
-    }
-
     /// Puts what there is to tell into the vCPU's counters.
     pub fn report(&self, counters: &mut Counters) {
         counters.translated_units = self.statistics.units;
@@ -310,146 +283,12 @@ impl Translator {
         counters.code_cache_pause_ns_max = self.statistics.pause_ns_max;
     }
 
-    /// Drops the units with bytes in the 64-byte granules (a bit mask) of a guest-physical page.
-    pub fn invalidate(&mut self, page_number: u64, granules: u64, jumps: &mut Jumps) {
-        let Some(on_page) = self.pages.get_mut(&page_number) else { return };
-        let mut dropped = Vec::new();
-        on_page.retain(|&id| {
-            let stale = match self.units.get(id.wrapping_sub(self.first_unit) as usize) {
-                Some(unit) => unit.granules_on(page_number) & granules != 0,
-                None => true,
-            };
-            if stale {
-                dropped.push(id);
-            }
-            !stale
-        });
-        for id in dropped {
-            self.drop_unit(id, jumps);
-        }
-    }
-
     pub(super) fn unit(&self, id: u32) -> Option<&Unit> {
         self.units.get(id.wrapping_sub(self.first_unit) as usize)
     }
 
     pub(super) fn unit_mut(&mut self, id: u32) -> Option<&mut Unit> {
         self.units.get_mut(id.wrapping_sub(self.first_unit) as usize)
-    }
-
-    /// Makes sure that nobody comes to a unit any more.
-    fn drop_unit(&mut self, id: u32, jumps: &mut Jumps) {
-        let Some(unit) = self.unit_mut(id) else { return };
-        unit.valid = false;
-        let incoming = std::mem::take(&mut unit.incoming);
-        let key = (unit.linear, unit.physical, unit.form);
-        let (linear, first, count) = (unit.linear, unit.first_link, unit.links);
-        // A unit may be dropped twice, once for each of its pages.
-        let binding = std::mem::replace(&mut unit.binding, NO_BINDING);
-        if self.by_address.get(&key) == Some(&id) {
-            self.by_address.remove(&key);
-        }
-        if self.templates.get(&(key.1, key.2)) == Some(&id) {
-            self.templates.remove(&(key.1, key.2));
-        }
-        for number in incoming {
-            // The number may be another link's by now: then it leads elsewhere, or has its own entry among the incoming ones.
-            if let Some(link) = self.link_mut(number)
-                && link.to == id
-            {
-                link.to = NO_UNIT;
-                let Link { site, base, .. } = *link;
-                self.cache.aim(base as usize + site.jump_at, base as usize + site.stub);
-            }
-        }
-        self.bindings.give_back(binding, id, jumps);
-        // Its own ways out need no care: nobody comes here any more.
-        for number in 0..count {
-            if let Some(link) = self.link_mut(first.wrapping_add(number)) {
-                link.from = NO_UNIT;
-            }
-        }
-        let far = jumps.far(linear);
-        if far.linear == linear {
-            *far = FarJump::NONE;
-        }
-        for slot in 1..JUMP_TABLES {
-            let at = slot * JUMPS + jump_index(linear);
-            if jumps.keys[at] == linear {
-                jumps.keys[at] = no_jump(at);
-            }
-        }
-    }
-
-    /// Drops the oldest unit and forgets it.
-    fn evict_oldest(&mut self, jumps: &mut Jumps) {
-        let id = self.first_unit;
-        let Some(unit) = self.units.front() else { return };
-        let (linear, is_valid, code) = (unit.linear, unit.valid, (unit.physical, unit.form));
-        let pages = unit.pages();
-        if is_valid {
-            self.drop_unit(id, jumps);
-            if !self.templates.contains_key(&code) {
-                self.evicted[evicted_index(linear)] = ROUNDS_AFTER_EVICTION;
-            }
-            for page_number in pages.into_iter().flatten() {
-                if let Some(on_page) = self.pages.get_mut(&page_number) {
-                    // The oldest of all is the oldest here, but for units that were dropped with their other page.
-                    while on_page.front().is_some_and(|&front| front != id) {
-                        on_page.pop_front();
-                    }
-                    on_page.pop_front();
-                    if on_page.is_empty() {
-                        self.pages.remove(&page_number);
-                    }
-                }
-            }
-        }
-        if let Some(unit) = self.units.pop_front() {
-            self.first_unit = self.first_unit.wrapping_add(1);
-            self.links.drain(..(unit.links as usize).min(self.links.len()));
-            self.first_link = self.first_link.wrapping_add(unit.links) % LINK_NUMBERS;
-            self.statistics.evicted += 1;
-        }
-    }
-
-    /// Whether hot code that is not translated should be interpreted for some time yet: it was evicted not long ago.
-    pub(super) fn was_evicted_lately(&mut self, linear: u64) -> bool {
-        let left = &mut self.evicted[evicted_index(linear)];
-        let is_left = *left != 0;
-        *left -= u8::from(is_left);
-        is_left
-    }
-
-    /// Makes room for a unit with up to `links` links at the cache's position. The cache is a ring: the oldest units go, no more of them than must.
-    pub(super) fn make_room(&mut self, links: usize, jumps: &mut Jumps) {
-        self.flushed.truncate(self.flushed.len().saturating_sub(FREED_AT_A_TIME));
-        let mut start = None;
-        if self.cache.free() < UNIT_BYTES_MAX {
-            let position = self.cache.position() as u32;
-            while self.units.front().is_some_and(|unit| unit.code.start >= position) {
-                start.get_or_insert_with(thread_time);
-                self.evict_oldest(jumps);
-            }
-            self.cache.start_over(self.first_position);
-        }
-        let position = self.cache.position() as u32;
-        let is_in_the_way =
-            |unit: &Unit, bytes: usize| unit.code.start < position + bytes as u32 && unit.code.end > position;
-        // Room for more than one, for each time costs the returns.
-        let bytes = match self.units.front() {
-            Some(unit) if is_in_the_way(unit, UNIT_BYTES_MAX) => 2 * UNIT_BYTES_MAX,
-            _ => 0,
-        };
-        while self.units.front().is_some_and(|unit| is_in_the_way(unit, bytes)) || self.links.len() + links > LINKS_MAX
-        {
-            start.get_or_insert_with(thread_time);
-            self.evict_oldest(jumps);
-        }
-        if let Some(start) = start {
-            jumps.clear_returns();
-            self.statistics.paused_since(start);
-        }
     }
 
     /// The unit at RIP; if need be, it is made from one of the same code at another linear address.
@@ -588,16 +427,6 @@ impl Translator {
         self.units.push_back(unit);
         id
     }
-}
-
-/// Processor time of this thread in nanoseconds: what others on the host do is no pause of ours.
-fn thread_time() -> u64 {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
-fn evicted_index(linear: u64) -> usize {
-    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize & (EVICTED - 1)
 }
 
 const _: () = assert!(KEYS > 0 && HOSTS > KEYS);

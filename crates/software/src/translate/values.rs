@@ -82,6 +82,11 @@ impl Values {
         self.0[register]
     }
 
+    /// A register that has nothing added to a value.
+    pub fn holder(&self, number: u32) -> Option<u8> {
+        (0..16).find(|&register| self.0[usize::from(register)] == Value { number, offset: 0 })
+    }
+
     pub fn value(&self, register: Register) -> Option<Value> {
         let (number, _) = general_register(register)?;
         Some(self.0[usize::from(number)])
