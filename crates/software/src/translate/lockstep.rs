@@ -97,8 +97,8 @@ impl Journal {
     /// The host address of the first byte that is not as kept, with what is there and what was kept.
     ///
     /// Accessed and dirty bits that were set when translated code looked a page up are no difference, they are set again: the interpreter found
-    /// the translation and did not walk the tables. They are set only if nothing else differs: such bits change in other bytes too.
-    fn first_change(&self) -> Option<(u64, u8, u8)> {
+    /// the translation and did not walk the tables. They are set only if nothing else differs, registers (`is_same`) included: such bits change in other bytes too.
+    fn first_change(&self, is_same: bool) -> Option<(u64, u8, u8)> {
         let mut walked = Vec::new();
         for kept in &self.0 {
             let now = bytes_of(kept.page);
@@ -112,7 +112,7 @@ impl Journal {
                 }
             }
         }
-        for (place, byte) in walked {
+        for (place, byte) in walked.into_iter().filter(|_| is_same) {
             // SAFETY: a page of guest RAM, as `keep` was promised.
             unsafe { raw::copy(&byte, place, 1) };
         }
@@ -301,7 +301,7 @@ impl Before {
             // The instruction has left its sticky flags before the interpreter gets to it.
             interpreted.mxcsr |= translated.mxcsr & MXCSR_STICKY;
         }
-        let change = journal.first_change();
+        let change = journal.first_change(interpreted == *translated);
         if interpreted == *translated && change.is_none() {
             return None;
         }

@@ -400,7 +400,8 @@ impl Translator {
     fn successor(&mut self, cpu: &mut Cpu, jumps: &mut Jumps) -> Option<u64> {
         let guards_user_pages = cpu.cr4 & cr4::SMAP != 0;
         cpu.freshen_tables();
-        if !cpu.may_run_translated() || guards_user_pages != self.guards_user_pages {
+        // In lockstep the way there sets no accessed bit before the interpreter has come as far.
+        if self.lockstep.is_some() || !cpu.may_run_translated() || guards_user_pages != self.guards_user_pages {
             return None;
         }
         self.select_space(cpu, jumps);
