@@ -1,0 +1,5 @@
+//! The store: virtual disks, templates and memory in one content-addressed forest.
+//!
+//! Modules: `disk` (what front ends and disks say to each other).
+
+pub mod disk;
