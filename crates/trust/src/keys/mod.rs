@@ -1,0 +1,5 @@
+//! Keys: 256-bit secrets.
+
+mod secret;
+
+pub use secret::{NoRandomness, Secret};
