@@ -1,6 +1,6 @@
 //! Arbitrary bytes as a guest: any state, any mode, any code. What fuzzing and the random smoke test feed; nothing may panic or hang.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 
 use polder_machine::state::{SegmentState, TableState};
 
@@ -235,7 +235,7 @@ impl TestBench {
 
     /// Runs and delivers as a vCPU does; now and then an interrupt comes.
     fn run_steps(&mut self, interrupts: u8) {
-        let attention = AtomicBool::new(false);
+        let stale = self.stale.clone();
         for step in 0..STEPS_MAX {
             self.drop_stale();
             let cpu: &mut Cpu = &mut self.cpu;
@@ -254,6 +254,10 @@ impl TestBench {
                     return;
                 }
             }
+            if stale.attention.load(Ordering::SeqCst) {
+                // What was delivered was pushed over code.
+                continue;
+            }
             let outcome = if cpu.interrupt_shadow || cpu.needs_single_step() || step % 3 == 0 {
                 match cpu.before_step() {
                     Err(_) => Outcome::Fault,
@@ -267,7 +271,7 @@ impl TestBench {
                     }
                 }
             } else {
-                self.advance(&attention, 4)
+                self.advance(&stale.attention, 4)
             };
             if outcome == Outcome::Fault && self.cpu.deliver_exception() == Delivery::TripleFault {
                 return;

@@ -56,9 +56,9 @@ pub(crate) fn services(memory: GuestMemory) -> EngineServices {
 
 /// Stale code, as (page number, granules), and the flag that brings the inner loop back to drop it.
 #[derive(Default)]
-struct Stale {
+pub(crate) struct Stale {
     pages: Mutex<Vec<(u64, u64)>>,
-    attention: AtomicBool,
+    pub(crate) attention: AtomicBool,
     arena: OnceLock<Arc<ArenaMemory>>,
 }
 
@@ -119,7 +119,7 @@ pub struct TestBench {
     translator: Option<Box<Translator>>,
     _ticker: Option<Ticker>,
     pub blocks: Blocks,
-    stale: Arc<Stale>,
+    pub(crate) stale: Arc<Stale>,
 }
 
 impl Default for TestBench {

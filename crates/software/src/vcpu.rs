@@ -12,6 +12,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use polder_machine::state::{RunState, VcpuState};
 use polder_machine::{DebugEvent, DebugVcpu, Vcpu, VcpuExit, VcpuHandle};
@@ -383,7 +384,12 @@ impl Vcpu for SoftwareVcpu {
             if self.cpu.debugger.steps() {
                 break self.step(woken);
             }
-            if self.deliver_pending(false) == Delivery::TripleFault || self.advance() == Delivery::TripleFault {
+            let mut delivery = self.deliver_pending(false);
+            // What was delivered may have been pushed over code, which a single step would still run.
+            if delivery == Delivery::Done && !self.inbox.attention().load(Ordering::Relaxed) {
+                delivery = self.advance();
+            }
+            if delivery == Delivery::TripleFault {
                 trace::triple_fault(&self.cpu);
                 break VcpuExit::TripleFault;
             }

@@ -356,6 +356,37 @@ fn an_nmi_wakes_a_vcpu_that_takes_no_interrupts() {
     });
 }
 
+/// Single-stepping, because a breakpoint is on: each instruction is run alone, with no look at attention in between.
+#[test]
+fn a_handler_that_its_own_frame_is_pushed_over_runs_as_overwritten() {
+    on_each_translation(|translation| {
+        let machine = Machine::new(1, translation);
+        let handler = HANDLERS + 16 * 2;
+        // The handler: inc byte [0x700]; iretq
+        machine.write(handler, &[0xfe, 0x04, 0x25, 0, 0x07, 0, 0, 0x48, 0xcf]);
+        machine.write(handler + 0x20, &[0xf4, 0xf4]);
+        // hlt; mov esp, handler + 0x20; jmp to the hlt. Of the frame, CS lies at the handler then: or [rax], al.
+        machine.write(CODE, &[0xf4, 0xbc]);
+        machine.write(CODE + 2, &(handler as u32 + 0x20).to_le_bytes());
+        machine.write(CODE + 6, &[0xeb, 0xf8]);
+        let mut vcpu = machine.engine.take_vcpus().remove(0);
+        let mut state = start_state();
+        state.gpr[0] = 0x710;
+        state.debug[5] = 0x401;
+        vcpu.set_state(&state);
+        let thread = spawn(vcpu);
+        for sleeps in 1..3 {
+            machine.wait_for("HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") == sleeps);
+            machine.engine.send_nmi();
+        }
+        machine.wait_for("the overwritten handler", |machine| machine.byte(0x710) != 0);
+        machine.wait_for("its HLT", |machine| counter(&*machine.engine.handles()[0], "sleeps") == 3);
+        assert_eq!(machine.byte(0x700), 1, "the old handler ran again");
+        machine.engine.handles()[0].stop();
+        thread.join().unwrap();
+    });
+}
+
 #[test]
 fn the_timer_interrupts_running_code_soon_after_its_deadline() {
     on_each_translation(|translation| {
