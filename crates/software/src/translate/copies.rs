@@ -1,8 +1,8 @@
 //! Units at other linear addresses.
 
-use super::Translator;
 use polder_memory::PAGE_SIZE;
 
+use super::Translator;
 use super::arena::{Jumps, verified_at};
 use super::assembler::Relocation;
 use super::bindings::NO_BINDING;
@@ -22,8 +22,8 @@ impl Translator {
         if !is_whole || physical / PAGE_SIZE == cpu.apic_page {
             return None;
         }
-        let before = cpu.stopwatch.turn_to(Activity::Translator);
         let binding = self.unit(template)?.binding_at(linear);
+        let before = cpu.stopwatch.turn_to(Activity::Translator);
         // What moves has code anywhere in the page.
         let page = linear & !(PAGE_SIZE - 1);
         let is_uncut =
