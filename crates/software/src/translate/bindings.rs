@@ -36,9 +36,7 @@ impl Binding {
     pub fn new(linear_page: u64, physical_page: u64, second_page: Option<u64>, form: Form) -> Binding {
         Binding { linear_page, physical_page, second_page: second_page.unwrap_or(NO_PAGE), form }
     }
-}
 
-impl Binding {
     /// The linear page's number.
     pub fn linear_page(&self) -> u64 {
         self.linear_page
