@@ -5,13 +5,11 @@
 //! They surely lead to the access: no exception, no jump, nobody comes in between. So a bit that the look-up sets in a page table is one that the access would have set.
 
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
-use polder_memory::PAGE_SIZE;
 
-use super::assembler::Mem;
 use super::forms::{has_wide_address, is_implied_count, may_raise};
 use super::generate::Generator;
 use super::guest_code::{Item, general_register};
-use super::registers::{ADDEND, ADDRESS, home};
+use super::registers::home;
 use super::values::{Numbers, Reached, Values};
 
 /// Instructions between the look-up and the access at most.
@@ -100,29 +98,9 @@ impl Generator<'_> {
             _ => None,
         };
         let (lead, len) = head.map_or((0, bytes), |head| (self.plan.groups[head].lead, self.plan.groups[head].len));
-        let start = offset + i64::from(lead);
-        if let Some(page) = key.page {
-            self.asm.linear_constant(ADDRESS, (page * PAGE_SIZE).wrapping_add_signed(start));
-        } else {
-            let base = key.base.map(|number| first.holder(number));
-            let index = key.index.map(|(number, scale)| (first.holder(number), scale.trailing_zeros() as u8));
-            let Ok(displacement) = i32::try_from(start) else { return };
-            let base = match base {
-                Some(None) => return,
-                Some(Some(base)) => Some(self.register(base, ADDRESS)),
-                None => None,
-            };
-            let index = match index {
-                Some((None, _)) => return,
-                Some((Some(index), shift)) => Some((self.register(index, ADDEND), shift)),
-                None => None,
-            };
-            if base.is_none() && index.is_none() {
-                return;
-            }
-            self.asm.lea(ADDRESS, Mem { base, index, displacement });
-            self.add_base_of(key.segment);
-        }
+        let Ok(start) = i32::try_from(offset + i64::from(lead)) else { return };
+        let Some(address) = key.address(first) else { return };
+        self.key_address(&address, start);
         let here = self.items[index];
         self.look_up_stretch(&here, len, usage, false, head.is_some() && len > bytes);
         match head {

@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 
 use iced_x86::{Instruction, Register};
+use polder_memory::PAGE_SIZE;
 
 use super::arena::DATA;
 use super::assembler::{Binary, Label, Mem, R15, RBP, RSP, Reg, condition};
@@ -11,7 +12,7 @@ use super::frame::{INDEX_MASK, PAGE_MASK, cpu_field, exit, note_slot, stretch_sl
 use super::generate::{Generator, GiveUp, LinkSite, Result, Shape, Use};
 use super::guest_code::Item;
 use super::registers::{ADDEND, ADDRESS, SPARE};
-use super::values::Access;
+use super::values::{Access, Address};
 use crate::cpu::Cpu;
 use crate::tlb::{DATA_ENTRIES, DataEntry, Tlb};
 
@@ -60,6 +61,18 @@ impl Generator<'_> {
             _ => self.asm.lea(to, Mem { base, index, displacement }),
         }
         Ok(())
+    }
+
+    /// Puts the address that registers make, and `start` more, into ADDRESS. Uses SPARE and ADDEND, no flags.
+    pub fn key_address(&mut self, address: &Address, start: i32) {
+        if let Some(page) = address.page {
+            self.asm.linear_constant(ADDRESS, (page * PAGE_SIZE).wrapping_add_signed(start.into()));
+            return;
+        }
+        let base = address.base.map(|base| self.register(base, ADDRESS));
+        let index = address.index.map(|(index, shift)| (self.register(index, ADDEND), shift));
+        self.asm.lea(ADDRESS, Mem { base, index, displacement: start });
+        self.add_base_of(address.segment);
     }
 
     /// Adds the base of the segment register, if it is FS or GS, to ADDRESS. Uses SPARE.

@@ -21,7 +21,7 @@ use super::generate::{Generator, LinkSite, Shape, Use};
 use super::groups::{SLOTS, Share};
 use super::guest_code::{Item, general_register, target_inside};
 use super::registers::{ADDEND, ADDRESS, SPARE};
-use super::values::{Access, Key, Numbers, RBP, RSP, Reached, Value, Values};
+use super::values::{Access, Address, Key, Numbers, RBP, RSP, Reached, Value, Values};
 
 /// Limits of a loop.
 pub const LIMITS: usize = 4;
@@ -47,6 +47,7 @@ pub struct Loop {
 #[derive(Debug)]
 pub struct Steady {
     key: Key,
+    /// Of registers at a round's start.
     address: Address,
     usage: Use,
     /// What the stretch adds to the key's values.
@@ -54,16 +55,6 @@ pub struct Steady {
     end: i64,
     /// The limit of the register that moves it, and that register's left shift.
     limit: Option<(usize, u8)>,
-}
-
-/// Registers whose values at a round's start make an address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Address {
-    page: Option<u64>,
-    segment: Register,
-    base: Option<u8>,
-    /// And the left shift.
-    index: Option<(u8, u8)>,
 }
 
 /// How far a register may go.
@@ -245,18 +236,11 @@ impl Seen {
     fn noted(&self, items: &[Item], first: &Values, steps: &Steps) -> Option<Noted> {
         let Seen { item, reached, names, is_certain } = *self;
         let is_overwritten = |name: u8| items[item].facts.written >> name & 1 != 0;
-        let Key { segment, page, .. } = reached.key;
-        let mut address = Address { page, segment, base: None, index: None };
+        let address = reached.key.address(first)?;
         let mut moving = None;
-        let shifts = [0, reached.key.index.map_or(0, |(_, scale)| scale.trailing_zeros() as u8)];
-        for (place, (name, shift)) in names.into_iter().zip(shifts).enumerate() {
-            let Some((named, value)) = name else { continue };
-            let origin = first.holder(value.number)?;
-            if place == 0 {
-                address.base = Some(origin);
-            } else {
-                address.index = Some((origin, shift));
-            }
+        let origins = [address.base.map(|base| (base, 0)), address.index];
+        for (name, origin) in names.into_iter().zip(origins) {
+            let (Some((named, value)), Some((origin, shift))) = (name, origin) else { continue };
             let step = steps[usize::from(origin)]?;
             if step == 0 {
                 continue;
@@ -269,10 +253,7 @@ impl Seen {
             }
             moving = Some(Moving { named, beyond: value.offset, origin, shift, is_up: step > 0 });
         }
-        let is_absolute = address.base.is_none() && address.index.is_none();
-        if is_absolute && (page.is_none() || segment != Register::None) || i32::try_from(reached.offset).is_err() {
-            return None;
-        }
+        i32::try_from(reached.offset).ok()?;
         Some(Noted { item, reached, address, moving, is_certain })
     }
 }
@@ -294,7 +275,7 @@ impl Generator<'_> {
         let mut has_limit = [false; LIMITS];
         for (slot, group) in steady.groups.iter().enumerate() {
             let bytes = (group.end - group.start) as u32;
-            self.steady_address(&group.address, group.start as i32);
+            self.key_address(&group.address, group.start as i32);
             self.probe(bytes, group.usage, fail);
             if group.usage == Use::Write {
                 self.asm.load(SPARE, self.entry_note());
@@ -335,18 +316,6 @@ impl Generator<'_> {
         let way = self.asm.label();
         let link = self.new_link(way, LinkSite::new(first, Shape::Shared));
         self.cold.push(Cold::Jump { entry: fail, to: way, link });
-    }
-
-    /// Puts the address of a steady group's stretch into ADDRESS.
-    fn steady_address(&mut self, address: &Address, start: i32) {
-        if let Some(page) = address.page {
-            self.asm.linear_constant(ADDRESS, page * PAGE_SIZE + start as u64);
-            return;
-        }
-        let base = address.base.map(|base| self.register(base, ADDRESS));
-        let index = address.index.map(|(index, shift)| (self.register(index, ADDEND), shift));
-        self.asm.lea(ADDRESS, Mem { base, index, displacement: start });
-        self.add_base_of(address.segment);
     }
 
     /// From the end of a round to the next one's start.

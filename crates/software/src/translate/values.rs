@@ -43,6 +43,33 @@ pub struct Key {
     pub page: Option<u64>,
 }
 
+/// Registers that make an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    pub page: Option<u64>,
+    pub segment: Register,
+    pub base: Option<u8>,
+    /// And the left shift.
+    pub index: Option<(u8, u8)>,
+}
+
+impl Key {
+    /// The registers that make its addresses, if some of those with `values` have nothing added to the key's.
+    pub fn address(&self, values: &Values) -> Option<Address> {
+        let Key { segment, page, .. } = *self;
+        let base = match self.base {
+            Some(number) => Some(values.holder(number)?),
+            None => None,
+        };
+        let index = match self.index {
+            Some((number, scale)) => Some((values.holder(number)?, scale.trailing_zeros() as u8)),
+            None => None,
+        };
+        let is_known = page.is_some() || base.is_some() || index.is_some();
+        is_known.then_some(Address { page, segment, base, index })
+    }
+}
+
 /// An access of an instruction.
 #[derive(Debug, Clone, Copy)]
 pub struct Reached {
