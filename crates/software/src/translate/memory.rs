@@ -269,7 +269,7 @@ impl Generator<'_> {
 }
 
 /// Shift of an entry's size.
-const ENTRY_SHIFT: u8 = size_of::<DataEntry>().trailing_zeros() as u8;
+pub const ENTRY_SHIFT: u8 = size_of::<DataEntry>().trailing_zeros() as u8;
 
 /// The base of a segment register.
 pub fn segment_base(segment: u8) -> Mem {

@@ -11,6 +11,7 @@ use super::frame::{
     VECTORS_WERE_MISSING, cpu_field, exit, register_slot, temporary,
 };
 use super::generate::Use;
+use super::memory::ENTRY_SHIFT;
 use super::registers::{ADDEND, ADDRESS, HOMES, SPARE};
 use crate::counters::Counters;
 use crate::cpu::{Cpu, Mode};
@@ -247,7 +248,6 @@ fn look_further(asm: &mut Assembler, usage: Use) {
     };
     let second = |offset: usize| here(Mem::indexed(RSP, ADDEND, 0, (SECOND + offset) as i32));
     let first = |offset: usize| here(Mem::indexed(RSP, RAX, 0, (DATA + offset) as i32));
-    const SHIFT: u8 = size_of::<DataEntry>().trailing_zeros() as u8;
     asm.store(here(KEPT_RAX), RAX);
     asm.store(here(ARGUMENT), SPARE);
     asm.flags_to_ax();
@@ -271,12 +271,12 @@ fn look_further(asm: &mut Assembler, usage: Use) {
     asm.multiply(ADDEND, RAX);
     asm.shift_right(ADDEND, HASH_SHIFT);
     asm.binary32_imm(Binary::And, ADDEND, USER_ENTRIES as i32 - 1);
-    asm.shift_left(ADDEND, SHIFT);
+    asm.shift_left(ADDEND, ENTRY_SHIFT);
     asm.binary_mem(Binary::Cmp, SPARE, second(tag));
     asm.jump_if(condition::NOT_EQUAL, missing);
     asm.mov(RAX, ADDRESS);
-    asm.shift_right(RAX, 12 - SHIFT);
-    asm.binary32_imm(Binary::And, RAX, ((DATA_ENTRIES - 1) << SHIFT) as i32);
+    asm.shift_right(RAX, 12 - ENTRY_SHIFT);
+    asm.binary32_imm(Binary::And, RAX, ((DATA_ENTRIES - 1) << ENTRY_SHIFT) as i32);
     for offset in (0..size_of::<DataEntry>()).step_by(8) {
         asm.load(SPARE, second(offset));
         asm.store(first(offset), SPARE);
@@ -351,10 +351,10 @@ pub fn find_jump(asm: &mut Assembler, missing: Label) {
 /// Jumps to the code for the guest address in ADDRESS, which RIP has too, if the table for all address spaces knows it, and keeps it in the jump table; else goes to
 /// `missing`. Uses the scratch registers, no flags.
 fn find_far(asm: &mut Assembler, missing: Label) {
-    const ENTRY_SHIFT: u8 = size_of::<FarJump>().trailing_zeros() as u8 - 3;
+    const FAR_SHIFT: u8 = size_of::<FarJump>().trailing_zeros() as u8 - 3;
     let field = |offset: usize| Mem::indexed(RSP, ADDEND, 3, FAR + offset as i32);
     asm.extract(ADDEND, ADDRESS, FAR_MASK);
-    asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, ENTRY_SHIFT)), displacement: 0 });
+    asm.lea(ADDEND, Mem { base: None, index: Some((ADDEND, FAR_SHIFT)), displacement: 0 });
     asm.load(SPARE, field(offset_of!(FarJump, linear)));
     asm.not(SPARE);
     asm.lea(SPARE, Mem::indexed(SPARE, ADDRESS, 0, 1));
