@@ -8,6 +8,7 @@
 //! leave flags alone (BMI2, JRCXZ).
 
 use std::mem::offset_of;
+use std::rc::Rc;
 
 use iced_x86::{Encoder, FlowControl, Instruction};
 
@@ -185,7 +186,7 @@ pub struct Generator<'a> {
     pub is_target: Vec<bool>,
     pub plan: Plan,
     /// The loop at the unit's start in the steady shape, and where its look-ups are.
-    pub steady: Option<Loop>,
+    pub steady: Option<Rc<Loop>>,
     pub steady_entry: Label,
     /// Heads of loops that have a steady shape.
     pub steady_heads: Vec<usize>,
@@ -214,22 +215,10 @@ impl<'a> Generator<'a> {
             encoder,
             mut plan,
         } = memory;
-        let mut steady = None;
-        let mut steady_heads = Vec::new();
-        if context.shape == Shape::Steady {
-            steady = Loop::find(items);
-        }
-        if context.shape != Shape::Plain && !context.keeps_journal {
-            let heads = (0..items.len()).filter_map(|index| target_inside(items, index).filter(|&to| to <= index));
-            steady_heads.extend(heads);
-            steady_heads.sort_unstable();
-            steady_heads.dedup();
-            let is_other = |head: usize| head != 0 || context.shape == Shape::Shared;
-            steady_heads.retain(|&head| is_other(head) && Loop::find(&items[head..]).is_some());
-        }
+        let steady = if context.shape == Shape::Steady { Loop::find(items).map(Rc::new) } else { None };
         match context.shape {
             Shape::Plain => plan.clear(),
-            _ => plan.make(items, steady.as_ref()),
+            _ => plan.make(items, steady.as_deref()),
         }
         asm.clear();
         links.clear();
@@ -240,6 +229,8 @@ impl<'a> Generator<'a> {
         labels.extend(items.iter().map(|_| asm.label()));
         let steady_entry = asm.label();
         is_target.resize(items.len(), false);
+        let has_steady_shapes = context.shape != Shape::Plain && !context.keeps_journal;
+        let mut steady_heads = Vec::new();
         for (index, item) in items.iter().enumerate() {
             let inside = target_inside(items, index);
             // A jump to what comes next is no jump.
@@ -247,8 +238,13 @@ impl<'a> Generator<'a> {
                 item.instruction.flow_control() == FlowControl::UnconditionalBranch && inside == Some(index + 1);
             if let Some(inside) = inside.filter(|_| !leaps) {
                 is_target[inside] = true;
+                if has_steady_shapes && inside <= index && !steady_heads.contains(&inside) {
+                    steady_heads.push(inside);
+                }
             }
         }
+        let is_other = |head: usize| head != 0 || context.shape == Shape::Shared;
+        steady_heads.retain(|&head| is_other(head) && Loop::find(&items[head..]).is_some());
         Generator {
             asm,
             context,
@@ -280,9 +276,8 @@ impl<'a> Generator<'a> {
     /// Generates the unit.
     pub fn run(mut self) -> Result<Generated> {
         let mut ended = false;
-        if let Some(steady) = self.steady.take() {
+        if let Some(steady) = self.steady.clone() {
             self.fill_steady(&steady, self.steady_entry);
-            self.steady = Some(steady);
         }
         for index in 0..self.items.len() {
             let item = self.items[index];

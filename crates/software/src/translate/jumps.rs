@@ -102,10 +102,9 @@ impl Generator<'_> {
 
     /// Jumps back to a loop's head where that leads on in another shape of the loop, or to another round of a steady one. `false`: it is a jump as others are.
     fn jump_back_in_loop(&mut self, head: usize, target: u64) -> bool {
-        if let Some(steady) = self.steady.take_if(|_| head == 0) {
+        if let Some(steady) = self.steady.clone().filter(|_| head == 0) {
             self.poll(target, false);
             self.next_steady_round(&steady, self.steady_entry, self.labels[0]);
-            self.steady = Some(steady);
             return true;
         }
         let shape = match self.context.shape {
