@@ -33,6 +33,7 @@ const PACKAGES: &[Package] = &[
     Package { name: "acpica-tools", reason: "iasl judges our ACPI tables" },
     Package { name: "gdb", reason: "the judge of --gdb" },
     Package { name: "xz-utils", reason: "unpacks packages" },
+    Package { name: "qemu-utils", reason: "qemu-img judges our image formats, and converts VMDK and VHDX" },
 ];
 
 /// What benchmarks run beside polder.
