@@ -21,7 +21,7 @@ pub trait Buffer: Send + 'static {
     }
     /// Puts bytes that were read from the disk at `at`; `at + bytes.len()` is at most [`Buffer::len`].
     fn put(&mut self, at: usize, bytes: &[u8]);
-    /// Puts `len` zeros at `at`.
+    /// Puts `len` zeros at `at`. A disk says so wherever it has nothing stored: NBD sends such parts as holes.
     fn put_zeros(&mut self, at: usize, len: usize);
     /// Takes bytes that are to be written to the disk. Called once for each byte: memory of a guest may change under us.
     fn take(&self, at: usize, bytes: &mut [u8]);
@@ -87,6 +87,8 @@ pub enum DiskError {
     Io(#[source] io::Error),
     #[error("the disk is damaged: {what}")]
     Damaged { what: String },
+    #[error("the disk has no snapshot {name}")]
+    NoSuchSnapshot { name: String },
 }
 
 /// An operation that came to its end.
@@ -136,7 +138,8 @@ pub trait Disk: Send + Sync + 'static {
     /// The size in bytes of the blocks that are cheapest to write whole.
     fn block_bytes(&self) -> u32;
     /// Answers a question about `len` bytes from `offset`: at most `extents_max` parts, in order and without holes between
-    /// them, from `offset` on; neighbours have different answers. May wait for the host's disk.
+    /// them, from `offset` on; neighbours have different answers. May wait for the host's disk. A front end asks about one
+    /// sector to learn whether a snapshot is there ([`DiskError::NoSuchSnapshot`]).
     fn extents(&self, question: &Question, offset: u64, len: u64, extents_max: usize)
     -> Result<Vec<Extent>, DiskError>;
     /// The names that [`Question::ChangedSince`] takes, newest first, at most `names_max`.
