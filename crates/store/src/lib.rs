@@ -6,3 +6,4 @@
 pub mod disk;
 pub mod format;
 pub mod memory_disk;
+pub mod nbd;
