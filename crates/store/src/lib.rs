@@ -1,7 +1,7 @@
 //! The store: virtual disks, templates and memory in one content-addressed forest.
 //!
 //! Modules: `disk` (what front ends and disks say to each other), `format` (image formats: what is imported and exported),
-//! `memory_disk` (a disk in memory, for tests).
+//! `memory_disk` (a disk in memory, for tests), `nbd` (the server for NBD clients).
 
 pub mod disk;
 pub mod format;
