@@ -2,4 +2,4 @@
 
 mod secret;
 
-pub use secret::{NoRandomness, Secret};
+pub use secret::{NoRandomness, SECRET_BYTES, Secret};
