@@ -1,7 +1,8 @@
 //! Compressed clusters: raw deflate with a window of 4 KiB, or a zstd frame.
 
-use flate2::{Decompress, FlushDecompress, Status};
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use std::io::Read;
 
 /// What compressed clusters of an image are compressed with.
@@ -16,6 +17,9 @@ pub enum Compression {
 /// The largest window that a zstd frame may ask for, in bytes: what compressors use at their usual levels. QEMU's frames need
 /// one cluster.
 const ZSTD_WINDOW_LEN_MAX: u64 = 8 << 20;
+
+/// The window of deflate that the format prescribes: 4 KiB.
+const ZLIB_WINDOW_BITS: u8 = 12;
 
 /// State that is worth keeping from cluster to cluster.
 pub(super) struct Inflater {
@@ -66,6 +70,43 @@ impl Inflater {
                 }
                 self.zstd.read_exact(cluster).map_err(|error| format!("the compressed data is damaged: {error}"))?;
                 Ok(())
+            }
+        }
+    }
+}
+
+/// Compresses clusters, one after the other.
+pub(super) enum Deflater {
+    /// Raw deflate.
+    Zlib(Compress),
+    /// zstd.
+    Zstd,
+}
+
+impl Deflater {
+    pub(super) fn new(kind: Compression) -> Self {
+        match kind {
+            Compression::Zlib => {
+                let level = flate2::Compression::default();
+                Deflater::Zlib(Compress::new_with_window_bits(level, false, ZLIB_WINDOW_BITS))
+            }
+            Compression::Zstd => Deflater::Zstd,
+        }
+    }
+
+    /// The cluster compressed, unless that is no shorter.
+    pub(super) fn deflate(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
+        match self {
+            Deflater::Zlib(zlib) => {
+                zlib.reset();
+                // One byte less than the cluster: what does not fit is not worth it.
+                let mut packed = vec![0; cluster.len() - 1];
+                let status = zlib.compress(cluster, &mut packed, FlushCompress::Finish);
+                packed.truncate(zlib.total_out() as usize);
+                matches!(status, Ok(Status::StreamEnd)).then_some(packed)
+            }
+            Deflater::Zstd => {
+                Some(compress_to_vec(cluster, CompressionLevel::Fastest)).filter(|packed| packed.len() < cluster.len())
             }
         }
     }

@@ -13,10 +13,11 @@
 //! Refcounts do not matter for reading and are not looked at; a dirty image therefore is read like any other.
 //!
 //! Modules: `header`, `entry` (L2 entries), `host_map` (what in the file belongs to whom), `image` (one file), `compression`,
-//! `chain` (backing files), `snapshot`, `writer`.
+//! `chain` (backing files), `snapshot`, `writer`, `deflate_pool` (threads that compress for it).
 
 mod chain;
 mod compression;
+mod deflate_pool;
 mod entry;
 mod header;
 mod host_map;
@@ -24,6 +25,7 @@ mod image;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 pub use chain::{CHAIN_LEN_MAX, OpenOptions, OtherFiles};
 pub use compression::Compression;
@@ -31,6 +33,7 @@ pub use header::{Header, OtherFile};
 pub use host_map::HOST_MAP_LEN_MAX;
 pub use image::{L1_LEN_MAX, L2_CACHE_LEN_MAX, Qcow2};
 pub use snapshot::{SNAPSHOT_TABLE_LEN_MAX, Snapshot};
+pub use writer::Qcow2Writer;
 
 /// The cluster sizes of the format: 512 bytes to 2 MiB.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;

@@ -2,6 +2,7 @@
 
 mod hostile;
 mod qemu;
+mod writer;
 
 use super::super::test_folder::TestFolder;
 use super::super::{Content, Source};
