@@ -33,7 +33,16 @@ const PACKAGES: &[Package] = &[
     Package { name: "acpica-tools", reason: "iasl judges our ACPI tables" },
     Package { name: "gdb", reason: "the judge of --gdb" },
     Package { name: "xz-utils", reason: "unpacks packages" },
-    Package { name: "qemu-utils", reason: "qemu-img judges our image formats, and converts VMDK and VHDX" },
+    Package { name: "openssl", reason: "makes the certificates of the tests of TLS" },
+    Package { name: "libnbd-bin", reason: "nbdinfo and nbdcopy judge our NBD server" },
+    Package { name: "python3-libnbd", reason: "nbdsh sends our NBD server single requests, right and wrong" },
+    Package { name: "fio", reason: "writes to our NBD server and verifies what it reads" },
+    Package { name: "nbd-client", reason: "the first NBD client lists the exports of our server" },
+    Package { name: "nbdkit", reason: "its filters stand between a client and our NBD server" },
+    Package {
+        name: "qemu-utils",
+        reason: "qemu-img judges our image formats and our NBD server, and converts VMDK and VHDX",
+    },
 ];
 
 /// What benchmarks run beside polder.

@@ -9,7 +9,7 @@ use crate::disk::{
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 /// The unit of allocation and of changes since a snapshot, in bytes.
@@ -38,6 +38,7 @@ pub struct MemoryDisk {
     faulty: AtomicBool,
     fault: Mutex<Option<Box<Fault>>>,
     held: AtomicBool,
+    held_operations: AtomicUsize,
     signals: Mutex<Vec<Weak<OwnedFd>>>,
     flushes: AtomicU64,
     stable_writes: AtomicU64,
@@ -66,6 +67,7 @@ impl MemoryDisk {
             faulty: AtomicBool::new(false),
             fault: Mutex::new(None),
             held: AtomicBool::new(false),
+            held_operations: AtomicUsize::new(0),
             signals: Mutex::new(Vec::new()),
             flushes: AtomicU64::new(0),
             stable_writes: AtomicU64::new(0),
@@ -89,6 +91,11 @@ impl MemoryDisk {
         for signal in lock(&self.signals).iter().filter_map(Weak::upgrade) {
             ring(&signal);
         }
+    }
+
+    /// Operations that wait for [`MemoryDisk::release`].
+    pub fn held_operations(&self) -> usize {
+        self.held_operations.load(Ordering::Acquire)
     }
 
     /// Remembers what the disk holds now under a name.
@@ -372,6 +379,7 @@ impl<B: Buffer> Queue<B> for MemoryQueue<B> {
     fn submit(&mut self, token: u64, operation: Operation<B>) {
         if self.disk.held.load(Ordering::Acquire) {
             self.held.push((token, operation));
+            self.disk.held_operations.fetch_add(1, Ordering::Release);
         } else {
             self.completed.push_back(self.disk.run(token, operation));
         }
@@ -380,6 +388,7 @@ impl<B: Buffer> Queue<B> for MemoryQueue<B> {
     fn next_completion(&mut self) -> Option<Completion<B>> {
         if !self.held.is_empty() && !self.disk.held.load(Ordering::Acquire) {
             while let Some((token, operation)) = self.held.pop() {
+                self.disk.held_operations.fetch_sub(1, Ordering::Release);
                 self.completed.push_back(self.disk.run(token, operation));
             }
         }
@@ -397,6 +406,7 @@ impl<B: Buffer> Queue<B> for MemoryQueue<B> {
 
 impl<B> Drop for MemoryQueue<B> {
     fn drop(&mut self) {
+        self.disk.held_operations.fetch_sub(self.held.len(), Ordering::Release);
         // Who holds the disk releases it; until then the operations are in flight.
         while !self.held.is_empty() && self.disk.held.load(Ordering::Acquire) {
             let mut fds = [PollFd::new(&*self.signal, PollFlags::IN)];
@@ -445,6 +455,7 @@ mod tests {
         queue.submit(2, Operation::Flush);
         assert!(queue.next_completion().is_none());
         assert_eq!(queue.in_flight(), 2);
+        assert_eq!(disk.held_operations(), 2);
         disk.release();
         let mut fds = [PollFd::from_borrowed_fd(queue.signal(), PollFlags::IN)];
         assert_eq!(poll(&mut fds, None).unwrap(), 1);

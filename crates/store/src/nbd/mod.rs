@@ -26,6 +26,8 @@ mod negotiation_tests;
 mod outgoing;
 mod protocol;
 mod server;
+#[cfg(test)]
+mod server_tests;
 mod stream;
 mod transmission;
 #[cfg(test)]
