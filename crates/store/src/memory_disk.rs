@@ -39,6 +39,7 @@ pub struct MemoryDisk {
     fault: Mutex<Option<Box<Fault>>>,
     held: AtomicBool,
     held_operations: AtomicUsize,
+    lagging: AtomicBool,
     signals: Mutex<Vec<Weak<OwnedFd>>>,
     flushes: AtomicU64,
     stable_writes: AtomicU64,
@@ -68,6 +69,7 @@ impl MemoryDisk {
             fault: Mutex::new(None),
             held: AtomicBool::new(false),
             held_operations: AtomicUsize::new(0),
+            lagging: AtomicBool::new(false),
             signals: Mutex::new(Vec::new()),
             flushes: AtomicU64::new(0),
             stable_writes: AtomicU64::new(0),
@@ -96,6 +98,11 @@ impl MemoryDisk {
     /// Operations that wait for [`MemoryDisk::release`].
     pub fn held_operations(&self) -> usize {
         self.held_operations.load(Ordering::Acquire)
+    }
+
+    /// From now on no operation completes before its queue was asked once in vain; then all do, the last first.
+    pub fn lag(&self) {
+        self.lagging.store(true, Ordering::Release);
     }
 
     /// Remembers what the disk holds now under a name.
@@ -283,7 +290,7 @@ impl Disk for MemoryDisk {
         let mut signals = lock(&self.signals);
         signals.retain(|signal| signal.strong_count() > 0);
         signals.push(Arc::downgrade(&signal));
-        Ok(MemoryQueue { disk: self.clone(), signal, held: Vec::new(), completed: VecDeque::new() })
+        Ok(MemoryQueue { disk: self.clone(), signal, held: Vec::new(), completed: VecDeque::new(), asked: false })
     }
 
     fn capacity_bytes(&self) -> u64 {
@@ -373,20 +380,32 @@ pub struct MemoryQueue<B> {
     signal: Arc<OwnedFd>,
     held: Vec<(u64, Operation<B>)>,
     completed: VecDeque<Completion<B>>,
+    /// Whether it was asked for a completion since something is held.
+    asked: bool,
 }
 
 impl<B: Buffer> Queue<B> for MemoryQueue<B> {
     fn submit(&mut self, token: u64, operation: Operation<B>) {
-        if self.disk.held.load(Ordering::Acquire) {
+        let waits = self.disk.held.load(Ordering::Acquire);
+        if waits || self.disk.lagging.load(Ordering::Acquire) {
             self.held.push((token, operation));
             self.disk.held_operations.fetch_add(1, Ordering::Release);
+            self.asked = false;
         } else {
             self.completed.push_back(self.disk.run(token, operation));
+        }
+        if !waits && !self.held.is_empty() {
+            ring(&self.signal);
         }
     }
 
     fn next_completion(&mut self) -> Option<Completion<B>> {
         if !self.held.is_empty() && !self.disk.held.load(Ordering::Acquire) {
+            if !self.asked && self.disk.lagging.load(Ordering::Acquire) {
+                self.asked = true;
+                ring(&self.signal);
+                return self.completed.pop_front();
+            }
             while let Some((token, operation)) = self.held.pop() {
                 self.disk.held_operations.fetch_sub(1, Ordering::Release);
                 self.completed.push_back(self.disk.run(token, operation));
@@ -462,5 +481,21 @@ mod tests {
         assert_eq!(queue.next_completion().map(|completion| completion.token), Some(2));
         assert_eq!(queue.next_completion().map(|completion| completion.token), Some(1));
         assert_eq!(disk.flushes(), 2);
+    }
+
+    #[test]
+    fn a_disk_that_lags_completes_when_it_is_asked_again() {
+        let disk = Arc::new(MemoryDisk::new(1 << 20));
+        let mut queue = disk.open_queue::<Vec<u8>>().unwrap();
+        disk.lag();
+        for token in 1..=2 {
+            queue.submit(token, Operation::Flush);
+        }
+        assert!(queue.next_completion().is_none());
+        let mut fds = [PollFd::from_borrowed_fd(queue.signal(), PollFlags::IN)];
+        assert_eq!(poll(&mut fds, None).unwrap(), 1);
+        assert_eq!(queue.next_completion().map(|completion| completion.token), Some(2));
+        assert_eq!(queue.next_completion().map(|completion| completion.token), Some(1));
+        assert_eq!(queue.in_flight(), 0);
     }
 }

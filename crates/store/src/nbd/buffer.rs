@@ -142,6 +142,11 @@ impl BufferPool {
         RequestBuffer { bytes, len, remembers: holes == Holes::Remembered, holes: Vec::new() }
     }
 
+    /// Lets go of all buffers.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
     /// Takes a buffer back.
     pub fn put(&mut self, bytes: Vec<u8>) {
         if bytes.len() == SMALL_LEN {

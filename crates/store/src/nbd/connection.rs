@@ -1,11 +1,12 @@
 //! The thread of one client: its socket on one side, its disk's queue on the other.
 
+use super::budget::Budget;
 use super::exports::Exports;
 use super::negotiation::{Agreed, Negotiation, Step, TlsPolicy};
 use super::server::Tls;
 use super::stream::{Stream, Wait, wait_for_any};
 use super::transmission::{Transmission, clear};
-use super::{INPUT_LEN, NEGOTIATION_TIMEOUT};
+use super::{INPUT_LEN, NEGOTIATION_TIMEOUT, REST_TIMEOUT};
 use crate::disk::Disk;
 use rustix::event::PollFlags;
 use std::io;
@@ -55,11 +56,13 @@ pub(super) fn serve<D: Disk>(
     mut stream: Stream,
     exports: Arc<Exports<D>>,
     tls: &Tls,
+    budget: Budget,
     stopping: &AtomicBool,
 ) -> io::Result<()> {
     let mut input = Input::new();
     if let Some(agreed) = negotiate(&mut stream, exports, tls, &mut input)? {
-        let transmission = Transmission::new(agreed).map_err(io::Error::other)?;
+        let transmission = Transmission::new(agreed, budget).map_err(io::Error::other)?;
+        stream.wait_at_most(REST_TIMEOUT);
         transmit(&mut stream, transmission, &mut input, stopping)?;
     }
     stream.close();
@@ -187,7 +190,12 @@ fn receive<D: Disk>(
             return Ok(());
         }
         Ok(count) => count,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            if wait == Wait::Yes {
+                transmission.rest();
+            }
+            return Ok(());
+        }
         Err(error) => return Err(error),
     };
     input.received(count.saturating_sub(payload_len));

@@ -10,11 +10,14 @@
 //! - A flush covers what any connection was told is done: [`Disk`](crate::disk::Disk) promises it.
 //!
 //! Modules: `protocol` (numbers and heads), `negotiation` and `transmission` (the two phases, bytes in and bytes out), `context`
-//! (what can be asked about parts of a disk), `buffer` and `outgoing` (memory of requests and replies), `exports` (disks by
-//! name), `stream` (a socket, with TLS or without), `connection` (the thread of one client), `listener` and `server`.
+//! (what can be asked about parts of a disk), `buffer`, `outgoing` and `budget` (memory of requests and
+//! replies), `exports` (disks by
+//! name), `stream` (a socket, with TLS or without), `connection` (the thread of one client), `listener`, `server`,
+//! `testbench` (the body of a fuzz target).
 //!
 //! [`Queue`]: crate::disk::Queue
 
+mod budget;
 mod buffer;
 mod connection;
 mod context;
@@ -29,6 +32,8 @@ mod server;
 #[cfg(test)]
 mod server_tests;
 mod stream;
+#[cfg(any(test, feature = "testbench"))]
+pub mod testbench;
 mod transmission;
 #[cfg(test)]
 mod transmission_tests;
@@ -39,8 +44,8 @@ pub use server::{Server, ServerOptions, StopHandle, Tls};
 
 use std::time::Duration;
 
-/// Bytes of the longest read or write: what the protocol recommends.
-pub const PAYLOAD_LEN_MAX: u32 = 32 << 20;
+/// Bytes of the longest read or write. The protocol asks for 32 MiB; libnbd and nbdkit go up to this.
+pub const PAYLOAD_LEN_MAX: u32 = 64 << 20;
 /// Exports of one server.
 pub const EXPORTS_MAX: usize = 1024;
 /// Bytes of an option's data. A longer option is skipped and refused.
@@ -57,6 +62,8 @@ pub const EXTENTS_MAX: usize = 4096;
 pub const REQUESTS_IN_FLIGHT_MAX: usize = 128;
 /// Bytes of buffers of one connection, in flight and waiting to be sent; one more request may begin below it.
 pub const HELD_BYTES_MAX: usize = 64 << 20;
+/// The same of all connections of a server. Above it a connection gets one request at a time.
+pub const SERVER_HELD_BYTES_MAX: usize = 1 << 30;
 /// Bytes that wait to be sent to one client before no more requests are received from it.
 pub const OUTGOING_BYTES_MAX: usize = 32 << 20;
 /// Bytes of unused large buffers that a connection keeps.
@@ -66,6 +73,8 @@ pub const POOLED_BYTES_MAX: usize = 16 << 20;
 const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a client may take none of what waits for it.
 const SEND_TIMEOUT: Duration = Duration::from_secs(60);
+/// After this time without a request a connection keeps no buffers.
+const REST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long clients may take their last replies when the server stops.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -74,7 +83,7 @@ const ROUND_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a part without data that is worth a chunk of its own in a reply.
 const HOLE_LEN_MIN: usize = 4096;
 /// Bytes that a request to fill the cache reads at most; it is a hint.
-const CACHE_LEN_MAX: u32 = PAYLOAD_LEN_MAX;
+const CACHE_LEN_MAX: u32 = 32 << 20;
 /// Parts of memory that are sent with one system call.
 const IO_SLICES_MAX: usize = 64;
 /// Bytes that are received at once, but for the data of writes.

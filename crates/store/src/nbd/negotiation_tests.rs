@@ -162,7 +162,7 @@ fn info_and_go_tell_the_same() {
     assert_eq!(&got[1].1[2..], b"first");
     assert_eq!(&got[2].1[2..], b"The first disk.");
     let sizes: Vec<u32> = got[3].1[2..].chunks(4).map(|size| u32_at(size, 0)).collect();
-    assert_eq!(sizes, [1, 4096, 32 << 20]);
+    assert_eq!(sizes, [1, 4096, 64 << 20]);
     let mut client = Client::new(TlsPolicy::Off);
     assert_eq!(client.outcome(option::GO, &go_data("third", &[])), reply::ERR_UNKNOWN);
 }

@@ -1,6 +1,7 @@
 //! Accepts clients, gives each a thread, and stops in good order.
 
 use super::STOP_TIMEOUT;
+use super::budget::Budget;
 use super::connection::serve;
 use super::exports::Exports;
 use super::listener::Listener;
@@ -13,7 +14,7 @@ use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -71,6 +72,8 @@ struct Shared {
     wake: OwnedFd,
     connections: Mutex<HashMap<u64, Arc<OwnedFd>>>,
     ended: Condvar,
+    /// What all connections hold.
+    held_bytes: Arc<AtomicUsize>,
     options: ServerOptions,
 }
 
@@ -86,6 +89,7 @@ impl Server {
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             connections: Mutex::new(HashMap::new()),
             ended: Condvar::new(),
+            held_bytes: Arc::default(),
             options,
         });
         let acceptor = std::thread::Builder::new().name("nbd-accept".into()).spawn({
@@ -213,7 +217,8 @@ impl Shared {
         let spawned = std::thread::Builder::new().name(format!("nbd-{id}")).spawn(move || {
             let shared = &registration.shared;
             // Whatever went wrong concerns this client only, and it knows by its socket.
-            let _ = serve(Stream::new(socket), exports, &shared.options.tls, &shared.stopping);
+            let budget = Budget::new(shared.held_bytes.clone());
+            let _ = serve(Stream::new(socket), exports, &shared.options.tls, budget, &shared.stopping);
             drop(registration);
         });
         if spawned.is_err() {

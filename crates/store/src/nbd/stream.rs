@@ -3,6 +3,7 @@
 use super::SEND_TIMEOUT;
 use polder_trust::tls::{ServerConfig, ServerConnection};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, recv, recvmsg, send, sendmsg};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -38,6 +39,12 @@ impl Stream {
 
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// From here on [`Wait::Yes`] means at most this time; then it says that it would wait.
+    pub fn wait_at_most(&self, timeout: Duration) {
+        // Where the host refuses, the wait has no end, and only the buffers of an idle client are kept.
+        let _ = sockopt::set_socket_timeout(&*self.socket, sockopt::Timeout::Recv, Some(timeout));
     }
 
     /// Whether bytes that were taken over have not left yet: [`Stream::send`] is to be called again, if with nothing.

@@ -6,6 +6,7 @@
 //! What one client can make the server hold is bounded by [`REQUESTS_IN_FLIGHT_MAX`] and [`HELD_BYTES_MAX`]: at a bound nothing
 //! more is taken from the client until replies have left.
 
+use super::budget::Budget;
 use super::buffer::{BufferPool, DATA_START, Holes, RequestBuffer};
 use super::context::Context;
 use super::exports::Export;
@@ -90,13 +91,14 @@ pub(super) struct Transmission<D: Disk> {
     /// Bytes of buffers that the disk or an unfinished write has.
     buffer_bytes: usize,
     outgoing: Outgoing,
+    budget: Budget,
     /// Bytes that requests of this round of [`Transmission::feed`] read.
     round_bytes: usize,
 }
 
 impl<D: Disk> Transmission<D> {
     /// Opens a queue of the chosen disk for the thread that calls.
-    pub fn new(agreed: Agreed<D>) -> Result<Self, DiskError> {
+    pub fn new(agreed: Agreed<D>, budget: Budget) -> Result<Self, DiskError> {
         let queue = agreed.export.disk().open_queue()?;
         Ok(Self {
             export: agreed.export,
@@ -109,6 +111,7 @@ impl<D: Disk> Transmission<D> {
             pool: BufferPool::default(),
             buffer_bytes: 0,
             outgoing: Outgoing::default(),
+            budget,
             round_bytes: 0,
         })
     }
@@ -121,11 +124,17 @@ impl<D: Disk> Transmission<D> {
     /// `sent` bytes of [`Transmission::outgoing`] have been sent.
     pub fn sent(&mut self, sent: usize) {
         self.outgoing.advance(sent, &mut self.pool);
+        self.budget.charge(self.held_bytes());
     }
 
     /// Requests that the disk has not finished.
     pub fn in_flight(&self) -> usize {
         self.pending.len() - self.free_tokens.len()
+    }
+
+    /// Gives back the memory that is kept for the next requests.
+    pub fn rest(&mut self) {
+        self.pool.clear();
     }
 
     /// Readable when [`Transmission::complete`] may find something.
@@ -156,16 +165,18 @@ impl<D: Disk> Transmission<D> {
         self.in_flight() >= REQUESTS_IN_FLIGHT_MAX
             || self.outgoing.held_bytes() >= OUTGOING_BYTES_MAX
             || self.held_bytes() >= HELD_BYTES_MAX
+            || self.held_bytes() > 0 && self.budget.is_exhausted()
     }
 
-    fn held_bytes(&self) -> usize {
+    /// Bytes of buffers in flight and of replies.
+    pub fn held_bytes(&self) -> usize {
         self.buffer_bytes + self.outgoing.held_bytes()
     }
 
     /// Where the next bytes of a write's data belong, if that is what the client sends now.
     pub fn payload_space(&mut self) -> Option<&mut [u8]> {
         match &mut self.receiving {
-            Receiving::Payload { buffer, filled, .. } => Some(&mut buffer.data()[*filled..]),
+            Receiving::Payload { request, buffer, filled } => Some(payload(request, buffer, *filled)),
             _ => None,
         }
     }
@@ -195,8 +206,8 @@ impl<D: Disk> Transmission<D> {
                         None => self.end(),
                     }
                 }
-                Receiving::Payload { buffer, filled, .. } => {
-                    let space = &mut buffer.data()[*filled..];
+                Receiving::Payload { request, buffer, filled } => {
+                    let space = payload(request, buffer, *filled);
                     let count = space.len().min(rest.len());
                     space[..count].copy_from_slice(&rest[..count]);
                     *filled += count;
@@ -218,6 +229,7 @@ impl<D: Disk> Transmission<D> {
                 }
                 Receiving::Nothing => break,
             }
+            self.budget.charge(self.held_bytes());
         }
         used
     }
@@ -283,7 +295,8 @@ impl<D: Disk> Transmission<D> {
                 self.submit(request, skip, Operation::Read { offset: range.start, buffer });
             }
             command::WRITE => {
-                let buffer = self.buffer(len as usize, Holes::Filled);
+                let range = whole_sectors_around(offset, len);
+                let buffer = self.buffer((range.end - range.start) as usize, Holes::Filled);
                 self.receiving = Receiving::Payload { request, buffer, filled: 0 };
             }
             command::FLUSH => self.submit(request, 0, Operation::Flush),
@@ -305,7 +318,7 @@ impl<D: Disk> Transmission<D> {
                 self.submit(request, 0, Operation::WriteZeroes { offset, len, durability: durability(&request) });
             }
             command::WRITE_ZEROES => {
-                let result = self.change_unaligned(&request, None);
+                let result = self.zero_unaligned(&request);
                 self.answer(&request, result);
             }
             command::CACHE => {
@@ -340,10 +353,10 @@ impl<D: Disk> Transmission<D> {
             command::BLOCK_STATUS if self.contexts.is_empty() => return invalid("no metadata context was chosen"),
             command::BLOCK_STATUS if len == 0 => return invalid("the range is empty"),
             command::READ if len > PAYLOAD_LEN_MAX && self.structured => {
-                return Err(Refusal::new(ErrorNumber::Overflow, "the request is longer than 32 MiB"));
+                return Err(Refusal::new(ErrorNumber::Overflow, "the request is longer than 64 MiB"));
             }
             command::READ | command::WRITE if len > PAYLOAD_LEN_MAX => {
-                return invalid("the request is longer than 32 MiB");
+                return invalid("the request is longer than 64 MiB");
             }
             _ => {}
         }
@@ -358,13 +371,16 @@ impl<D: Disk> Transmission<D> {
         Ok(())
     }
 
-    fn write(&mut self, request: Request, mut buffer: RequestBuffer) {
+    fn write(&mut self, request: Request, buffer: RequestBuffer) {
         let (offset, durability) = (request.offset, durability(&request));
         if is_whole_sectors(offset, u64::from(request.len)) {
             return self.submit(request, 0, Operation::Write { offset, buffer, durability });
         }
-        let result = self.change_unaligned(&request, Some(buffer.data()));
-        self.take_back(buffer);
+        self.wait_for_disk();
+        let export = self.export.clone();
+        let _edges = export.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        self.buffer_bytes -= buffer.capacity_bytes();
+        let result = self.change_sectors(offset, request.len, buffer, durability);
         self.answer(&request, result);
     }
 
@@ -505,46 +521,57 @@ impl<D: Disk> Transmission<D> {
         self.outgoing.push(message, 0..len);
     }
 
-    /// A write (of zeros, if there are no data) that is no whole sectors: the sectors at its ends are read, changed and written
-    /// back, while no other such request on this export does the same. It waits for the disk.
-    fn change_unaligned(&mut self, request: &Request, data: Option<&[u8]>) -> Result<(), DiskError> {
-        // What this client has asked for before comes before.
+    /// Writes zeros where they are no whole sectors.
+    fn zero_unaligned(&mut self, request: &Request) -> Result<(), DiskError> {
         self.wait_for_disk();
         let export = self.export.clone();
         let _edges = export.edges.lock().unwrap_or_else(PoisonError::into_inner);
         let (offset, end) = (request.offset, request.offset + u64::from(request.len));
         let durability = durability(request);
-        if let Some(data) = data {
-            return self.change_sectors(offset, data, durability);
-        }
         let inside = whole_sectors_inside(offset, u64::from(request.len));
-        if inside.is_empty() {
-            return self.change_sectors(offset, &vec![0; request.len as usize], durability);
+        let parts = match inside.is_empty() {
+            true => [offset..end, end..end],
+            false => [offset..inside.start, inside.end..end],
+        };
+        for part in parts.into_iter().filter(|part| !part.is_empty()) {
+            let len = part.end - part.start;
+            let around = whole_sectors_around(part.start, len);
+            let mut buffer = self.pool.get((around.end - around.start) as usize, Holes::Filled);
+            buffer.data().fill(0);
+            self.change_sectors(part.start, len as u32, buffer, durability)?;
         }
-        let zeros = [0; SECTOR_LEN as usize];
-        self.change_sectors(offset, &zeros[..(inside.start - offset) as usize], durability)?;
-        self.change_sectors(inside.end, &zeros[..(end - inside.end) as usize], durability)?;
+        if inside.is_empty() {
+            return Ok(());
+        }
         let len = inside.end - inside.start;
         self.run(Operation::WriteZeroes { offset: inside.start, len, durability }).map(|_| ())
     }
 
-    /// Writes bytes into the sectors around them.
-    fn change_sectors(&mut self, offset: u64, data: &[u8], durability: Durability) -> Result<(), DiskError> {
-        if data.is_empty() {
-            return Ok(());
-        }
-        let around = whole_sectors_around(offset, data.len() as u64);
-        let mut buffer = self.pool.get((around.end - around.start) as usize, Holes::Filled);
-        for sector in [around.start, around.end - SECTOR_LEN] {
+    /// Writes a buffer of whole sectors of which only `len` bytes, which belong at `offset`, are there: what is around them is
+    /// read first. It waits for the disk. What this client has asked for before has ended, and no other such change of this
+    /// export is under way.
+    fn change_sectors(
+        &mut self,
+        offset: u64,
+        len: u32,
+        mut buffer: RequestBuffer,
+        durability: Durability,
+    ) -> Result<(), DiskError> {
+        let around = whole_sectors_around(offset, u64::from(len));
+        let end = offset + u64::from(len);
+        let (first, last) = (around.start, around.end - SECTOR_LEN);
+        for (sector, missing) in [(first, first..offset), (last, end..around.end)] {
+            if missing.is_empty() {
+                continue;
+            }
             let read = self.pool.get(SECTOR_LEN as usize, Holes::Filled);
             let mut read = self.run(Operation::Read { offset: sector, buffer: read })?;
-            let from = (sector - around.start) as usize;
-            buffer.data()[from..from + SECTOR_LEN as usize].copy_from_slice(read.data());
+            let into = (missing.start - first) as usize..(missing.end - first) as usize;
+            let from = (missing.start - sector) as usize..(missing.end - sector) as usize;
+            buffer.data()[into].copy_from_slice(&read.data()[from]);
             self.pool.put(read.into_parts().0);
         }
-        let from = (offset - around.start) as usize;
-        buffer.data()[from..from + data.len()].copy_from_slice(data);
-        let buffer = self.run(Operation::Write { offset: around.start, buffer, durability })?;
+        let buffer = self.run(Operation::Write { offset: first, buffer, durability })?;
         self.pool.put(buffer.into_parts().0);
         Ok(())
     }
@@ -587,6 +614,12 @@ fn wait_for(signal: BorrowedFd<'_>) {
 pub(super) fn clear(signal: BorrowedFd<'_>) {
     // It says "would block" if it is empty already.
     let _ = rustix::io::read(signal, &mut [0; 8]);
+}
+
+/// Where the data of a write belong that come next.
+fn payload<'a>(request: &Request, buffer: &'a mut RequestBuffer, filled: usize) -> &'a mut [u8] {
+    let start = (request.offset % SECTOR_LEN) as usize;
+    &mut buffer.data()[start + filled..start + request.len as usize]
 }
 
 fn durability(request: &Request) -> Durability {

@@ -1,16 +1,17 @@
 //! The transmission phase, byte by byte.
 
+use super::budget::Budget;
 use super::context::Context;
 use super::exports::{Export, Exports};
 use super::negotiation::Agreed;
 use super::protocol::{ErrorNumber, REQUEST_LEN, Request, command, command_flag, u16_at, u32_at, u64_at};
 use super::transmission::Transmission;
-use super::{HELD_BYTES_MAX, PAYLOAD_LEN_MAX, REQUESTS_IN_FLIGHT_MAX};
+use super::{HELD_BYTES_MAX, PAYLOAD_LEN_MAX, REQUESTS_IN_FLIGHT_MAX, SERVER_HELD_BYTES_MAX};
 use crate::disk::{Disk, DiskError};
 use crate::memory_disk::{CHUNK_LEN, MemoryDisk, OperationKind};
 use std::sync::Arc;
 
-const DISK_LEN: u64 = 64 << 20;
+const DISK_LEN: u64 = 96 << 20;
 
 struct Client {
     disk: Arc<MemoryDisk>,
@@ -38,13 +39,22 @@ impl Client {
         change: impl FnOnce(Export<MemoryDisk>) -> Export<MemoryDisk>,
         contexts: &[&str],
     ) -> Self {
+        Self::with(structured, change, contexts, Budget::default())
+    }
+
+    fn with(
+        structured: bool,
+        change: impl FnOnce(Export<MemoryDisk>) -> Export<MemoryDisk>,
+        contexts: &[&str],
+        budget: Budget,
+    ) -> Self {
         let disk = Arc::new(MemoryDisk::new(DISK_LEN));
         disk.snapshot("first");
         let exports = Exports::new();
         exports.add(change(Export::new("disk", disk.clone()))).unwrap();
         let contexts = Context::select(&*disk, contexts).unwrap();
         let agreed = Agreed { export: exports.find("disk").unwrap(), structured, contexts };
-        Self { disk, transmission: Transmission::new(agreed).unwrap(), structured }
+        Self { disk, transmission: Transmission::new(agreed, budget).unwrap(), structured }
     }
 
     fn take_sent(&mut self) -> Vec<u8> {
@@ -366,6 +376,23 @@ fn requests_beyond_the_bounds_are_not_received_until_replies_have_left() {
         held += PAYLOAD_LEN_MAX as usize;
     }
     assert!((HELD_BYTES_MAX..HELD_BYTES_MAX + PAYLOAD_LEN_MAX as usize).contains(&held));
+    client.disk.release();
+    client.transmission.complete();
+    client.take_sent();
+    assert!(client.transmission.wants_input());
+}
+
+#[test]
+fn where_all_connections_hold_much_each_gets_one_request_at_a_time() {
+    let total = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let mut others = Budget::new(total.clone());
+    let mut client = Client::with(true, |export| export, &[], Budget::new(total));
+    client.disk.hold();
+    let read = Request { flags: 0, command: command::READ, cookie: 1, offset: 0, len: 1 << 20 }.to_bytes();
+    assert_eq!(client.transmission.feed(&read), REQUEST_LEN);
+    assert!(client.transmission.wants_input());
+    others.charge(SERVER_HELD_BYTES_MAX);
+    assert!(!client.transmission.wants_input());
     client.disk.release();
     client.transmission.complete();
     client.take_sent();

@@ -24,7 +24,7 @@ fn nbdinfo_tells_what_the_server_can() {
         assert_eq!(export["description"], "A disk for tests.");
         assert_eq!(export["block_size_minimum"], 1);
         assert_eq!(export["block_size_preferred"], 4096);
-        assert_eq!(export["block_size_maximum"], 32 << 20);
+        assert_eq!(export["block_size_maximum"], 64 << 20);
         assert_eq!(export["is_read_only"], false);
         for can in ["cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero"] {
             assert_eq!(export[format!("can_{can}")], true, "{can}");
