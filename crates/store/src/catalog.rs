@@ -1,0 +1,577 @@
+//! The catalog: which volumes, snapshots, images and segments there are. SQLite in WAL mode, so that any number of processes read
+//! and write it at once and a killed one leaves it whole.
+//!
+//! Two connections: what must be stable when the call comes back goes through `durable`; what a volume's log already holds
+//! goes through `quick`, which leaves syncing to whoever comes next.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+
+use crate::error::{Result, StoreError};
+use crate::id::Id;
+use crate::name::Name;
+use crate::segment::{SEGMENT_NUMBER_MAX, SegmentNumber, Summary};
+use crate::tree::Root;
+
+/// The version of the tables' layout.
+const LAYOUT: u32 = 1;
+const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest name of a volume, snapshot or image.
+const NAME_LEN_MAX: usize = 128;
+
+const TABLES: &str = "
+    CREATE TABLE fact (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE segment (number INTEGER PRIMARY KEY, records INTEGER NOT NULL, bytes INTEGER NOT NULL, run INTEGER) STRICT;
+    CREATE TABLE run (number INTEGER PRIMARY KEY, entries INTEGER NOT NULL) STRICT;
+    CREATE TABLE volume (
+        id BLOB PRIMARY KEY, name TEXT NOT NULL UNIQUE, created_ns INTEGER NOT NULL, domain INTEGER NOT NULL,
+        chunk_len INTEGER NOT NULL, capacity INTEGER NOT NULL, root BLOB NOT NULL, origin BLOB
+    ) STRICT;
+    CREATE TABLE snapshot (
+        id BLOB PRIMARY KEY, volume BLOB NOT NULL, name TEXT NOT NULL, created_ns INTEGER NOT NULL,
+        chunk_len INTEGER NOT NULL, domain INTEGER NOT NULL, capacity INTEGER NOT NULL, root BLOB, node BLOB,
+        UNIQUE (volume, name)
+    ) STRICT;
+    CREATE INDEX snapshot_in_order ON snapshot (volume, created_ns);
+    CREATE TABLE image (name TEXT PRIMARY KEY, created_ns INTEGER NOT NULL, node BLOB NOT NULL) STRICT, WITHOUT ROWID;
+";
+
+/// A volume, as the catalog knows it. What was written since it was opened first is in its folder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeRow {
+    pub id: Id,
+    pub name: String,
+    pub created_ns: u64,
+    pub domain: u32,
+    pub chunk_len: u32,
+    /// Of the volume when it was made.
+    pub capacity_bytes: u64,
+    pub(crate) root: Root,
+    /// The snapshot that it began as, if that was not in the store yet when it was made.
+    pub origin: Option<Id>,
+}
+
+/// A snapshot of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotRow {
+    pub id: Id,
+    pub volume: Id,
+    pub name: String,
+    pub created_ns: u64,
+    pub domain: u32,
+    pub chunk_len: u32,
+    pub capacity_bytes: u64,
+    /// None while its content is only in the volume's log.
+    pub(crate) root: Option<Root>,
+    pub node: Option<Name>,
+}
+
+/// A name for a node that instances start from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRow {
+    pub name: String,
+    pub created_ns: u64,
+    pub node: Name,
+}
+
+/// A sealed segment, and the run that indexes it if its own table does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SegmentRow {
+    pub number: SegmentNumber,
+    pub records: u32,
+    pub bytes: u64,
+    pub run: Option<u32>,
+}
+
+pub(crate) struct Catalog {
+    durable: Mutex<Connection>,
+    quick: Mutex<Connection>,
+}
+
+impl Catalog {
+    /// Opens the catalog, and makes it if it is not there.
+    pub fn open(path: &Path) -> Result<Self> {
+        let durable = connect(path, "FULL")?;
+        make_tables(&durable, path)?;
+        Ok(Catalog { durable: Mutex::new(durable), quick: Mutex::new(connect(path, "NORMAL")?) })
+    }
+
+    fn durable(&self) -> MutexGuard<'_, Connection> {
+        self.durable.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn quick(&self) -> MutexGuard<'_, Connection> {
+        self.quick.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Runs a change as one transaction that is stable when this comes back.
+    fn change<T>(&self, change: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        let mut connection = self.durable();
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let value = change(&transaction)?;
+        transaction.commit()?;
+        Ok(value)
+    }
+
+    /// Moves what was written into the tables proper. For a thread that may wait.
+    pub fn checkpoint(&self) -> Result<()> {
+        self.quick().query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+        Ok(())
+    }
+
+    // Facts
+
+    /// The store's id, made when the store was.
+    pub fn store_id(&self) -> Result<Id> {
+        Ok(self.quick().query_row("SELECT value FROM fact WHERE key = 'store'", [], |row| row.get(0))?)
+    }
+
+    /// Grows with every change of segments and runs.
+    pub fn generation(&self) -> Result<i64> {
+        Ok(self.quick().query_row("SELECT value FROM fact WHERE key = 'generation'", [], |row| row.get(0))?)
+    }
+
+    // Segments and runs
+
+    /// A number that no segment ever had.
+    pub fn new_segment(&self) -> Result<SegmentNumber> {
+        self.change(|transaction| {
+            let number: u32 = transaction.query_row(
+                "UPDATE fact SET value = value + 1 WHERE key = 'segments' RETURNING value",
+                [],
+                |row| row.get(0),
+            )?;
+            if number > SEGMENT_NUMBER_MAX {
+                return Err(StoreError::Refused("the store has used up all numbers of segments".to_owned()));
+            }
+            Ok(SegmentNumber(number))
+        })
+    }
+
+    /// Sees to it that numbers up to `number` are not given out again.
+    pub fn skip_segments(&self, number: SegmentNumber) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute("UPDATE fact SET value = max(value, ?1) WHERE key = 'segments'", [number.0])?;
+            Ok(())
+        })
+    }
+
+    /// Adds a sealed segment.
+    pub fn add_segment(&self, summary: &Summary) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute(
+                "INSERT OR IGNORE INTO segment (number, records, bytes) VALUES (?1, ?2, ?3)",
+                params![summary.number.0, summary.records, summary.bytes],
+            )?;
+            next_generation(transaction)
+        })
+    }
+
+    /// Takes segments out: nothing that is read from now on finds them. Runs that index none any more are gone, and are given
+    /// back.
+    pub fn remove_segments(&self, segments: &[SegmentNumber]) -> Result<Vec<u32>> {
+        self.change(|transaction| {
+            for segment in segments {
+                transaction.execute("DELETE FROM segment WHERE number = ?1", [segment.0])?;
+            }
+            next_generation(transaction)?;
+            remove_unused_runs(transaction)
+        })
+    }
+
+    pub fn segments(&self) -> Result<Vec<SegmentRow>> {
+        let connection = self.quick();
+        let mut statement =
+            connection.prepare_cached("SELECT number, records, bytes, run FROM segment ORDER BY number")?;
+        let rows = statement.query_map([], |row| {
+            Ok(SegmentRow {
+                number: SegmentNumber(row.get(0)?),
+                records: row.get(1)?,
+                bytes: row.get(2)?,
+                run: row.get(3)?,
+            })
+        })?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// A number that no run ever had.
+    pub fn new_run(&self) -> Result<u32> {
+        self.change(|transaction| {
+            Ok(transaction.query_row(
+                "UPDATE fact SET value = value + 1 WHERE key = 'runs' RETURNING value",
+                [],
+                |row| row.get(0),
+            )?)
+        })
+    }
+
+    /// From now on the run indexes those segments; runs that index none any more are gone, and are given back.
+    pub fn set_run(&self, run: u32, entries: u64, segments: &[SegmentNumber]) -> Result<Vec<u32>> {
+        self.change(|transaction| {
+            transaction.execute("INSERT INTO run (number, entries) VALUES (?1, ?2)", params![run, entries])?;
+            for segment in segments {
+                transaction.execute("UPDATE segment SET run = ?1 WHERE number = ?2", params![run, segment.0])?;
+            }
+            next_generation(transaction)?;
+            remove_unused_runs(transaction)
+        })
+    }
+
+    /// A run cannot be read: its segments' own tables serve.
+    pub fn forget_run(&self, run: u32) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute("UPDATE segment SET run = NULL WHERE run = ?1", [run])?;
+            remove_unused_runs(transaction)?;
+            next_generation(transaction)
+        })
+    }
+
+    // Volumes
+
+    pub fn add_volume(&self, volume: &VolumeRow) -> Result<()> {
+        check_name("volume", &volume.name)?;
+        let added = self.change(|transaction| {
+            let mut statement = transaction.prepare_cached(
+                "INSERT INTO volume (id, name, created_ns, domain, chunk_len, capacity, root, origin) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            )?;
+            statement.execute(params![
+                volume.id,
+                volume.name,
+                volume.created_ns as i64,
+                volume.domain,
+                volume.chunk_len,
+                volume.capacity_bytes as i64,
+                volume.root,
+                volume.origin
+            ])?;
+            Ok(())
+        });
+        exists(added, "volume", &volume.name)
+    }
+
+    pub fn volume(&self, name: &str) -> Result<VolumeRow> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT * FROM volume WHERE name = ?1")?;
+        let row = statement.query_row([name], volume_row).optional()?;
+        row.ok_or_else(|| StoreError::NotFound { what: "volume", name: name.to_owned() })
+    }
+
+    pub fn volumes(&self) -> Result<Vec<VolumeRow>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT * FROM volume ORDER BY name")?;
+        let rows = statement.query_map([], volume_row)?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Removes a volume and its snapshots.
+    pub fn remove_volume(&self, id: Id) -> Result<()> {
+        self.change(|transaction| {
+            keep_for_clones(transaction, "volume", id)?;
+            transaction.execute("DELETE FROM snapshot WHERE volume = ?1", [id])?;
+            transaction.execute("DELETE FROM volume WHERE id = ?1", [id])?;
+            Ok(())
+        })
+    }
+
+    pub fn rename_volume(&self, id: Id, name: &str) -> Result<()> {
+        check_name("volume", name)?;
+        let renamed = self.change(|transaction| {
+            transaction.execute("UPDATE volume SET name = ?2 WHERE id = ?1", params![id, name])?;
+            Ok(())
+        });
+        exists(renamed, "volume", name)
+    }
+
+    /// The volume began as this content: its origin is in the store now.
+    pub fn set_volume_root(&self, id: Id, root: Root) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute("UPDATE volume SET root = ?2, origin = NULL WHERE id = ?1", params![id, root])?;
+            Ok(())
+        })
+    }
+
+    // Snapshots
+
+    /// Adds a snapshot that the volume's log holds already.
+    pub fn add_snapshot(&self, snapshot: &SnapshotRow) -> Result<()> {
+        check_name("snapshot", &snapshot.name)?;
+        let connection = self.quick();
+        let added = insert_snapshot(&connection, snapshot);
+        exists(added, "snapshot", &snapshot.name)
+    }
+
+    /// The content of snapshots is in the store now. Those that the catalog does not know yet are added.
+    pub fn set_snapshot_roots(&self, roots: &[(SnapshotRow, Root, Name)]) -> Result<()> {
+        self.change(|transaction| {
+            for (snapshot, root, node) in roots {
+                let snapshot = SnapshotRow { root: Some(*root), node: Some(*node), ..snapshot.clone() };
+                insert_snapshot(transaction, &snapshot)?;
+            }
+            Ok(())
+        })
+    }
+
+    pub fn snapshot(&self, volume: Id, name: &str) -> Result<SnapshotRow> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT * FROM snapshot WHERE volume = ?1 AND name = ?2")?;
+        let row = statement.query_row(params![volume, name], snapshot_row).optional()?;
+        row.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: name.to_owned() })
+    }
+
+    pub fn snapshot_by_id(&self, id: Id) -> Result<Option<SnapshotRow>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT * FROM snapshot WHERE id = ?1")?;
+        Ok(statement.query_row([id], snapshot_row).optional()?)
+    }
+
+    /// The snapshots of a volume, oldest first; of all volumes without one.
+    pub fn snapshots(&self, volume: Option<Id>) -> Result<Vec<SnapshotRow>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached(
+            "SELECT * FROM snapshot WHERE ?1 IS NULL OR volume = ?1 ORDER BY volume, created_ns, rowid",
+        )?;
+        let rows = statement.query_map([volume], snapshot_row)?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// The newest snapshot of a volume whose content is in the store.
+    pub fn newest_node(&self, volume: Id) -> Result<Option<Name>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached(
+            "SELECT node FROM snapshot WHERE volume = ?1 AND node IS NOT NULL ORDER BY created_ns DESC LIMIT 1",
+        )?;
+        Ok(statement.query_row([volume], |row| row.get(0)).optional()?)
+    }
+
+    pub fn remove_snapshot(&self, id: Id) -> Result<()> {
+        self.change(|transaction| {
+            keep_for_clones(transaction, "id", id)?;
+            transaction.execute("DELETE FROM snapshot WHERE id = ?1", [id])?;
+            Ok(())
+        })
+    }
+
+    // Images
+
+    /// Gives a node a name; an image of that name must not exist unless it may be replaced.
+    pub fn add_image(&self, image: &ImageRow, replace: Replace) -> Result<()> {
+        check_name("image", &image.name)?;
+        let statement = match replace {
+            Replace::No => "INSERT INTO image (name, created_ns, node) VALUES (?1, ?2, ?3)",
+            Replace::Yes => "INSERT OR REPLACE INTO image (name, created_ns, node) VALUES (?1, ?2, ?3)",
+        };
+        let added = self.change(|transaction| {
+            transaction.execute(statement, params![image.name, image.created_ns as i64, image.node])?;
+            Ok(())
+        });
+        exists(added, "image", &image.name)
+    }
+
+    pub fn image(&self, name: &str) -> Result<ImageRow> {
+        let connection = self.quick();
+        let row = connection.query_row("SELECT * FROM image WHERE name = ?1", [name], image_row).optional()?;
+        row.ok_or_else(|| StoreError::NotFound { what: "image", name: name.to_owned() })
+    }
+
+    pub fn images(&self) -> Result<Vec<ImageRow>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT * FROM image ORDER BY name")?;
+        let rows = statement.query_map([], image_row)?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    pub fn remove_image(&self, name: &str) -> Result<()> {
+        let removed =
+            self.change(|transaction| Ok(transaction.execute("DELETE FROM image WHERE name = ?1", [name])?))?;
+        if removed == 0 {
+            return Err(StoreError::NotFound { what: "image", name: name.to_owned() });
+        }
+        Ok(())
+    }
+}
+
+/// Whether something of the same name gives way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replace {
+    No,
+    Yes,
+}
+
+fn connect(path: &Path, synchronous: &str) -> Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", synchronous)?;
+    // Checkpoints are for a thread that may wait, and for the last process that closes the catalog.
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+fn make_tables(connection: &Connection, path: &Path) -> Result<()> {
+    let layout = |connection: &Connection| connection.pragma_query_value(None, "user_version", |row| row.get(0));
+    let mut found: u32 = layout(connection)?;
+    if found == 0 {
+        connection.execute_batch("BEGIN IMMEDIATE")?;
+        found = layout(connection)?;
+        if found == 0 {
+            connection.execute_batch(TABLES)?;
+            let mut insert = connection.prepare("INSERT INTO fact (key, value) VALUES (?1, ?2)")?;
+            insert.execute(params!["store", Id::random()])?;
+            for counter in ["generation", "segments", "runs"] {
+                insert.execute(params![counter, 0])?;
+            }
+            connection.pragma_update(None, "user_version", LAYOUT)?;
+            found = LAYOUT;
+        }
+        connection.execute_batch("COMMIT")?;
+    }
+    if found != LAYOUT {
+        return Err(StoreError::UnknownFormat { path: path.to_path_buf(), found, known: LAYOUT });
+    }
+    Ok(())
+}
+
+/// Volumes that began as snapshots that go now get the snapshots' roots.
+fn keep_for_clones(transaction: &Transaction<'_>, column: &str, id: Id) -> Result<()> {
+    let statement = format!(
+        "UPDATE volume SET root = snapshot.root, origin = NULL FROM snapshot
+         WHERE volume.origin = snapshot.id AND snapshot.root IS NOT NULL AND snapshot.{column} = ?1"
+    );
+    transaction.execute(&statement, [id])?;
+    Ok(())
+}
+
+/// Adds a snapshot, or what is known of it now.
+fn insert_snapshot(connection: &Connection, snapshot: &SnapshotRow) -> Result<()> {
+    let mut statement = connection.prepare_cached(
+        "INSERT INTO snapshot (id, volume, name, created_ns, chunk_len, domain, capacity, root, node)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+         ON CONFLICT (id) DO UPDATE SET root = coalesce(excluded.root, root), node = coalesce(excluded.node, node)",
+    )?;
+    statement.execute(params![
+        snapshot.id,
+        snapshot.volume,
+        snapshot.name,
+        snapshot.created_ns as i64,
+        snapshot.chunk_len,
+        snapshot.domain,
+        snapshot.capacity_bytes as i64,
+        snapshot.root,
+        snapshot.node
+    ])?;
+    Ok(())
+}
+
+fn next_generation(transaction: &Transaction<'_>) -> Result<()> {
+    transaction.execute("UPDATE fact SET value = value + 1 WHERE key = 'generation'", [])?;
+    Ok(())
+}
+
+fn remove_unused_runs(transaction: &Transaction<'_>) -> Result<Vec<u32>> {
+    let mut unused = transaction.prepare(
+        "DELETE FROM run WHERE number NOT IN (SELECT run FROM segment WHERE run IS NOT NULL) RETURNING number",
+    )?;
+    Ok(unused.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?)
+}
+
+fn volume_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
+    Ok(VolumeRow {
+        id: row.get("id")?,
+        name: row.get("name")?,
+        created_ns: row.get::<_, i64>("created_ns")? as u64,
+        domain: row.get("domain")?,
+        chunk_len: row.get("chunk_len")?,
+        capacity_bytes: row.get::<_, i64>("capacity")? as u64,
+        root: row.get("root")?,
+        origin: row.get("origin")?,
+    })
+}
+
+fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<SnapshotRow> {
+    Ok(SnapshotRow {
+        id: row.get("id")?,
+        volume: row.get("volume")?,
+        name: row.get("name")?,
+        created_ns: row.get::<_, i64>("created_ns")? as u64,
+        domain: row.get("domain")?,
+        chunk_len: row.get("chunk_len")?,
+        capacity_bytes: row.get::<_, i64>("capacity")? as u64,
+        root: row.get("root")?,
+        node: row.get("node")?,
+    })
+}
+
+fn image_row(row: &Row<'_>) -> rusqlite::Result<ImageRow> {
+    Ok(ImageRow { name: row.get("name")?, created_ns: row.get::<_, i64>("created_ns")? as u64, node: row.get("node")? })
+}
+
+/// Names can be parts of paths and of URLs, and are not options.
+pub fn check_name(what: &'static str, name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.len() > NAME_LEN_MAX || !name.starts_with(|c: char| c.is_ascii_alphanumeric()) || !name.chars().all(plain) {
+        return Err(StoreError::BadName { what, name: name.to_owned() });
+    }
+    Ok(())
+}
+
+fn exists(result: Result<()>, what: &'static str, name: &str) -> Result<()> {
+    match result {
+        Err(StoreError::Catalog(error))
+            if error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation) =>
+        {
+            Err(StoreError::Exists { what, name: name.to_owned() })
+        }
+        other => other,
+    }
+}
+
+mod sql {
+    //! How ids, names and roots lie in the tables.
+
+    use rusqlite::ToSql;
+    use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSqlOutput, ValueRef};
+
+    use crate::id::Id;
+    use crate::name::Name;
+    use crate::tree::Root;
+
+    impl ToSql for Id {
+        fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+            Ok(ToSqlOutput::from(&self.0[..]))
+        }
+    }
+
+    impl FromSql for Id {
+        fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+            value.as_blob()?.try_into().map(Id).map_err(|_| FromSqlError::InvalidType)
+        }
+    }
+
+    impl ToSql for Name {
+        fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+            Ok(ToSqlOutput::from(&self.0[..]))
+        }
+    }
+
+    impl FromSql for Name {
+        fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+            value.as_blob()?.try_into().map(Name).map_err(|_| FromSqlError::InvalidType)
+        }
+    }
+
+    impl ToSql for Root {
+        fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+            Ok(ToSqlOutput::from(self.to_bytes().to_vec()))
+        }
+    }
+
+    impl FromSql for Root {
+        fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+            Root::from_bytes(value.as_blob()?).ok_or(FromSqlError::InvalidType)
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Garbage collection: finds what nothing needs, and gives its room back, while the store is in use.
+//!
+//! There are no reference counts. Marking takes no lock. Segments with little in them that is needed are then rewritten without the rest.
+//! Only at the end are batches kept out for a moment: what they made reachable since is marked as well, and the old segments leave the
+//! catalog. Readers that still look for a record there find it by its name.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::catalog::SegmentRow;
+use crate::error::{Result, StoreError};
+use crate::mark::{Lost, Marks};
+use crate::record::{self, HEADER_LEN};
+use crate::segment::{self, Found, SegmentNumber, SegmentWriter};
+use crate::store::Store;
+
+/// Smaller segments are joined.
+const SEGMENT_LEN_SMALL: u64 = 4 << 20;
+
+/// How a collection goes about it.
+#[derive(Debug, Clone, Copy)]
+pub struct CollectOptions {
+    /// Bytes that are read and written a second at most.
+    pub bytes_per_second: u64,
+    /// A segment is rewritten if less than this share of it is needed, in percent.
+    pub needed_percent_min: u64,
+}
+
+impl Default for CollectOptions {
+    fn default() -> Self {
+        CollectOptions { bytes_per_second: 100 << 20, needed_percent_min: 50 }
+    }
+}
+
+/// What a store holds, and what of it is of use.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub segments: u64,
+    pub records: u64,
+    /// Bytes of all segments.
+    pub stored_bytes: u64,
+    /// Bytes of records that something needs.
+    pub needed_bytes: u64,
+    pub needed_records: u64,
+    /// Chunks of all trees, those that trees share counted for each tree that has a node of its own with them.
+    pub chunks: u64,
+    /// Records that something needs and that are not there.
+    pub lost: Vec<Lost>,
+}
+
+impl Usage {
+    pub fn reclaimable_bytes(&self) -> u64 {
+        self.stored_bytes.saturating_sub(self.needed_bytes)
+    }
+}
+
+/// What a collection did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Collected {
+    pub before: Usage,
+    pub removed_segments: u64,
+    pub freed_bytes: u64,
+    pub rewritten_bytes: u64,
+    /// How long batches were kept out.
+    pub pause: Duration,
+}
+
+/// How far something is that takes long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Step {
+    pub what: &'static str,
+    pub done: u64,
+    pub total: u64,
+}
+
+/// Who hears of the steps of something long; an error ends it.
+pub type Watcher<'a> = &'a mut dyn FnMut(Step) -> Result<()>;
+
+/// Keeps to a number of bytes a second.
+struct Pace {
+    begin: Instant,
+    bytes: u64,
+    bytes_per_second: u64,
+}
+
+impl Pace {
+    fn new(bytes_per_second: u64) -> Self {
+        Pace { begin: Instant::now(), bytes: 0, bytes_per_second: bytes_per_second.max(1) }
+    }
+
+    fn spend(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        let due = Duration::from_secs_f64(self.bytes as f64 / self.bytes_per_second as f64);
+        let ahead = due.saturating_sub(self.begin.elapsed());
+        if ahead > Duration::from_millis(2) {
+            std::thread::sleep(ahead.min(Duration::from_secs(1)));
+        }
+    }
+}
+
+impl Store {
+    /// Looks at everything that is kept: what the store holds, and what of it is needed.
+    pub fn usage(&self, watcher: Watcher<'_>) -> Result<Usage> {
+        let mut marks = self.mark(watcher)?;
+        self.usage_of(&mut marks, &self.catalog().segments()?)
+    }
+
+    fn mark(&self, watcher: Watcher<'_>) -> Result<Marks> {
+        self.index().refresh(self.catalog())?;
+        let roots = self.roots()?;
+        let mut marks = Marks::default();
+        let mut done = 0;
+        marks.add(self, &roots, &mut || {
+            done += 1;
+            watcher(Step { what: "marking", done, total: 0 })
+        })?;
+        Ok(marks)
+    }
+
+    fn usage_of(&self, marks: &mut Marks, segments: &[SegmentRow]) -> Result<Usage> {
+        let mut usage = Usage { chunks: marks.chunks, lost: marks.lost.clone(), ..Usage::default() };
+        for row in segments {
+            usage.segments += 1;
+            usage.records += u64::from(row.records);
+            usage.stored_bytes += row.bytes;
+            let needed = marks.needed(row.number);
+            usage.needed_records += needed.len() as u64;
+            if needed.len() as u64 == u64::from(row.records) {
+                usage.needed_bytes += row.bytes;
+            } else if !needed.is_empty() {
+                usage.needed_bytes += self.needed_bytes(row, needed)?;
+            }
+        }
+        Ok(usage)
+    }
+
+    /// Bytes of the needed records of a segment, by their headers.
+    fn needed_bytes(&self, row: &SegmentRow, needed: &[u32]) -> Result<u64> {
+        let mut bytes = 0;
+        self.scan_segment(row, |found| {
+            if needed.binary_search(&((found.location.offset() / 64) as u32)).is_ok() {
+                bytes += found.header.record_len() as u64;
+            }
+        })?;
+        Ok(bytes)
+    }
+
+    fn scan_segment(&self, row: &SegmentRow, found: impl FnMut(Found)) -> Result<()> {
+        let path = self.segments().sealed(row.number);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(StoreError::file("open", &path)(error)),
+        };
+        segment::scan(&file, row.number, 0, row.bytes, found).map_err(StoreError::file("read", &path))?;
+        Ok(())
+    }
+
+    /// Collects what nothing needs. One collection at a time; the store can be used meanwhile.
+    pub fn collect(self: &Arc<Self>, options: CollectOptions, watcher: Watcher<'_>) -> Result<Collected> {
+        let Some(_lock) = self.try_lock("collect.lock")? else {
+            return Err(StoreError::Refused("another garbage collection is running".to_owned()));
+        };
+        // What was sealed later is not looked at: nothing in it can be old.
+        let segments = self.catalog().segments()?;
+        let mut marks = self.mark(watcher)?;
+        let before = self.usage_of(&mut marks, &segments)?;
+        if let Some(lost) = before.lost.first() {
+            return Err(StoreError::Refused(format!(
+                "{} needs {}, which cannot be read ({}): nothing is removed until `polder store repair` was run",
+                lost.owner, lost.name, lost.why
+            )));
+        }
+        let mut collected = Collected { before, ..Collected::default() };
+        let victims = self.victims(&mut marks, &segments, &options)?;
+        let total = victims.iter().map(|row| row.bytes).sum();
+        let mut copier =
+            Copier { store: self, pace: Pace::new(options.bytes_per_second), copied: BTreeMap::new(), target: None };
+        let mut done = 0;
+        for row in &victims {
+            collected.rewritten_bytes += copier.copy(row, marks.needed(row.number))?;
+            done += row.bytes;
+            watcher(Step { what: "rewriting", done, total })?;
+        }
+        copier.finish()?;
+
+        let begin = Instant::now();
+        let alone = self.lock_out_batches()?;
+        self.index().refresh(self.catalog())?;
+        marks.add(self, &self.roots()?, &mut || Ok(()))?;
+        copier.pace = Pace::new(u64::MAX);
+        for row in &victims {
+            collected.rewritten_bytes += copier.copy(row, marks.needed(row.number))?;
+        }
+        copier.finish()?;
+        let numbers: Vec<SegmentNumber> = victims.iter().map(|row| row.number).collect();
+        let runs = self.catalog().remove_segments(&numbers)?;
+        let dead = numbers.iter().map(|&number| self.bury(number)).collect::<Result<Vec<_>>>()?;
+        drop(alone);
+        collected.pause = begin.elapsed();
+
+        self.index().refresh(self.catalog())?;
+        self.forget_segments(&numbers);
+        self.index().remove_runs(&runs)?;
+        for (row, path) in victims.iter().zip(&dead) {
+            std::fs::remove_file(path).map_err(StoreError::file("remove", path))?;
+            collected.freed_bytes += row.bytes;
+        }
+        collected.removed_segments = victims.len() as u64;
+        self.tidy()?;
+        Ok(collected)
+    }
+
+    /// Segments that are to go.
+    fn victims(&self, marks: &mut Marks, segments: &[SegmentRow], options: &CollectOptions) -> Result<Vec<SegmentRow>> {
+        let mut victims = Vec::new();
+        let mut small = Vec::new();
+        for row in segments {
+            let needed = marks.needed(row.number);
+            let bytes = match needed.len() as u64 == u64::from(row.records) {
+                true => row.bytes,
+                false => self.needed_bytes(row, needed)?,
+            };
+            if bytes * 100 < row.bytes * options.needed_percent_min {
+                victims.push(*row);
+            } else if row.bytes < SEGMENT_LEN_SMALL {
+                small.push(*row);
+            }
+        }
+        // One small segment alone would only be copied.
+        if small.len() > 1 {
+            victims.extend(small);
+        }
+        Ok(victims)
+    }
+
+    /// Takes a segment's file out of the way of whoever looks for segments that the catalog does not know.
+    fn bury(&self, number: SegmentNumber) -> Result<std::path::PathBuf> {
+        let path = self.segments().sealed(number);
+        let dead = path.with_extension("dead");
+        std::fs::rename(&path, &dead).map_err(StoreError::file("rename", &path))?;
+        Ok(dead)
+    }
+}
+
+/// Copies needed records out of segments that are to go.
+struct Copier<'a> {
+    store: &'a Store,
+    pace: Pace,
+    /// What was copied of each segment.
+    copied: BTreeMap<SegmentNumber, BTreeSet<u32>>,
+    target: Option<SegmentWriter>,
+}
+
+impl Copier<'_> {
+    /// Copies those of the records that were not copied before. Gives the bytes.
+    fn copy(&mut self, row: &SegmentRow, needed: &[u32]) -> Result<u64> {
+        let copied = self.copied.entry(row.number).or_default();
+        let missing: Vec<u32> = needed.iter().copied().filter(|offset| !copied.contains(offset)).collect();
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        let path = self.store.segments().sealed(row.number);
+        let bytes = std::fs::read(&path).map_err(StoreError::file("read", &path))?;
+        let mut total = 0;
+        for offset in missing {
+            let at = u64::from(offset) * HEADER_LEN as u64;
+            let damaged = |what| StoreError::Damaged { path: path.clone(), offset: at, what };
+            let record = bytes.get(at as usize..).unwrap_or_default();
+            let (header, packed) = record::split(record).map_err(damaged)?;
+            if self.target.as_ref().is_some_and(SegmentWriter::is_full) {
+                self.finish()?;
+            }
+            let target = match &mut self.target {
+                Some(target) => target,
+                none => none.insert(SegmentWriter::create(self.store.segments(), self.store.catalog().new_segment()?)?),
+            };
+            target.append_record(&header, packed)?;
+            total += header.record_len() as u64;
+            self.copied.entry(row.number).or_default().insert(offset);
+        }
+        self.pace.spend(bytes.len() as u64 + total);
+        Ok(total)
+    }
+
+    /// Ends the segment that is being written: from now on its copies are found.
+    fn finish(&mut self) -> Result<()> {
+        let Some(target) = self.target.take() else { return Ok(()) };
+        if target.seal(|summary| self.store.catalog().add_segment(summary))?.is_some() {
+            self.store.index().refresh_segments(self.store.catalog())?;
+        }
+        Ok(())
+    }
+}

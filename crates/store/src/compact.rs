@@ -1,0 +1,334 @@
+//! The thread of a volume: moves what was written into the tree, and keeps the next file of the log ready.
+//!
+//! It works a generation at a time: chunks are filled, hashed and stored, the tree's nodes after them, then everything is synced, then
+//! the head says so. Doing it again after a crash finds the same chunks there already. It holds no lock that a write or a flush waits
+//! for, and runs at low priority.
+
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::catalog::SnapshotRow;
+use crate::error::{Result, StoreError};
+use crate::extent_map::{BLOCK_LEN, ExtentMap, Place};
+use crate::head::{Head, State};
+use crate::log::{self, Change, LogFile, Spare};
+use crate::name::Name;
+use crate::node::{Node, Tree};
+use crate::store::{Batch, is_zero};
+use crate::tree::{self, Root};
+use crate::volume::{Core, Frozen, TreeReader, lay};
+
+/// How soon a failed move is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// Files kept to be written again.
+const SPARES_MAX: usize = 2;
+/// Chunks that are put into the tree at a time.
+const CHANGES_MAX: usize = 16 << 10;
+/// Niceness of the thread: what it does can wait.
+const NICENESS: i32 = 10;
+
+/// What the thread does until the volume is closed.
+pub(crate) fn run(core: &Arc<Core>, head: Head) {
+    // SAFETY: no pointers; it concerns this thread only.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid() as libc::id_t, NICENESS) } != 0 {
+        tracing::debug!("the priority of a volume's thread cannot be lowered");
+    }
+    let mut mover = Mover { core, head, retired: Vec::new(), spares: Vec::new(), quiet: Quiet::default() };
+    loop {
+        mover.make_ready();
+        match mover.wait() {
+            Next::Stop => break,
+            Next::Look => continue,
+            Next::Move => {}
+        }
+        let moved = mover.move_generation();
+        let mut work = core.work();
+        match moved {
+            Ok(()) => {
+                work.done = mover.head.state.position.sequence;
+                work.failure = None;
+                core.progress.notify_all();
+            }
+            Err(error) => {
+                tracing::warn!(volume = core.row.name, %error, "what was written cannot be moved into the store");
+                let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+                work.failure = Some(format!("{error}{source}"));
+                core.progress.notify_all();
+                if !work.stop {
+                    drop(core.wake.wait_timeout(work, RETRY).unwrap_or_else(|poisoned| poisoned.into_inner()));
+                }
+            }
+        }
+    }
+    for spare in mover.spares.drain(..) {
+        if let Err(error) = spare.remove() {
+            tracing::warn!(%error, "a file of a volume's log cannot be removed");
+        }
+    }
+}
+
+enum Next {
+    Stop,
+    /// Something changed.
+    Look,
+    Move,
+}
+
+/// Since when nothing was written.
+#[derive(Default)]
+struct Quiet {
+    backlog_bytes: u64,
+    since: Option<Instant>,
+}
+
+struct Mover<'a> {
+    core: &'a Arc<Core>,
+    head: Head,
+    /// Files that readers may still hold.
+    retired: Vec<Arc<LogFile>>,
+    spares: Vec<Spare>,
+    quiet: Quiet,
+}
+
+impl Mover<'_> {
+    /// Waits until there is something to do.
+    fn wait(&mut self) -> Next {
+        let options = &self.core.options;
+        let backlog_bytes = self.core.backlog_bytes();
+        let now = Instant::now();
+        if backlog_bytes != self.quiet.backlog_bytes || self.quiet.since.is_none() {
+            self.quiet = Quiet { backlog_bytes, since: Some(now) };
+        }
+        let settled = self.quiet.since.map(|since| since + options.settle);
+        let work = self.core.work();
+        if work.wanted > work.done && work.failure.is_none() || backlog_bytes >= options.log_bytes_start {
+            return if work.stop && work.wanted <= work.done { Next::Stop } else { Next::Move };
+        }
+        if work.stop {
+            return Next::Stop;
+        }
+        if work.failure.is_some() || backlog_bytes > 0 && settled.is_some_and(|settled| settled <= now) {
+            return Next::Move;
+        }
+        let patience = match settled {
+            Some(settled) if backlog_bytes > 0 => settled.saturating_duration_since(now).max(Duration::from_millis(1)),
+            // Writers wake the thread when there is something again.
+            _ => Duration::from_secs(3600),
+        };
+        drop(self.core.wake.wait_timeout(work, patience).unwrap_or_else(|poisoned| poisoned.into_inner()));
+        Next::Look
+    }
+
+    /// Sees to it that the log can go on in another file without waiting.
+    fn make_ready(&mut self) {
+        // A volume that was not written needs none.
+        if self.core.backlog_bytes() == 0 {
+            return;
+        }
+        let Some(number) = self.core.file_to_make() else { return };
+        match log::make_ready(&self.core.folder, self.core.row.id, number, self.spares.pop()) {
+            Ok(file) => self.core.file_is_ready(Some(file)),
+            Err(error) => {
+                tracing::warn!(volume = self.core.row.name, %error, "the next file of the log cannot be made yet");
+                self.core.file_is_ready(None);
+            }
+        }
+    }
+
+    fn move_generation(&mut self) -> Result<()> {
+        let Some(frozen) = self.core.freeze() else { return Ok(()) };
+        let mut batch = self.core.store.batch()?;
+        let Made { root, snapshots } = Making::new(self.core, &frozen, &mut batch).all()?;
+        let added = batch.sync()?;
+        if !snapshots.is_empty() {
+            self.core.store.catalog().set_snapshot_roots(&snapshots)?;
+        }
+        let before = self.head.state;
+        self.head.write(State { root, capacity_bytes: frozen.capacity_bytes, position: frozen.end, ..before })?;
+        drop(batch);
+        tracing::debug!(volume = self.core.row.name, ?added, "moved what was written into the store");
+        self.retired.extend(self.core.thaw(&frozen, root, before.position.place));
+        drop(frozen);
+        self.reuse_files();
+        self.core.store.tidy()
+    }
+
+    /// Makes spares of files that nobody reads any more, and removes those that are too many.
+    fn reuse_files(&mut self) {
+        for file in std::mem::take(&mut self.retired) {
+            let file = match Arc::try_unwrap(file) {
+                Ok(file) => file,
+                Err(file) => {
+                    self.retired.push(file);
+                    continue;
+                }
+            };
+            let spare = Spare::of(file);
+            let kept = match spare {
+                Ok(spare) if self.spares.len() < SPARES_MAX => {
+                    self.spares.push(spare);
+                    Ok(())
+                }
+                Ok(spare) => spare.remove(),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = kept {
+                tracing::warn!(%error, "a file of a volume's log cannot be used again");
+            }
+        }
+    }
+}
+
+/// What came of a generation.
+struct Made {
+    root: Root,
+    /// The snapshots in it, with their trees and nodes.
+    snapshots: Vec<(SnapshotRow, Root, Name)>,
+}
+
+/// A tree in the making, from what a generation says.
+struct Making<'a> {
+    core: &'a Core,
+    frozen: &'a Frozen,
+    batch: &'a mut Batch,
+    root: Root,
+    capacity_bytes: u64,
+    changes: Vec<(u64, Name)>,
+    chunk: Vec<u8>,
+    parent: Option<Name>,
+    nodes: Vec<(SnapshotRow, Root, Name)>,
+}
+
+impl<'a> Making<'a> {
+    fn new(core: &'a Core, frozen: &'a Frozen, batch: &'a mut Batch) -> Self {
+        Making {
+            core,
+            frozen,
+            batch,
+            root: frozen.root,
+            capacity_bytes: frozen.root_capacity,
+            changes: Vec::new(),
+            chunk: vec![0; core.chunk_len()],
+            parent: None,
+            nodes: Vec::new(),
+        }
+    }
+
+    /// The tree after the generation, and the snapshots in between.
+    fn all(mut self) -> Result<Made> {
+        let records = &self.frozen.generation.records;
+        let cut = |change| matches!(change, Change::Snapshot | Change::Resize { .. });
+        if !records.iter().any(|record| cut(record.change)) {
+            self.apply(&self.frozen.generation.extents)?;
+            return Ok(Made { root: self.root, snapshots: self.nodes });
+        }
+        self.parent = self.core.store.catalog().newest_node(self.core.row.id)?;
+        let mut extents = ExtentMap::default();
+        for record in records {
+            lay(&mut extents, record.change, record.place, record.payload_len);
+            if cut(record.change) {
+                self.apply(&extents)?;
+                extents = ExtentMap::default();
+            }
+            match (record.change, &record.snapshot) {
+                (Change::Snapshot, Some(snapshot)) => {
+                    let node = self.node(snapshot.created_ns).put(self.batch)?;
+                    self.parent = Some(node);
+                    self.nodes.push((snapshot.as_ref().clone(), self.root, node));
+                }
+                (Change::Resize { capacity_bytes }, _) => {
+                    let chunks = capacity_bytes.div_ceil(self.chunk.len() as u64);
+                    self.root = tree::resize(self.batch, self.root, chunks)?;
+                    self.capacity_bytes = capacity_bytes;
+                }
+                _ => {}
+            }
+        }
+        self.apply(&extents)?;
+        Ok(Made { root: self.root, snapshots: self.nodes })
+    }
+
+    fn node(&self, created_ns: u64) -> Node {
+        let disk = Tree {
+            name: self.core.row.name.clone(),
+            root: self.root,
+            len_bytes: self.capacity_bytes,
+            chunk_len: self.core.row.chunk_len,
+        };
+        Node { disks: vec![disk], parent: self.parent, created_ns, ..Node::default() }
+    }
+
+    /// Puts what some extents say into the tree.
+    fn apply(&mut self, extents: &ExtentMap) -> Result<()> {
+        let blocks_of_chunk = self.chunk.len() as u64 / BLOCK_LEN;
+        let mut next_chunk = 0;
+        for (blocks, place) in extents.iter() {
+            // Chunks that lie whole in a range of zeros go without being looked at.
+            let whole = blocks.start.div_ceil(blocks_of_chunk)..blocks.end / blocks_of_chunk;
+            let clear = place == Place::Zeros && !whole.is_empty();
+            let (first, last) = (blocks.start / blocks_of_chunk, (blocks.end - 1) / blocks_of_chunk);
+            let parts = match clear {
+                true => [first..whole.start, whole.end..last + 1],
+                false => [first..last + 1, 0..0],
+            };
+            for chunk in parts[0].start.max(next_chunk)..parts[0].end {
+                self.make_chunk(extents, chunk)?;
+            }
+            next_chunk = next_chunk.max(parts[0].end);
+            if clear {
+                self.flush_changes()?;
+                self.root = tree::clear(self.batch, self.root, whole.clone())?;
+                next_chunk = next_chunk.max(whole.end);
+            }
+            for chunk in parts[1].start.max(next_chunk)..parts[1].end {
+                self.make_chunk(extents, chunk)?;
+                next_chunk = chunk + 1;
+            }
+        }
+        self.flush_changes()
+    }
+
+    fn flush_changes(&mut self) -> Result<()> {
+        if !self.changes.is_empty() {
+            self.root = tree::update(self.batch, self.root, &self.changes)?;
+            self.changes.clear();
+        }
+        Ok(())
+    }
+
+    /// Fills a chunk from the log, and from the tree where it was not written, and stores it.
+    fn make_chunk(&mut self, extents: &ExtentMap, index: u64) -> Result<()> {
+        let blocks_of_chunk = self.chunk.len() as u64 / BLOCK_LEN;
+        let first = index * blocks_of_chunk;
+        let blocks = first..first + blocks_of_chunk;
+        let range =
+            |part: &Range<u64>| ((part.start - first) * BLOCK_LEN) as usize..((part.end - first) * BLOCK_LEN) as usize;
+        if extents.parts(blocks.clone()).any(|(_, place)| place.is_none()) {
+            let mut reader = TreeReader::new(&self.core.store, self.root, self.chunk.len());
+            match reader.chunk(index)? {
+                Some(content) => self.chunk.copy_from_slice(&content),
+                None => self.chunk.fill(0),
+            }
+        }
+        for (part, place) in extents.parts(blocks) {
+            match place {
+                None => {}
+                Some(Place::Zeros) => self.chunk[range(&part)].fill(0),
+                Some(Place::Log(place)) => {
+                    let file = self.frozen.file(place);
+                    let file = file.unwrap_or_else(|| unreachable!("the files of a generation are kept with it"));
+                    let bytes = &mut self.chunk[range(&part)];
+                    file.file.read_exact_at(bytes, place.offset()).map_err(StoreError::file("read", file.path()))?;
+                }
+            }
+        }
+        let name = if is_zero(&self.chunk) { Name::NONE } else { self.batch.put_chunk(&self.chunk)? };
+        self.changes.push((index, name));
+        if self.changes.len() >= CHANGES_MAX {
+            self.flush_changes()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,279 @@
+//! Images: nodes that instances start from, and disks and files brought into the store and out of it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::catalog::{ImageRow, Replace, check_name};
+use crate::collect::{Step, Watcher};
+use crate::error::{Result, StoreError};
+use crate::format::{self, Extent, FormatError, Source};
+use crate::name::Name;
+use crate::node::{Node, Tree};
+use crate::store::{Batch, Store};
+use crate::tree::{self, FAN_OUT, Root};
+use crate::volume::{TreeReader, check_capacity, now_ns};
+use crate::volumes::CHUNK_LEN_DEFAULT;
+
+/// Threads that pack at a time, at most.
+const THREADS_MAX: usize = 8;
+
+/// A node that is not in the store yet, and holds its parts until it is.
+pub struct NewNode {
+    store: Arc<Store>,
+    batch: Batch,
+    node: Node,
+}
+
+impl Store {
+    /// Begins a node. What is added to it is kept from garbage collections; nothing of it stays unless it gets a name.
+    pub fn new_node(self: &Arc<Self>, facts: BTreeMap<String, String>) -> Result<NewNode> {
+        let node = Node { created_ns: now_ns(), facts, ..Node::default() };
+        Ok(NewNode { store: self.clone(), batch: self.batch()?, node })
+    }
+
+    /// All images, by name, with their nodes.
+    pub fn images(&self) -> Result<Vec<(ImageRow, Node)>> {
+        let rows = self.catalog().images()?;
+        rows.into_iter().map(|row| self.load_node(&row.node).map(|node| (row, node))).collect()
+    }
+
+    pub fn image(&self, name: &str) -> Result<(ImageRow, Node)> {
+        let row = self.catalog().image(name)?;
+        let node = self.load_node(&row.node)?;
+        Ok((row, node))
+    }
+
+    /// Takes the image's name away. What volumes need of it stays.
+    pub fn remove_image(&self, name: &str) -> Result<()> {
+        self.catalog().remove_image(name)
+    }
+
+    /// A file of a node, whole.
+    pub fn read_file(&self, file: &Tree) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; file.len_bytes as usize];
+        let mut reader = TreeReader::new(self, file.root, file.chunk_len as usize);
+        for (index, part) in bytes.chunks_mut(file.chunk_len as usize).enumerate() {
+            reader.read(index as u64, 0, part)?;
+        }
+        Ok(bytes)
+    }
+}
+
+impl NewNode {
+    /// Adds a disk.
+    pub fn add_disk(&mut self, name: &str, source: &dyn Source, watcher: Watcher<'_>) -> Result<()> {
+        check_capacity(source.len())?;
+        let tree = self.import(name, source, CHUNK_LEN_DEFAULT, watcher)?;
+        self.node.disks.push(tree);
+        Ok(())
+    }
+
+    /// Adds a disk that the store has.
+    pub fn add_tree(&mut self, tree: Tree) {
+        self.node.disks.push(tree);
+    }
+
+    /// Adds a file.
+    pub fn add_file(&mut self, name: &str, source: &dyn Source, watcher: Watcher<'_>) -> Result<()> {
+        let tree = self.import(name, source, CHUNK_LEN_DEFAULT, watcher)?;
+        self.node.files.push(tree);
+        Ok(())
+    }
+
+    pub fn set_parent(&mut self, parent: Name) {
+        self.node.parent = Some(parent);
+    }
+
+    /// Puts the node into the store under an image's name.
+    pub fn save_as_image(mut self, name: &str, replace: Replace) -> Result<ImageRow> {
+        check_name("image", name)?;
+        let node = self.node.put(&mut self.batch)?;
+        self.batch.sync()?;
+        let row = ImageRow { name: name.to_owned(), created_ns: self.node.created_ns, node };
+        self.store.catalog().add_image(&row, replace)?;
+        Ok(row)
+    }
+
+    /// Brings a disk into the store: threads take a leaf's worth of it at a time, read, hash and pack.
+    fn import(&mut self, name: &str, source: &dyn Source, chunk_len: u32, watcher: Watcher<'_>) -> Result<Tree> {
+        let chunks = source.len().div_ceil(u64::from(chunk_len));
+        let leaves = chunks.div_ceil(FAN_OUT as u64);
+        let import = Import {
+            source,
+            chunk_len: chunk_len as usize,
+            next: AtomicU64::new(0),
+            leaves,
+            failed: AtomicBool::new(false),
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
+        let mut changes = Vec::new();
+        let (send, receive) = std::sync::mpsc::sync_channel(threads * 2);
+        let batches = (0..threads).map(|_| self.store.batch()).collect::<Result<Vec<_>>>()?;
+        std::thread::scope(|scope| {
+            for batch in batches {
+                let (import, send) = (&import, send.clone());
+                scope.spawn(move || import.work(batch, &send));
+            }
+            drop(send);
+            let mut done = 0;
+            let mut outcome = Ok(());
+            for part in receive {
+                let seen = part.and_then(|part: Vec<(u64, Name)>| {
+                    changes.extend(part);
+                    done += 1;
+                    let total = source.len();
+                    let bytes = (done * FAN_OUT as u64 * u64::from(chunk_len)).min(total);
+                    watcher(Step { what: "importing", done: bytes, total })
+                });
+                if seen.is_err() && outcome.is_ok() {
+                    import.failed.store(true, Ordering::Relaxed);
+                    outcome = seen;
+                }
+            }
+            outcome
+        })?;
+        changes.sort_unstable_by_key(|&(chunk, _)| chunk);
+        let root = tree::update(&mut self.batch, Root::empty(chunks), &changes)?;
+        Ok(Tree { name: name.to_owned(), root, len_bytes: source.len(), chunk_len })
+    }
+}
+
+/// A disk that several threads bring into the store.
+struct Import<'a> {
+    source: &'a dyn Source,
+    chunk_len: usize,
+    /// The next leaf that nobody has taken.
+    next: AtomicU64,
+    leaves: u64,
+    failed: AtomicBool,
+}
+
+type Part = Result<Vec<(u64, Name)>>;
+
+impl Import<'_> {
+    fn work(&self, mut batch: Batch, send: &std::sync::mpsc::SyncSender<Part>) {
+        let mut bytes = Vec::new();
+        loop {
+            let leaf = self.next.fetch_add(1, Ordering::Relaxed);
+            if leaf >= self.leaves || self.failed.load(Ordering::Relaxed) {
+                return;
+            }
+            if send.send(self.leaf(&mut batch, leaf, &mut bytes)).is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Stores the chunks of a leaf that are not zeros.
+    fn leaf(&self, batch: &mut Batch, leaf: u64, bytes: &mut Vec<u8>) -> Part {
+        let first = leaf * FAN_OUT as u64;
+        let start = first * self.chunk_len as u64;
+        let len = (FAN_OUT * self.chunk_len) as u64;
+        let end = (start + len).min(self.source.len());
+        let mut names = Vec::new();
+        // The whole leaf is often a hole.
+        bytes.clear();
+        let mut at = start;
+        while at < end {
+            let extent = self.source.extent_at(at, end - at)?;
+            if extent.content == format::Content::Data {
+                if bytes.is_empty() {
+                    bytes.resize(len as usize, 0);
+                }
+                let from = (at - start) as usize;
+                self.source.read_at(at, &mut bytes[from..from + extent.len as usize])?;
+            }
+            at += extent.len;
+        }
+        for (chunk, content) in (first..).zip(bytes.chunks(self.chunk_len)) {
+            let name = batch.put_chunk(content)?;
+            if !name.is_none() {
+                names.push((chunk, name));
+            }
+        }
+        Ok(names)
+    }
+}
+
+/// A disk or file of the store as a source of an export.
+pub struct TreeSource {
+    store: Arc<Store>,
+    tree: Tree,
+    /// What was asked last, as an export asks for neighbours one after the other.
+    parts: Mutex<Vec<std::ops::Range<u64>>>,
+    window: AtomicU64,
+}
+
+/// Bytes of a disk whose parts are found together.
+const WINDOW_LEN: u64 = 1 << 30;
+
+impl TreeSource {
+    pub fn new(store: &Arc<Store>, tree: &Tree) -> Self {
+        TreeSource {
+            store: store.clone(),
+            tree: tree.clone(),
+            parts: Mutex::default(),
+            window: AtomicU64::new(u64::MAX),
+        }
+    }
+
+    fn failure(&self, error: StoreError) -> FormatError {
+        FormatError::Io {
+            file: self.store.folder().display().to_string(),
+            act: format!("read {}", self.tree.name),
+            source: io::Error::other(error),
+        }
+    }
+}
+
+impl Source for TreeSource {
+    fn len(&self) -> u64 {
+        self.tree.len_bytes
+    }
+
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), FormatError> {
+        let chunk_len = self.tree.chunk_len as usize;
+        let mut reader = TreeReader::new(&self.store, self.tree.root, chunk_len);
+        let (mut at, mut rest) = (offset, bytes);
+        while !rest.is_empty() {
+            let from = (at % chunk_len as u64) as usize;
+            let len = (chunk_len - from).min(rest.len());
+            let (part, behind) = rest.split_at_mut(len);
+            reader.read(at / chunk_len as u64, from, part).map_err(|error| self.failure(error))?;
+            at += len as u64;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    fn extent_at(&self, offset: u64, limit: u64) -> Result<Extent, FormatError> {
+        let window = offset / WINDOW_LEN;
+        let end = ((window + 1) * WINDOW_LEN).min(self.tree.len_bytes);
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.window.load(Ordering::Relaxed) != window {
+            let nothing = Root { name: Name::NONE, levels: self.tree.root.levels };
+            parts.clear();
+            let found = self.store.differences(
+                [nothing, self.tree.root],
+                self.tree.chunk_len,
+                window * WINDOW_LEN..end,
+                &mut |range| {
+                    parts.push(range);
+                    Ok(())
+                },
+            );
+            found.map_err(|error| self.failure(error))?;
+            self.window.store(window, Ordering::Relaxed);
+        }
+        let next = parts.partition_point(|part| part.end <= offset);
+        let (content, stop) = match parts.get(next) {
+            Some(part) if part.start <= offset => (format::Content::Data, part.end),
+            Some(part) => (format::Content::Zeros, part.start),
+            None => (format::Content::Zeros, end),
+        };
+        Ok(Extent { len: (stop.min(end) - offset).min(limit), content })
+    }
+}

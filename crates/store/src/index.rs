@@ -1,0 +1,365 @@
+//! The index: from names to where their records lie.
+//!
+//! It is made of runs (sealed segments' tables, and run files into which many of those were merged), of the entries of the
+//! segment that this process writes, and of what other processes' open segments hold, which is read from those when a name is
+//! not found elsewhere. It holds nothing that cannot be read from the segments again, and points only at what is stable.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, RwLock};
+
+use crate::cache::NameMap;
+use crate::catalog::{Catalog, SegmentRow};
+use crate::error::{Result, StoreError};
+use crate::name::Name;
+use crate::run::{self, Run};
+use crate::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
+
+/// More runs than this are merged.
+const RUNS_MAX: usize = 12;
+
+type Prefix = [u8; Name::PREFIX_LEN];
+
+#[derive(Default)]
+struct Contents {
+    generation: i64,
+    /// Of the segments in the catalog. Entries of others are of no account.
+    live: BTreeSet<SegmentNumber>,
+    runs: BTreeMap<RunKey, Arc<Run>>,
+    /// The open segments of this process.
+    ours: NameMap<Prefix, Location>,
+    our_segments: BTreeSet<SegmentNumber>,
+    /// The open segments of others, and up to where each was read.
+    theirs: NameMap<Prefix, Location>,
+    read_up_to: BTreeMap<SegmentNumber, u64>,
+}
+
+/// A run by what it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum RunKey {
+    File(u32),
+    Segment(SegmentNumber),
+}
+
+/// What the index costs and covers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IndexFigures {
+    pub entries: u64,
+    pub runs: usize,
+    /// In this process.
+    pub memory_bytes: usize,
+    /// On disk, and so in the host's page cache at most.
+    pub file_bytes: u64,
+}
+
+pub(crate) struct Index {
+    segments: SegmentFolder,
+    folder: PathBuf,
+    contents: RwLock<Contents>,
+}
+
+impl Index {
+    pub fn new(segments: SegmentFolder, folder: PathBuf) -> Self {
+        Index { segments, folder, contents: RwLock::default() }
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Contents> {
+        self.contents.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Contents> {
+        self.contents.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn run_path(&self, run: u32) -> PathBuf {
+        self.folder.join(format!("{run:08}.run"))
+    }
+
+    /// Where copies of a record lie, those that are surest to stay first.
+    pub fn find(&self, name: &Name) -> Result<Vec<Location>> {
+        let prefix = name.prefix();
+        let contents = self.read();
+        if let Some(&location) = contents.ours.get(&prefix) {
+            return Ok(vec![location]);
+        }
+        let mut found = Vec::new();
+        for run in contents.runs.values() {
+            run.find(&prefix, &mut found).map_err(StoreError::file("read the index in", &self.folder))?;
+            if !found.is_empty() && found.iter().any(|entry| contents.live.contains(&entry.location.segment())) {
+                break;
+            }
+        }
+        let mut locations: Vec<Location> = found
+            .into_iter()
+            .map(|entry| entry.location)
+            .filter(|location| contents.live.contains(&location.segment()))
+            .collect();
+        locations.extend(contents.theirs.get(&prefix));
+        Ok(locations)
+    }
+
+    /// Every copy of a record: those in sealed segments first, the oldest of them at the front.
+    pub fn find_all(&self, name: &Name) -> Result<Vec<Location>> {
+        let prefix = name.prefix();
+        let contents = self.read();
+        let mut found = Vec::new();
+        for run in contents.runs.values() {
+            run.find(&prefix, &mut found).map_err(StoreError::file("read the index in", &self.folder))?;
+        }
+        let mut locations: Vec<Location> = found.into_iter().map(|entry| entry.location).collect();
+        locations.retain(|location| contents.live.contains(&location.segment()));
+        locations.sort_unstable();
+        locations.extend(contents.ours.get(&prefix));
+        locations.extend(contents.theirs.get(&prefix));
+        locations.dedup();
+        Ok(locations)
+    }
+
+    /// Whether a name can be used without storing its record again: only what this process wrote and what is sealed counts.
+    pub fn find_for_reuse(&self, name: &Name) -> Result<Option<Location>> {
+        let locations = self.find(name)?;
+        let contents = self.read();
+        Ok(locations.into_iter().find(|location| {
+            contents.live.contains(&location.segment()) || contents.our_segments.contains(&location.segment())
+        }))
+    }
+
+    /// A record of this process's open segment.
+    pub fn add_ours(&self, name: &Name, location: Location) {
+        let mut contents = self.write();
+        contents.our_segments.insert(location.segment());
+        contents.ours.insert(name.prefix(), location);
+    }
+
+    /// Our segment is sealed and in the catalog: its table serves from now on.
+    pub fn sealed(&self, summary: &Summary, generation: i64) -> Result<()> {
+        let run = self.open_segment(summary.number)?;
+        let mut contents = self.write();
+        contents.live.insert(summary.number);
+        if let Some(run) = run {
+            contents.runs.insert(RunKey::Segment(summary.number), run);
+        }
+        contents.our_segments.remove(&summary.number);
+        contents.ours.retain(|_, location| location.segment() != summary.number);
+        // Others may have changed the catalog as well; then the next refresh looks.
+        if contents.generation + 1 == generation {
+            contents.generation = generation;
+        }
+        Ok(())
+    }
+
+    /// The segment is of no use any more: nothing that was written to it counts.
+    pub fn forget_ours(&self, segment: SegmentNumber) {
+        let mut contents = self.write();
+        contents.our_segments.remove(&segment);
+        contents.ours.retain(|_, location| location.segment() != segment);
+    }
+
+    fn open_segment(&self, number: SegmentNumber) -> Result<Option<Arc<Run>>> {
+        let path = self.segments.sealed(number);
+        // It is known a moment before it has its name.
+        let opened =
+            File::open(&path).or_else(|_| File::open(self.segments.open(number))).or_else(|_| File::open(&path));
+        let file = match opened {
+            Ok(file) => file,
+            // Removed since by a garbage collection.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(StoreError::file("open", &path)(error)),
+        };
+        match segment::summary(&self.segments, number, &file) {
+            Ok(summary) => {
+                let run = Run::of_segment(file, summary.bytes, summary.records.into());
+                Ok(Some(Arc::new(run.map_err(StoreError::file("read", &path))?)))
+            }
+            Err(StoreError::Damaged { what, .. }) => {
+                tracing::warn!(segment = %path.display(), what, "its records are listed by reading it");
+                let mut entries = Vec::new();
+                segment::scan(&file, number, 0, u64::MAX, |found| entries.push(found.entry()))
+                    .map_err(StoreError::file("read", &path))?;
+                Ok(Some(Arc::new(Run::of_entries(entries))))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks at what others changed.
+    pub fn refresh(&self, catalog: &Catalog) -> Result<()> {
+        loop {
+            self.refresh_segments(catalog)?;
+            self.read_open_segments()?;
+            // A segment that was sealed between the two steps was in the catalog before its open file was gone.
+            if catalog.generation()? == self.read().generation {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Looks at which segments there are.
+    pub fn refresh_segments(&self, catalog: &Catalog) -> Result<()> {
+        let generation = catalog.generation()?;
+        if self.read().generation != generation {
+            self.reload(catalog, generation)?;
+        }
+        Ok(())
+    }
+
+    fn reload(&self, catalog: &Catalog, generation: i64) -> Result<()> {
+        let rows = catalog.segments()?;
+        let key = |row: &SegmentRow| row.run.map_or(RunKey::Segment(row.number), RunKey::File);
+        let wanted: BTreeSet<RunKey> = rows.iter().map(key).collect();
+        let had: BTreeSet<RunKey> = self.read().runs.keys().copied().collect();
+        let mut opened = Vec::new();
+        for &key in wanted.difference(&had) {
+            let run = match key {
+                RunKey::Segment(number) => self.open_segment(number)?,
+                RunKey::File(run) => {
+                    let path = self.run_path(run);
+                    match Run::open(&path) {
+                        Ok(run) => Some(Arc::new(run)),
+                        // A run that was merged into another meanwhile: the generation has changed again.
+                        Err(_) if catalog.generation()? != generation => return self.refresh_segments(catalog),
+                        Err(error @ StoreError::UnknownFormat { .. }) => return Err(error),
+                        Err(error) => {
+                            tracing::warn!(%error, "the segments' own tables serve instead");
+                            catalog.forget_run(run)?;
+                            return self.refresh_segments(catalog);
+                        }
+                    }
+                }
+            };
+            opened.extend(run.map(|run| (key, run)));
+        }
+        let mut contents = self.write();
+        contents.runs.retain(|key, _| wanted.contains(key));
+        contents.runs.extend(opened);
+        contents.live = rows.iter().map(|row| row.number).collect();
+        contents.generation = generation;
+        Ok(())
+    }
+
+    /// Reads what other processes appended to their open segments.
+    fn read_open_segments(&self) -> Result<()> {
+        let listed = self.segments.list()?;
+        for (number, state) in listed.iter().copied() {
+            let (ours, from) = {
+                let contents = self.read();
+                (contents.our_segments.contains(&number), contents.read_up_to.get(&number).copied().unwrap_or(0))
+            };
+            if state == State::Sealed || ours {
+                continue;
+            }
+            let Ok(file) = File::open(self.segments.open(number)) else { continue };
+            let mut entries = Vec::new();
+            // A record that is not whole yet ends the reading; the next time it begins there.
+            let (end, _) = segment::scan(&file, number, from, u64::MAX, |found| {
+                entries.push(found.entry());
+            })
+            .map_err(StoreError::file("read", &self.segments.open(number)))?;
+            let mut contents = self.write();
+            contents.theirs.extend(entries.into_iter().map(|entry| (entry.prefix, entry.location)));
+            contents.read_up_to.insert(number, end);
+        }
+        // What was sealed since is found through its table.
+        let mut contents = self.write();
+        let gone: Vec<SegmentNumber> =
+            contents.read_up_to.keys().copied().filter(|number| !listed.contains(&(*number, State::Open))).collect();
+        for number in gone {
+            contents.read_up_to.remove(&number);
+            contents.theirs.retain(|_, location| location.segment() != number);
+        }
+        Ok(())
+    }
+
+    /// Finishes segments whose processes died, and takes in files that the catalog does not know.
+    pub fn recover(&self, catalog: &Catalog) -> Result<()> {
+        let known: BTreeSet<SegmentNumber> = catalog.segments()?.iter().map(|row| row.number).collect();
+        for (number, state) in self.segments.list()? {
+            if known.contains(&number) && state == State::Sealed || self.read().our_segments.contains(&number) {
+                continue;
+            }
+            let publish = |summary: &Summary| {
+                catalog.skip_segments(number)?;
+                catalog.add_segment(summary)
+            };
+            match state {
+                State::Open => segment::adopt(&self.segments, number, publish)?,
+                State::Sealed => {
+                    let path = self.segments.sealed(number);
+                    let Ok(file) = File::open(&path) else { continue };
+                    match segment::summary(&self.segments, number, &file) {
+                        Ok(summary) => publish(&summary)?,
+                        Err(StoreError::Damaged { .. }) => {
+                            // Its records are as good as those of a segment that was never finished.
+                            let open = self.segments.open(number);
+                            std::fs::rename(&path, open).map_err(StoreError::file("rename", &path))?;
+                            segment::adopt(&self.segments, number, publish)?;
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Merges runs where there are many: the smaller ones, so that each entry is rewritten a few times at most as the store grows.
+    /// Whether something was merged.
+    pub fn merge(&self, catalog: &Catalog) -> Result<bool> {
+        let mut runs: Vec<(RunKey, Arc<Run>)> = self.read().runs.iter().map(|(key, run)| (*key, run.clone())).collect();
+        if runs.len() <= RUNS_MAX {
+            return Ok(false);
+        }
+        runs.sort_by_key(|(_, run)| run.entries());
+        let mut count = RUNS_MAX / 2;
+        let mut entries: u64 = runs[..count].iter().map(|(_, run)| run.entries()).sum();
+        while count < runs.len() && runs[count].1.entries() <= 2 * entries {
+            entries += runs[count].1.entries();
+            count += 1;
+        }
+        let merged = &runs[..count];
+        let keys: BTreeSet<RunKey> = merged.iter().map(|(key, _)| *key).collect();
+        let covered: Vec<SegmentNumber> = catalog
+            .segments()?
+            .iter()
+            .filter(|row| keys.contains(&row.run.map_or(RunKey::Segment(row.number), RunKey::File)))
+            .map(|row| row.number)
+            .collect();
+        let live: BTreeSet<SegmentNumber> = covered.iter().copied().collect();
+        let number = catalog.new_run()?;
+        let path = self.run_path(number);
+        let sources: Vec<&Run> = merged.iter().map(|(_, run)| run.as_ref()).collect();
+        let count = run::merge(&sources, |segment| live.contains(&segment), &path)?;
+        let unused = catalog.set_run(number, count, &covered)?;
+        self.remove_runs(&unused)?;
+        self.refresh(catalog)?;
+        Ok(true)
+    }
+
+    /// Removes the files of runs that are of no use any more.
+    pub fn remove_runs(&self, runs: &[u32]) -> Result<()> {
+        for run in runs {
+            let path = self.run_path(*run);
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                return Err(StoreError::file("remove", &path)(error));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn figures(&self) -> IndexFigures {
+        let contents = self.read();
+        let entries: u64 = contents.runs.values().map(|run| run.entries()).sum();
+        let own = contents.ours.len() + contents.theirs.len();
+        IndexFigures {
+            entries: entries + own as u64,
+            runs: contents.runs.len(),
+            memory_bytes: contents.runs.values().map(|run| run.memory_bytes()).sum::<usize>()
+                + own * (size_of::<Prefix>() + size_of::<Location>()) * 8 / 7,
+            file_bytes: entries * Entry::LEN as u64,
+        }
+    }
+}

@@ -1,0 +1,513 @@
+//! A volume's log: every change of the volume in order, before it is in the tree.
+//!
+//! The log is a row of files of equal length, `log-N`. A record is a header of 64 bytes and its payload; the first record after
+//! a flush begins at a page of its own, so that no page with promised records is ever written again. A record counts if it is whole,
+//! carries the number that comes next, and was not written by an earlier process than the one before it: what a crash left behind a
+//! hole never does.
+//!
+//! Files whose content is in the tree are used again: their blocks are allocated and written already, so that a flush writes the records
+//! and nothing else.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+
+use crate::error::{Result, StoreError};
+use crate::extent_map::LogPlace;
+use crate::id::Id;
+
+/// Bytes of a log file.
+pub(crate) const FILE_LEN: u64 = 32 << 20;
+/// The longest payload of a record.
+pub(crate) const PAYLOAD_LEN_MAX: usize = 1 << 20;
+const HEADER_LEN: usize = 64;
+const PAGE_LEN: u64 = 4096;
+const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
+const MAGIC: u32 = u32::from_le_bytes(*b"Plog");
+const FORMAT: u32 = 1;
+
+/// What a record says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// The payload was written at `offset`.
+    Write { offset: u64 },
+    /// The range reads as zeros.
+    Zeros { offset: u64, len: u64 },
+    /// A snapshot of all records before this one; the payload says which.
+    Snapshot,
+    /// The volume has another size.
+    Resize { capacity_bytes: u64 },
+}
+
+/// A record's header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Header {
+    change: Change,
+    payload_len: u32,
+    sequence: u64,
+    epoch: u32,
+    checksum: u32,
+}
+
+impl Header {
+    fn to_bytes(self, volume: u32) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        let (kind, offset, len) = match self.change {
+            Change::Write { offset } => (1, offset, u64::from(self.payload_len)),
+            Change::Zeros { offset, len } => (2, offset, len),
+            Change::Snapshot => (3, 0, 0),
+            Change::Resize { capacity_bytes } => (4, capacity_bytes, 0),
+        };
+        bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
+        bytes[4] = kind;
+        bytes[8..12].copy_from_slice(&volume.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.epoch.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes[24..32].copy_from_slice(&offset.to_le_bytes());
+        bytes[32..40].copy_from_slice(&len.to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.payload_len.to_le_bytes());
+        bytes[44..48].copy_from_slice(&self.checksum.to_le_bytes());
+        let checksum = crc32c::crc32c(&bytes[..60]);
+        bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8; HEADER_LEN], volume: u32) -> Option<Header> {
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+        let known = word(0) == MAGIC && word(60) == crc32c::crc32c(&bytes[..60]) && word(8) == volume;
+        let header = Header {
+            change: match bytes[4] {
+                1 => Change::Write { offset: long(24) },
+                2 => Change::Zeros { offset: long(24), len: long(32) },
+                3 => Change::Snapshot,
+                4 => Change::Resize { capacity_bytes: long(24) },
+                _ => return None,
+            },
+            payload_len: word(40),
+            sequence: long(16),
+            epoch: word(12),
+            checksum: word(44),
+        };
+        (known && header.payload_len as usize <= PAYLOAD_LEN_MAX).then_some(header)
+    }
+}
+
+/// A file of the log. It is written again from the front once nobody holds it any more.
+pub(crate) struct LogFile {
+    pub number: u32,
+    pub file: File,
+    path: PathBuf,
+}
+
+impl LogFile {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Where records end and continue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Position {
+    pub place: LogPlace,
+    /// Of the next record.
+    pub sequence: u64,
+}
+
+/// A record that was appended or found.
+pub(crate) struct Appended {
+    pub change: Change,
+    /// Of the payload.
+    pub place: LogPlace,
+    pub payload_len: u32,
+    /// Behind the record.
+    pub end: Position,
+}
+
+/// The end of a log that is written.
+pub(crate) struct LogWriter {
+    folder: PathBuf,
+    volume: u32,
+    epoch: u32,
+    file: Arc<LogFile>,
+    offset: u64,
+    sequence: u64,
+    /// The next record begins at a page of its own.
+    fresh_page: bool,
+    /// Files with records that may not be stable.
+    unsynced: Vec<Arc<LogFile>>,
+    broken: bool,
+}
+
+impl LogWriter {
+    /// Where the next record would begin.
+    pub fn position(&self) -> Position {
+        Position { place: LogPlace::new(self.file.number, self.offset as u32), sequence: self.sequence }
+    }
+
+    /// Whether a record with that payload fits into the file.
+    pub fn fits(&self, payload_len: usize) -> bool {
+        let offset = if self.fresh_page { self.offset.next_multiple_of(PAGE_LEN) } else { self.offset };
+        offset + HEADER_LEN as u64 + payload_len as u64 <= FILE_LEN
+    }
+
+    /// Goes on in the next file, which somebody may have made ready.
+    pub fn next_file(&mut self, ready: Option<LogFile>) -> Result<Arc<LogFile>> {
+        self.check()?;
+        let number = self.file.number + 1;
+        let file = match ready.filter(|file| file.number == number) {
+            Some(file) => file,
+            None => make_file(&self.folder, number, self.volume, None)?,
+        };
+        self.file = Arc::new(file);
+        self.offset = PAGE_LEN;
+        self.fresh_page = false;
+        Ok(self.file.clone())
+    }
+
+    /// Appends a record; there must be [room](Self::fits) for it. It is in the host's cache when this comes back.
+    pub fn append(&mut self, change: Change, payload: &[u8], checksum: u32) -> Result<Appended> {
+        self.check()?;
+        if self.fresh_page {
+            self.offset = self.offset.next_multiple_of(PAGE_LEN);
+            self.fresh_page = false;
+        }
+        let header =
+            Header { change, payload_len: payload.len() as u32, sequence: self.sequence, epoch: self.epoch, checksum };
+        let header = header.to_bytes(self.volume);
+        if let Err(error) = write_both(&self.file.file, &header, payload, self.offset) {
+            self.broken = true;
+            return Err(StoreError::file("write", &self.file.path)(error));
+        }
+        let place = LogPlace::new(self.file.number, (self.offset as usize + HEADER_LEN) as u32);
+        self.offset += (HEADER_LEN + payload.len()) as u64;
+        self.sequence += 1;
+        if !self.unsynced.last().is_some_and(|last| Arc::ptr_eq(last, &self.file)) {
+            self.unsynced.push(self.file.clone());
+        }
+        Ok(Appended { change, place, payload_len: payload.len() as u32, end: self.position() })
+    }
+
+    /// Begins a flush: what to sync, and the sequence number up to which everything is stable then.
+    pub fn begin_flush(&mut self) -> Result<Flush> {
+        self.check()?;
+        self.fresh_page = true;
+        Ok(Flush { files: self.unsynced.clone(), sequence: self.sequence })
+    }
+
+    /// A flush came to its end: files other than the one that is written need no further one.
+    pub fn end_flush(&mut self, flush: &Flush, result: &io::Result<()>) {
+        if result.is_err() {
+            // What the host dropped it does not report twice: nothing after it can be promised.
+            self.broken = true;
+            return;
+        }
+        let current = &self.file;
+        self.unsynced
+            .retain(|file| !flush.files.iter().any(|synced| Arc::ptr_eq(synced, file)) || Arc::ptr_eq(file, current));
+        if self.sequence == flush.sequence {
+            self.unsynced.clear();
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.broken { Err(StoreError::Broken { path: self.file.path.clone() }) } else { Ok(()) }
+    }
+}
+
+/// What has to be synced for a flush.
+pub(crate) struct Flush {
+    pub files: Vec<Arc<LogFile>>,
+    pub sequence: u64,
+}
+
+impl Flush {
+    /// Carries it out, on this thread.
+    pub fn run(&self) -> io::Result<()> {
+        self.files.iter().try_for_each(|file| file.file.sync_data())
+    }
+}
+
+/// Writes header and payload, whole.
+fn write_both(file: &File, header: &[u8], payload: &[u8], offset: u64) -> io::Result<()> {
+    let whole = header.len() + payload.len();
+    let written = loop {
+        match rustix::io::pwritev(file, &[IoSlice::new(header), IoSlice::new(payload)], offset) {
+            Ok(written) => break written,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    };
+    if written < whole {
+        let rest = [header, payload].concat();
+        file.write_all_at(&rest[written..], offset + written as u64)?;
+    }
+    Ok(())
+}
+
+fn path_of(folder: &Path, number: u32) -> PathBuf {
+    folder.join(format!("log-{number:08}"))
+}
+
+/// The part of a volume's id that its records carry.
+pub(crate) fn volume_tag(id: Id) -> u32 {
+    crc32c::crc32c(&id.0)
+}
+
+fn file_header(number: u32, volume: u32) -> [u8; HEADER_LEN] {
+    let mut bytes = [0; HEADER_LEN];
+    bytes[..16].copy_from_slice(FILE_MAGIC);
+    bytes[16..20].copy_from_slice(&FORMAT.to_le_bytes());
+    bytes[20..24].copy_from_slice(&number.to_le_bytes());
+    bytes[24..28].copy_from_slice(&volume.to_le_bytes());
+    let checksum = crc32c::crc32c(&bytes[..60]);
+    bytes[60..].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// A file of the log under its number: one that was used before, or a new one whose blocks are allocated.
+fn make_file(folder: &Path, number: u32, volume: u32, used_before: Option<Spare>) -> Result<LogFile> {
+    let path = path_of(folder, number);
+    let made = (|| {
+        let file = match used_before {
+            Some(spare) => {
+                std::fs::rename(&spare.path, &path)?;
+                spare.file
+            }
+            None => {
+                let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
+                allocate(&file)?;
+                file
+            }
+        };
+        file.write_all_at(&file_header(number, volume), 0)?;
+        file.sync_data()?;
+        Ok(file)
+    })();
+    let file = made.map_err(StoreError::file("make", &path))?;
+    sync_folder(folder)?;
+    Ok(LogFile { number, file, path })
+}
+
+/// Takes the room for a whole file, so that a record is never refused for want of it.
+fn allocate(file: &File) -> io::Result<()> {
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, FILE_LEN) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn write_zeros(file: &File) -> io::Result<()> {
+    let zeros = vec![0; 1 << 20];
+    (0..FILE_LEN).step_by(zeros.len()).try_for_each(|offset| file.write_all_at(&zeros, offset))
+}
+
+/// A file whose content is of no use any more, and that is to be written again.
+pub(crate) struct Spare {
+    path: PathBuf,
+    file: File,
+}
+
+impl Spare {
+    /// A new one, written with zeros so that flushes find its blocks written.
+    fn make(folder: &Path) -> Result<Spare> {
+        let path = folder.join(format!("spare-{}", Id::random()));
+        let made = (|| {
+            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
+            write_zeros(&file)?;
+            file.sync_all()?;
+            Ok(file)
+        })();
+        made.map(|file| Spare { path: path.clone(), file }).map_err(|error| {
+            let _ = std::fs::remove_file(&path);
+            StoreError::file("make", &path)(error)
+        })
+    }
+
+    /// What is left of a log file that nobody reads any more.
+    pub fn of(file: LogFile) -> Result<Spare> {
+        let folder = file.path.parent().unwrap_or(Path::new("."));
+        let path = folder.join(format!("spare-{}", Id::random()));
+        std::fs::rename(&file.path, &path).map_err(StoreError::file("rename", &file.path))?;
+        Ok(Spare { path, file: file.file })
+    }
+
+    pub fn remove(self) -> Result<()> {
+        std::fs::remove_file(&self.path).map_err(StoreError::file("remove", &self.path))
+    }
+}
+
+/// Makes the file of that number ready, so that the log goes on in it without waiting. For a thread that may wait.
+pub(crate) fn make_ready(folder: &Path, id: Id, number: u32, spare: Option<Spare>) -> Result<LogFile> {
+    let spare = match spare {
+        Some(spare) => spare,
+        None => Spare::make(folder)?,
+    };
+    make_file(folder, number, volume_tag(id), Some(spare))
+}
+
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(StoreError::file("write", folder))
+}
+
+/// A log that was found.
+pub(crate) struct Recovered {
+    pub writer: LogWriter,
+    /// The files that hold records from the start on, and the one that is written.
+    pub files: Vec<Arc<LogFile>>,
+}
+
+/// Reads a log from a position on: `found` hears of every record that counts, with its payload if that is not of a write. The log goes
+/// on behind the last, under a new epoch.
+pub(crate) fn recover(
+    folder: &Path,
+    id: Id,
+    epoch: u32,
+    start: Position,
+    mut found: impl FnMut(Appended, &[u8]),
+) -> Result<Recovered> {
+    let volume = volume_tag(id);
+    let mut files = Vec::new();
+    let mut at = start;
+    let mut last_epoch = 0;
+    let mut payload = Vec::new();
+    while let Some(file) = open_file(folder, at.place.file(), volume)? {
+        let file = Arc::new(file);
+        files.push(file.clone());
+        let reading = StoreError::file("read", &file.path);
+        let end = (|| {
+            while let Some((header, offset)) = next_record(&file.file, &at, volume, last_epoch, &mut payload)? {
+                last_epoch = header.epoch;
+                let begin = LogPlace::new(file.number, (offset + HEADER_LEN as u64) as u32);
+                at.sequence += 1;
+                at.place = LogPlace(begin.0 + payload.len() as u64);
+                let appended =
+                    Appended { change: header.change, place: begin, payload_len: payload.len() as u32, end: at };
+                found(appended, &payload);
+            }
+            Ok(at)
+        })();
+        at = end.map_err(reading)?;
+        // The next file counts if it begins with the record that comes next.
+        let next = Position { place: LogPlace::new(file.number + 1, PAGE_LEN as u32), ..at };
+        let Some(file) = open_file(folder, next.place.file(), volume)? else { break };
+        let begins = next_record(&file.file, &next, volume, last_epoch, &mut payload);
+        if begins.map_err(StoreError::file("read", &file.path))?.is_none() {
+            break;
+        }
+        at = next;
+    }
+    let file = match files.last() {
+        Some(file) => file.clone(),
+        None => {
+            let number = at.place.file();
+            let file = Arc::new(make_file(folder, number, volume, None)?);
+            at.place = LogPlace::new(number, PAGE_LEN as u32);
+            files.push(file.clone());
+            file
+        }
+    };
+    let writer = LogWriter {
+        folder: folder.to_path_buf(),
+        volume,
+        epoch,
+        offset: at.place.offset(),
+        sequence: at.sequence,
+        fresh_page: true,
+        // What a process left in the host's cache when it died is read back, and not stable.
+        unsynced: files.clone(),
+        file,
+        broken: false,
+    };
+    Ok(Recovered { writer, files })
+}
+
+/// The record at a position, or at the page behind it, if one counts. Its payload is left in `payload`.
+fn next_record(
+    file: &File,
+    at: &Position,
+    volume: u32,
+    last_epoch: u32,
+    payload: &mut Vec<u8>,
+) -> io::Result<Option<(Header, u64)>> {
+    let offset = at.place.offset();
+    let mut places = vec![offset, offset.next_multiple_of(PAGE_LEN)];
+    places.dedup();
+    for offset in places {
+        let mut bytes = [0; HEADER_LEN];
+        if !read_whole(file, &mut bytes, offset)? {
+            continue;
+        }
+        let Some(header) = Header::from_bytes(&bytes, volume) else { continue };
+        if header.sequence != at.sequence || header.epoch < last_epoch {
+            continue;
+        }
+        payload.resize(header.payload_len as usize, 0);
+        if read_whole(file, payload, offset + HEADER_LEN as u64)? && crc32c::crc32c(payload) == header.checksum {
+            return Ok(Some((header, offset)));
+        }
+    }
+    Ok(None)
+}
+
+fn read_whole(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
+    match file.read_exact_at(bytes, offset) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Opens a file of the log, if there is one with that number and a header of its own.
+fn open_file(folder: &Path, number: u32, volume: u32) -> Result<Option<LogFile>> {
+    let path = path_of(folder, number);
+    let file = match File::options().read(true).write(true).open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(StoreError::file("open", &path)(error)),
+    };
+    let mut bytes = [0; HEADER_LEN];
+    if !read_whole(&file, &mut bytes, 0).map_err(StoreError::file("read", &path))? {
+        return Ok(None);
+    }
+    let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    if &bytes[..16] != FILE_MAGIC || word(60) != crc32c::crc32c(&bytes[..60]) {
+        // A crash came before its header was written: nothing was ever appended to it.
+        return Ok(None);
+    }
+    if word(16) != FORMAT {
+        return Err(StoreError::UnknownFormat { path, found: word(16), known: FORMAT });
+    }
+    Ok((word(20) == number && word(24) == volume).then_some(LogFile { number, file, path }))
+}
+
+/// Numbers of the log files in a folder, and what is left of files that were to be used again.
+pub(crate) fn list(folder: &Path) -> Result<(Vec<u32>, Vec<PathBuf>)> {
+    let (mut logs, mut spares) = (Vec::new(), Vec::new());
+    for entry in std::fs::read_dir(folder).map_err(StoreError::file("list", folder))? {
+        let entry = entry.map_err(StoreError::file("list", folder))?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if let Some(number) = name.strip_prefix("log-") {
+            logs.extend(number.parse::<u32>());
+        } else if name.starts_with("spare-") {
+            spares.push(entry.path());
+        }
+    }
+    logs.sort_unstable();
+    Ok((logs, spares))
+}
+
+/// Removes the files of a log before a number.
+pub(crate) fn remove_before(folder: &Path, number: u32) -> Result<()> {
+    for old in list(folder)?.0.into_iter().filter(|&old| old < number) {
+        let path = path_of(folder, old);
+        std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
+    }
+    Ok(())
+}

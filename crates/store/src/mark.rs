@@ -1,0 +1,163 @@
+//! Which records are needed: everything that can be reached from volumes, snapshots and images.
+//!
+//! A node of a tree is looked into once, however many trees share it: the cost is that of what is different, not of the number of
+//! snapshots. What is remembered is four bytes a chunk.
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::cache::NameHasher;
+use crate::error::{Result, StoreError};
+use crate::head::Head;
+use crate::name::Name;
+use crate::segment::{Location, SegmentNumber};
+use crate::store::Store;
+use crate::tree::{self, NodeSource, Root, Visit};
+
+/// A tree that something keeps, and what that is.
+#[derive(Debug, Clone)]
+pub(crate) struct Kept {
+    pub owner: String,
+    pub root: Root,
+    pub chunk_len: u32,
+}
+
+/// What is kept: trees, and nodes of life trees.
+#[derive(Debug, Default)]
+pub(crate) struct Roots {
+    pub trees: Vec<Kept>,
+    pub nodes: Vec<(String, Name)>,
+}
+
+impl Store {
+    /// What volumes, snapshots and images keep now.
+    pub(crate) fn roots(&self) -> Result<Roots> {
+        let mut roots = Roots::default();
+        for volume in self.catalog().volumes()? {
+            // A volume that was opened has a head, and what it began as is of no account any more.
+            let root = Head::peek(&self.volume_folder(volume.id))?.map_or(volume.root, |head| head.root);
+            let owner = format!("volume {}", volume.name);
+            roots.trees.push(Kept { owner, root, chunk_len: volume.chunk_len });
+        }
+        let names: BTreeMap<_, _> = self.catalog().volumes()?.into_iter().map(|row| (row.id, row.name)).collect();
+        for snapshot in self.catalog().snapshots(None)? {
+            let volume = names.get(&snapshot.volume).map_or("?", String::as_str);
+            let owner = format!("snapshot {} of volume {volume}", snapshot.name);
+            roots.nodes.extend(snapshot.node.map(|node| (owner.clone(), node)));
+            roots.trees.extend(snapshot.root.map(|root| Kept { owner, root, chunk_len: snapshot.chunk_len }));
+        }
+        for image in self.catalog().images()? {
+            roots.nodes.push((format!("image {}", image.name), image.node));
+        }
+        Ok(roots)
+    }
+}
+
+type Names = HashSet<Name, std::hash::BuildHasherDefault<NameHasher>>;
+
+/// A record that is needed and cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    pub name: Name,
+    /// Who needs it.
+    pub owner: String,
+    /// Where in the owner it is, if it is a chunk.
+    pub offset: Option<u64>,
+    pub why: String,
+}
+
+/// The marks that were set so far.
+#[derive(Default)]
+pub(crate) struct Marks {
+    seen: Names,
+    /// Offsets of needed records in each segment, in units of 64 bytes.
+    needed: BTreeMap<SegmentNumber, Vec<u32>>,
+    /// Bytes of the disks and files as their users see them, without zeros, shared parts counted once for each node of a tree.
+    pub chunks: u64,
+    pub lost: Vec<Lost>,
+    sorted: bool,
+}
+
+/// Lost records that are listed; of more there is only the number.
+const LOST_MAX: usize = 1000;
+
+impl Marks {
+    /// Marks what roots need and was not marked before. `visited` hears of every node, so that whoever waits sees that it goes on.
+    pub fn add(&mut self, store: &Store, roots: &Roots, visited: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        self.sorted = false;
+        for (owner, name) in &roots.nodes {
+            if !self.seen.insert(*name) {
+                continue;
+            }
+            self.need(store, *name, owner, None)?;
+            match store.load_node(name) {
+                Ok(node) => {
+                    for tree in node.trees() {
+                        let kept = Kept { owner: owner.clone(), root: tree.root, chunk_len: tree.chunk_len };
+                        self.add_tree(store, &kept, visited)?;
+                    }
+                }
+                Err(error) => self.lose(*name, owner, None, &error),
+            }
+        }
+        roots.trees.iter().try_for_each(|kept| self.add_tree(store, kept, visited))
+    }
+
+    fn add_tree(&mut self, store: &Store, kept: &Kept, visited: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        tree::walk(store, kept.root, &mut |visit| {
+            match visit {
+                Visit::Node(name) => {
+                    if !self.seen.insert(name) {
+                        return Ok(false);
+                    }
+                    visited()?;
+                    self.need(store, name, &kept.owner, None)?;
+                    if let Err(error) = store.node(&name) {
+                        self.lose(name, &kept.owner, None, &error);
+                        return Ok(false);
+                    }
+                }
+                Visit::Chunk(index, name) => {
+                    self.chunks += 1;
+                    self.need(store, name, &kept.owner, Some(index * u64::from(kept.chunk_len)))?;
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    fn need(&mut self, store: &Store, name: Name, owner: &str, offset: Option<u64>) -> Result<()> {
+        // Of several copies the oldest one in a sealed segment is kept: others may not even be stable.
+        let mut found = store.index().find_all(&name)?;
+        if found.is_empty() {
+            store.index().refresh(store.catalog())?;
+            found = store.index().find_all(&name)?;
+        }
+        match found.first() {
+            Some(&location) => self.mark(location),
+            None => self.lose(name, owner, offset, &StoreError::Missing { name }),
+        }
+        Ok(())
+    }
+
+    fn mark(&mut self, location: Location) {
+        self.needed.entry(location.segment()).or_default().push((location.offset() / 64) as u32);
+    }
+
+    fn lose(&mut self, name: Name, owner: &str, offset: Option<u64>, error: &StoreError) {
+        if self.lost.len() < LOST_MAX {
+            self.lost.push(Lost { name, owner: owner.to_owned(), offset, why: error.to_string() });
+        }
+    }
+
+    /// The offsets of the needed records of a segment, in order.
+    pub fn needed(&mut self, segment: SegmentNumber) -> &[u32] {
+        if !self.sorted {
+            for offsets in self.needed.values_mut() {
+                offsets.sort_unstable();
+                offsets.dedup();
+            }
+            self.sorted = true;
+        }
+        self.needed.get(&segment).map_or(&[], Vec::as_slice)
+    }
+}

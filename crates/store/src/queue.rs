@@ -1,0 +1,588 @@
+//! One thread's way to a disk of the store.
+//!
+//! What is in memory, or in the host's page cache, completes at once. What has to come from the host's disk goes through io_uring when it
+//! is known where it lies, and to a worker thread when it has to be looked up. So the thread that owns the queue never waits for a disk.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use io_uring::{IoUring, opcode, types};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::ReadWriteFlags;
+
+use crate::disk::{Buffer, Completion, DiskError, Durability, Operation, Queue};
+use crate::extent_map::BLOCK_LEN;
+use crate::log::{Flush, LogFile};
+use crate::name::Name;
+use crate::open_disk::{OpenDisk, View};
+use crate::segment::Location;
+use crate::tree::{self, Root, TreeNode};
+use crate::volume::Piece;
+
+/// Reads and syncs that the ring holds; more wait for the next round.
+const RING_ENTRIES: u32 = 128;
+
+/// A queue of a disk of the store.
+pub struct DiskQueue<B> {
+    view: View,
+    ring: Option<IoUring>,
+    signal: Arc<OwnedFd>,
+    ready: VecDeque<Completion<B>>,
+    requests: Slots<Request<B>>,
+    calls: Slots<Call>,
+    /// Calls that wait for room in the ring.
+    unsubmitted: bool,
+    mailbox: Arc<Mailbox<B>>,
+    /// Operations at worker threads.
+    at_workers: usize,
+    pieces: Vec<Piece>,
+    payload: Vec<u8>,
+    // Last: what is in flight ends before the disk does.
+    _disk: Arc<OpenDisk>,
+}
+
+/// Where worker threads leave what they did.
+struct Mailbox<B> {
+    done: Mutex<Vec<Completion<B>>>,
+    len: AtomicUsize,
+}
+
+/// An operation of which something is in the ring.
+struct Request<B> {
+    token: u64,
+    buffer: Option<B>,
+    offset: u64,
+    outstanding: usize,
+    /// Something did not go as planned: a worker thread does all of it again.
+    again: bool,
+    flush: Option<Flush>,
+    failure: Option<io::Error>,
+}
+
+/// A call in the ring.
+struct Call {
+    request: usize,
+    bytes: Vec<u8>,
+    act: Act,
+}
+
+enum Act {
+    /// Bytes of a log, for the buffer at `at`.
+    Log {
+        _file: Arc<LogFile>,
+        at: usize,
+    },
+    /// A record, of which `len` bytes from `from` on are for the buffer at `at`.
+    Record {
+        _file: Arc<File>,
+        name: Name,
+        location: Location,
+        at: usize,
+        from: usize,
+        len: usize,
+    },
+    Sync {
+        _file: Arc<LogFile>,
+    },
+}
+
+/// Things with a number.
+struct Slots<T> {
+    slots: Vec<Option<T>>,
+    free: Vec<usize>,
+}
+
+impl<T> Slots<T> {
+    fn new() -> Self {
+        Slots { slots: Vec::new(), free: Vec::new() }
+    }
+
+    fn insert(&mut self, value: T) -> usize {
+        match self.free.pop() {
+            Some(slot) => {
+                self.slots[slot] = Some(value);
+                slot
+            }
+            None => {
+                self.slots.push(Some(value));
+                self.slots.len() - 1
+            }
+        }
+    }
+
+    fn get(&mut self, slot: usize) -> Option<&mut T> {
+        self.slots.get_mut(slot)?.as_mut()
+    }
+
+    fn take(&mut self, slot: usize) -> Option<T> {
+        let value = self.slots.get_mut(slot)?.take();
+        self.free.extend(value.is_some().then_some(slot));
+        value
+    }
+
+    fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+/// What became of a piece that was to be had at once.
+enum Tried {
+    Done,
+    /// It has to be read from there.
+    Read(Act, u64, usize),
+    /// It has to be looked up.
+    LookUp,
+}
+
+impl<B: Buffer> DiskQueue<B> {
+    pub(crate) fn new(disk: Arc<OpenDisk>) -> Result<Self, DiskError> {
+        let signal =
+            eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map_err(|error| DiskError::Io(error.into()))?;
+        let ring = IoUring::new(RING_ENTRIES).and_then(|ring| {
+            ring.submitter().register_eventfd(signal.as_raw_fd())?;
+            Ok(ring)
+        });
+        let ring =
+            ring.inspect_err(|error| tracing::info!(%error, "io_uring is not to be had; threads read for the store"));
+        Ok(DiskQueue {
+            view: disk.view(),
+            ring: ring.ok(),
+            signal: Arc::new(signal),
+            ready: VecDeque::new(),
+            requests: Slots::new(),
+            calls: Slots::new(),
+            unsubmitted: false,
+            mailbox: Arc::new(Mailbox { done: Mutex::default(), len: AtomicUsize::new(0) }),
+            at_workers: 0,
+            pieces: Vec::new(),
+            payload: Vec::new(),
+            _disk: disk,
+        })
+    }
+
+    fn complete(&mut self, token: u64, buffer: Option<B>, result: Result<(), DiskError>) {
+        self.ready.push_back(Completion { token, buffer, result });
+    }
+
+    // Reading
+
+    fn read(&mut self, token: u64, offset: u64, mut buffer: B) {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        let planned = self.view.plan(offset, buffer.len(), &mut pieces);
+        let root = match planned {
+            Ok(root) => root,
+            Err(error) => {
+                self.pieces = pieces;
+                return self.complete(token, Some(buffer), Err(error.into()));
+            }
+        };
+        let mut reads = Vec::new();
+        let mut look_up = false;
+        let mut at = 0;
+        let mut leaf = None;
+        for piece in &pieces {
+            match self.try_piece(root, piece, at, &mut buffer, &mut leaf) {
+                Tried::Done => {}
+                Tried::Read(act, offset, len) => reads.push((act, offset, len)),
+                Tried::LookUp => {
+                    look_up = true;
+                    break;
+                }
+            }
+            at += piece.len();
+        }
+        // The pieces hold files of the log, which are used again when nobody does.
+        pieces.clear();
+        self.pieces = pieces;
+        if look_up || !reads.is_empty() && self.ring.is_none() {
+            return self.read_by_worker(token, offset, buffer);
+        }
+        if reads.is_empty() {
+            return self.complete(token, Some(buffer), Ok(()));
+        }
+        let request = self.requests.insert(Request {
+            token,
+            buffer: Some(buffer),
+            offset,
+            outstanding: reads.len(),
+            again: false,
+            flush: None,
+            failure: None,
+        });
+        for (act, offset, len) in reads {
+            let file = match &act {
+                Act::Log { _file, .. } | Act::Sync { _file } => _file.file.as_raw_fd(),
+                Act::Record { _file, .. } => _file.as_raw_fd(),
+            };
+            let call = self.calls.insert(Call { request, bytes: vec![0; len], act });
+            let bytes = self.calls.get(call).map_or(std::ptr::null_mut(), |call| call.bytes.as_mut_ptr());
+            let entry = opcode::Read::new(types::Fd(file), bytes, len as u32).offset(offset);
+            self.push(&entry.build().user_data(call as u64));
+        }
+    }
+
+    /// Brings a piece into the buffer if that needs no waiting.
+    fn try_piece(
+        &self,
+        root: Root,
+        piece: &Piece,
+        at: usize,
+        buffer: &mut B,
+        leaf: &mut Option<(u64, Arc<TreeNode>)>,
+    ) -> Tried {
+        match piece {
+            Piece::Zeros { len } => {
+                buffer.put_zeros(at, *len);
+                Tried::Done
+            }
+            Piece::Log { file, offset, len } => {
+                let mut bytes = vec![0; *len];
+                match read_if_cached(&file.file, &mut bytes, *offset) {
+                    true => {
+                        buffer.put(at, &bytes);
+                        Tried::Done
+                    }
+                    false => Tried::Read(Act::Log { _file: file.clone(), at }, *offset, *len),
+                }
+            }
+            Piece::Chunk { index, from, len } => self.try_chunk(root, *index, *from, *len, at, buffer, leaf),
+        }
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a part of a chunk, its place in the buffer, and the leaf that is kept"
+    )]
+    fn try_chunk(
+        &self,
+        root: Root,
+        index: u64,
+        from: usize,
+        len: usize,
+        at: usize,
+        buffer: &mut B,
+        leaf: &mut Option<(u64, Arc<TreeNode>)>,
+    ) -> Tried {
+        let store = self.view.store();
+        let place = (index % tree::FAN_OUT as u64) as usize;
+        let leaf_index = index / tree::FAN_OUT as u64;
+        if leaf.as_ref().is_none_or(|(held, _)| *held != leaf_index) {
+            *leaf = match tree::find_leaf_if(root, index, |name| store.cached_node(name)) {
+                Some(Some(found)) => Some((leaf_index, found)),
+                Some(None) => {
+                    buffer.put_zeros(at, len);
+                    return Tried::Done;
+                }
+                None => return Tried::LookUp,
+            };
+        }
+        let Some((_, leaf)) = leaf else { return Tried::LookUp };
+        let name = leaf.children[place];
+        if name.is_none() {
+            buffer.put_zeros(at, len);
+            return Tried::Done;
+        }
+        if let Some(content) = store.cached_chunk(&name)
+            && let Some(part) = content.get(from..from + len)
+        {
+            buffer.put(at, part);
+            return Tried::Done;
+        }
+        let Some(location) = leaf.location(place) else { return Tried::LookUp };
+        let Ok(file) = store.file_of(location) else { return Tried::LookUp };
+        let mut bytes = vec![0; location.read_len()];
+        match read_some_if_cached(&file, &mut bytes, location.offset()) {
+            Some(read) => match store.content(&name, location, &bytes[..read]) {
+                Ok(content) if content.len() >= from + len => {
+                    store.cache_chunk(&name, &content);
+                    buffer.put(at, &content[from..from + len]);
+                    Tried::Done
+                }
+                // The long way finds another copy, or says what is wrong.
+                _ => Tried::LookUp,
+            },
+            None => Tried::Read(
+                Act::Record { _file: file, name, location, at, from, len },
+                location.offset(),
+                location.read_len(),
+            ),
+        }
+    }
+
+    fn read_by_worker(&mut self, token: u64, offset: u64, mut buffer: B) {
+        let view = self.view.clone();
+        self.by_worker(token, move || {
+            let mut bytes = vec![0; buffer.len()];
+            let result = view.read_at(offset, &mut bytes);
+            if result.is_ok() {
+                buffer.put(0, &bytes);
+            }
+            (Some(buffer), result.map_err(DiskError::from))
+        });
+    }
+
+    /// Has a worker thread carry out an operation.
+    fn by_worker(&mut self, token: u64, act: impl FnOnce() -> (Option<B>, Result<(), DiskError>) + Send + 'static) {
+        let (mailbox, signal) = (self.mailbox.clone(), self.signal.clone());
+        self.at_workers += 1;
+        self.view.store().workers().run(move || {
+            let (buffer, result) = act();
+            mailbox.done.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(Completion {
+                token,
+                buffer,
+                result,
+            });
+            mailbox.len.fetch_add(1, Ordering::Release);
+            // A counter of 2^64 - 1 events cannot overflow.
+            let _ = rustix::io::write(&*signal, &1u64.to_ne_bytes());
+        });
+    }
+
+    // Writing
+
+    fn write(&mut self, token: u64, offset: u64, buffer: B, durability: Durability) {
+        let core = match self.view.volume() {
+            Ok(core) => core.clone(),
+            Err(error) => return self.complete(token, Some(buffer), Err(error)),
+        };
+        let len = buffer.len();
+        self.payload.resize(len.max(self.payload.len()), 0);
+        buffer.take(0, &mut self.payload[..len]);
+        let whole = offset.is_multiple_of(BLOCK_LEN) && (len as u64).is_multiple_of(BLOCK_LEN);
+        if !whole || !core.has_room_now(len) {
+            let payload = self.payload[..len].to_vec();
+            return self.by_worker(token, move || {
+                let result = core.write_at(offset, &payload).and_then(|()| match durability {
+                    Durability::Cached => Ok(()),
+                    Durability::Stable => core.flush(),
+                });
+                (Some(buffer), result.map_err(DiskError::from))
+            });
+        }
+        let result = core.write_at(offset, &self.payload[..len]);
+        self.then_flush(token, Some(buffer), result.map_err(DiskError::from), durability);
+    }
+
+    fn zero(&mut self, token: u64, offset: u64, len: u64, durability: Durability) {
+        let core = match self.view.volume() {
+            Ok(core) => core.clone(),
+            Err(error) => return self.complete(token, None, Err(error)),
+        };
+        let whole = offset.is_multiple_of(BLOCK_LEN) && len.is_multiple_of(BLOCK_LEN);
+        if !whole || !core.has_room_now(0) {
+            return self.by_worker(token, move || {
+                let result = core.zero(offset, len).and_then(|()| match durability {
+                    Durability::Cached => Ok(()),
+                    Durability::Stable => core.flush(),
+                });
+                (None, result.map_err(DiskError::from))
+            });
+        }
+        let result = core.zero(offset, len);
+        self.then_flush(token, None, result.map_err(DiskError::from), durability);
+    }
+
+    fn then_flush(&mut self, token: u64, buffer: Option<B>, result: Result<(), DiskError>, durability: Durability) {
+        match durability {
+            Durability::Stable if result.is_ok() => self.flush(token, buffer),
+            _ => self.complete(token, buffer, result),
+        }
+    }
+
+    fn flush(&mut self, token: u64, buffer: Option<B>) {
+        let core = match self.view.volume() {
+            Ok(core) => core.clone(),
+            // Nothing of a disk that never changes can be lost.
+            Err(_) => return self.complete(token, buffer, Ok(())),
+        };
+        if self.ring.is_none() {
+            return self.by_worker(token, move || (buffer, core.flush().map_err(DiskError::from)));
+        }
+        let flush = match core.begin_flush() {
+            Ok(Some(flush)) => flush,
+            Ok(None) => return self.complete(token, buffer, Ok(())),
+            Err(error) => return self.complete(token, buffer, Err(error.into())),
+        };
+        let files = flush.files.clone();
+        let request = self.requests.insert(Request {
+            token,
+            buffer,
+            offset: 0,
+            outstanding: files.len(),
+            again: false,
+            flush: Some(flush),
+            failure: None,
+        });
+        if files.is_empty() {
+            return self.end_request(request);
+        }
+        for file in files {
+            let fd = types::Fd(file.file.as_raw_fd());
+            let call = self.calls.insert(Call { request, bytes: Vec::new(), act: Act::Sync { _file: file } });
+            let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
+            self.push(&entry.user_data(call as u64));
+        }
+    }
+
+    // The ring
+
+    fn push(&mut self, entry: &io_uring::squeue::Entry) {
+        let Some(ring) = &mut self.ring else { return };
+        loop {
+            // SAFETY: the buffer and file of the call live in its slot until it completes, and the queue is not dropped before.
+            if unsafe { ring.submission().push(entry) }.is_ok() {
+                self.unsubmitted = true;
+                return;
+            }
+            submit(ring);
+        }
+    }
+
+    fn take_from_ring(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
+        if self.unsubmitted {
+            submit(ring);
+            self.unsubmitted = false;
+        }
+        if self.calls.len() == 0 {
+            return;
+        }
+        let mut done = Vec::new();
+        for entry in ring.completion() {
+            done.push((entry.user_data() as usize, entry.result()));
+        }
+        for (call, result) in done {
+            self.end_call(call, result);
+        }
+    }
+
+    fn end_call(&mut self, call: usize, result: i32) {
+        let Some(call) = self.calls.take(call) else { return };
+        let store = self.view.store().clone();
+        let Some(request) = self.requests.get(call.request) else { return };
+        let bytes = call.bytes.get(..result.max(0) as usize).unwrap_or_default();
+        match call.act {
+            Act::Sync { .. } => {
+                if result < 0 {
+                    request.failure = Some(io::Error::from_raw_os_error(-result));
+                }
+            }
+            Act::Log { at, .. } => match (&mut request.buffer, bytes.len() == call.bytes.len()) {
+                (Some(buffer), true) => buffer.put(at, bytes),
+                _ => request.again = true,
+            },
+            Act::Record { name, location, at, from, len, .. } => {
+                match (&mut request.buffer, store.content(&name, location, bytes)) {
+                    (Some(buffer), Ok(content)) if content.len() >= from + len => {
+                        store.cache_chunk(&name, &content);
+                        buffer.put(at, &content[from..from + len]);
+                    }
+                    _ => request.again = true,
+                }
+            }
+        }
+        request.outstanding -= 1;
+        if request.outstanding == 0 {
+            self.end_request(call.request);
+        }
+    }
+
+    fn end_request(&mut self, request: usize) {
+        let Some(request) = self.requests.take(request) else { return };
+        if let Some(flush) = &request.flush {
+            let result = request.failure.map_or(Ok(()), Err);
+            if let Ok(core) = self.view.volume() {
+                core.end_flush(flush, &result);
+            }
+            return self.complete(request.token, request.buffer, result.map_err(DiskError::Io));
+        }
+        match request.buffer {
+            Some(buffer) if request.again => self.read_by_worker(request.token, request.offset, buffer),
+            buffer => self.complete(request.token, buffer, Ok(())),
+        }
+    }
+
+    fn take_from_workers(&mut self) {
+        if self.mailbox.len.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        let done = std::mem::take(&mut *self.mailbox.done.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        self.mailbox.len.fetch_sub(done.len(), Ordering::AcqRel);
+        self.at_workers -= done.len();
+        self.ready.extend(done);
+    }
+}
+
+impl<B: Buffer> Queue<B> for DiskQueue<B> {
+    fn submit(&mut self, token: u64, operation: Operation<B>) {
+        match operation {
+            Operation::Read { offset, buffer } => self.read(token, offset, buffer),
+            Operation::Write { offset, buffer, durability } => self.write(token, offset, buffer, durability),
+            Operation::Flush => self.flush(token, None),
+            Operation::Discard { offset, len, durability } | Operation::WriteZeroes { offset, len, durability } => {
+                self.zero(token, offset, len, durability);
+            }
+        }
+    }
+
+    fn next_completion(&mut self) -> Option<Completion<B>> {
+        if self.ready.is_empty() || self.unsubmitted {
+            self.take_from_ring();
+            self.take_from_workers();
+        }
+        self.ready.pop_front()
+    }
+
+    fn in_flight(&self) -> usize {
+        self.requests.len() + self.at_workers + self.ready.len()
+    }
+
+    fn signal(&self) -> BorrowedFd<'_> {
+        self.signal.as_fd()
+    }
+}
+
+impl<B> Drop for DiskQueue<B> {
+    fn drop(&mut self) {
+        // The kernel writes into buffers that go with the queue: their calls end first.
+        let Some(ring) = &mut self.ring else { return };
+        while self.calls.len() > 0 {
+            if ring.submit_and_wait(1).is_err_and(|error| error.kind() != io::ErrorKind::Interrupted) {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            let ended: Vec<usize> = ring.completion().map(|entry| entry.user_data() as usize).collect();
+            ended.into_iter().for_each(|call| drop(self.calls.take(call)));
+        }
+    }
+}
+
+fn submit(ring: &mut IoUring) {
+    while !ring.submission().is_empty() {
+        match ring.submit() {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The kernel is short of memory for a moment, or completions have to be taken first: nothing signals when that ends.
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(1)),
+        }
+    }
+}
+
+/// Reads what the host has in its page cache; how much that is, if it is anything.
+fn read_some_if_cached(file: &File, bytes: &mut [u8], offset: u64) -> Option<usize> {
+    let wanted = bytes.len();
+    let read = rustix::io::preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT).ok()?;
+    if read == wanted {
+        return Some(read);
+    }
+    // The rest may lie behind the end of the file, or not be in the cache: only a whole record counts, and that is checked.
+    (read >= 64).then_some(read)
+}
+
+fn read_if_cached(file: &File, bytes: &mut [u8], offset: u64) -> bool {
+    let wanted = bytes.len();
+    rustix::io::preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) == Ok(wanted)
+}

@@ -1,0 +1,492 @@
+//! Segments: files of records, written once from front to end and then never changed.
+//!
+//! A process writes a segment of its own under a name that says so (`N.open`) and holds a lock on the file meanwhile. When the
+//! segment is full, or the process ends, a table of its records in the order of their names goes to its end, and it is renamed to
+//! `N.seg`: the table is the smallest kind of index run. Whoever finds an open segment without a lock finishes it, up to
+//! the first record that is not whole.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Result, StoreError};
+use crate::name::{Kind, Name};
+use crate::record::{self, HEADER_LEN, Header, Packing};
+
+/// A segment is full when it holds that much.
+pub(crate) const SEGMENT_LEN: u64 = 15 << 20;
+/// No record of a segment ends behind this: what a location can say.
+const SEGMENT_LEN_MAX: u64 = 16 << 20;
+const MAGIC: &[u8; 16] = b"polder segment\0\0";
+const TABLE_MAGIC: &[u8; 16] = b"polder table\0\0\0\0";
+const FORMAT: u32 = 1;
+/// Records are written to the file in pieces of about this size.
+const BUFFER_LEN: usize = 1 << 20;
+
+/// The number of a segment; 28 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SegmentNumber(pub u32);
+
+pub(crate) const SEGMENT_NUMBER_MAX: u32 = (1 << 28) - 1;
+
+/// Where a record lies: 56 bits of segment (28), offset in units of 64 bytes (18), and length in units of 128 bytes (10).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Location(u64);
+
+impl Location {
+    pub const LEN: usize = 7;
+    const LEN_UNIT: u64 = 128;
+
+    pub fn new(segment: SegmentNumber, offset: u64, record_len: usize) -> Self {
+        debug_assert!(offset.is_multiple_of(HEADER_LEN as u64) && offset < SEGMENT_LEN_MAX);
+        let units = (record_len as u64).div_ceil(Self::LEN_UNIT);
+        let place = offset / HEADER_LEN as u64;
+        Location(u64::from(segment.0) << 28 | place << 10 | units)
+    }
+
+    pub fn segment(self) -> SegmentNumber {
+        SegmentNumber((self.0 >> 28) as u32)
+    }
+
+    pub fn offset(self) -> u64 {
+        (self.0 >> 10 & 0x3_ffff) * HEADER_LEN as u64
+    }
+
+    /// Bytes to read: the record, and perhaps some behind it.
+    pub fn read_len(self) -> usize {
+        ((self.0 & 0x3ff) * Self::LEN_UNIT) as usize
+    }
+
+    pub fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    pub fn from_bits(bits: u64) -> Self {
+        Location(bits)
+    }
+
+    fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes.copy_from_slice(&self.0.to_be_bytes()[1..]);
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Self {
+        Location(bytes.iter().fold(0, |bits, &byte| bits << 8 | u64::from(byte)))
+    }
+}
+
+/// An entry of a table or run: the first bytes of a name, and where its record lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Entry {
+    pub prefix: [u8; Name::PREFIX_LEN],
+    pub location: Location,
+}
+
+impl Entry {
+    pub const LEN: usize = Name::PREFIX_LEN + Location::LEN;
+
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        bytes[..Name::PREFIX_LEN].copy_from_slice(&self.prefix);
+        bytes[Name::PREFIX_LEN..].copy_from_slice(&self.location.to_bytes());
+        bytes
+    }
+
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let mut prefix = [0; Name::PREFIX_LEN];
+        prefix.copy_from_slice(&bytes[..Name::PREFIX_LEN]);
+        Entry { prefix, location: Location::from_bytes(&bytes[Name::PREFIX_LEN..Self::LEN]) }
+    }
+}
+
+/// Where segments lie and what they are called.
+#[derive(Debug, Clone)]
+pub(crate) struct SegmentFolder(pub PathBuf);
+
+impl SegmentFolder {
+    pub fn sealed(&self, segment: SegmentNumber) -> PathBuf {
+        self.0.join(format!("{:08}.seg", segment.0))
+    }
+
+    pub fn open(&self, segment: SegmentNumber) -> PathBuf {
+        self.0.join(format!("{:08}.open", segment.0))
+    }
+
+    /// What a file in the folder is, by its name.
+    pub fn parse(name: &str) -> Option<(SegmentNumber, State)> {
+        let (number, state) = name.split_once('.')?;
+        let state = match state {
+            "seg" => State::Sealed,
+            "open" => State::Open,
+            _ => return None,
+        };
+        (number.len() >= 8).then(|| number.parse().ok()).flatten().map(|number| (SegmentNumber(number), state))
+    }
+
+    /// All segments that have a file.
+    pub fn list(&self) -> Result<Vec<(SegmentNumber, State)>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&self.0).map_err(StoreError::file("list", &self.0))? {
+            let entry = entry.map_err(StoreError::file("list", &self.0))?;
+            found.extend(entry.file_name().to_str().and_then(SegmentFolder::parse));
+        }
+        found.sort_unstable_by_key(|&(number, _)| number);
+        Ok(found)
+    }
+}
+
+/// Whether a segment is still written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    Open,
+    Sealed,
+}
+
+fn file_header(number: SegmentNumber) -> [u8; HEADER_LEN] {
+    let mut bytes = [0; HEADER_LEN];
+    bytes[..16].copy_from_slice(MAGIC);
+    bytes[16..20].copy_from_slice(&FORMAT.to_le_bytes());
+    bytes[20..24].copy_from_slice(&number.0.to_le_bytes());
+    let checksum = crc32c::crc32c(&bytes[..60]);
+    bytes[60..].copy_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+fn check_file_header(file: &File, path: &Path) -> Result<()> {
+    let mut bytes = [0; HEADER_LEN];
+    let damaged = |what: &str| StoreError::Damaged { path: path.to_path_buf(), offset: 0, what: what.to_owned() };
+    match file.read_exact_at(&mut bytes, 0) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(damaged("it is cut off")),
+        Err(error) => return Err(StoreError::file("read", path)(error)),
+    }
+    if &bytes[..16] != MAGIC {
+        return Err(damaged("it is no segment"));
+    }
+    let found = u32::from_le_bytes([bytes[16], bytes[17], bytes[18], bytes[19]]);
+    if found != FORMAT {
+        return Err(StoreError::UnknownFormat { path: path.to_path_buf(), found, known: FORMAT });
+    }
+    if bytes[60..] != crc32c::crc32c(&bytes[..60]).to_le_bytes() {
+        return Err(damaged("its header does not match its checksum"));
+    }
+    Ok(())
+}
+
+/// The segment that this process writes.
+pub(crate) struct SegmentWriter {
+    folder: SegmentFolder,
+    number: SegmentNumber,
+    file: Arc<File>,
+    /// Where the buffer's first byte belongs.
+    written: u64,
+    buffer: Vec<u8>,
+    entries: Vec<Entry>,
+    synced: bool,
+    /// A write or sync failed: what the file holds is not known.
+    broken: bool,
+}
+
+impl SegmentWriter {
+    /// A new segment. Its number must never have been used.
+    pub fn create(folder: &SegmentFolder, number: SegmentNumber) -> Result<Self> {
+        let path = folder.open(number);
+        let file = File::options().read(true).write(true).create_new(true).open(&path);
+        let file = file.map_err(StoreError::file("make", &path))?;
+        lock(&file).map_err(StoreError::file("lock", &path))?;
+        Ok(SegmentWriter {
+            folder: folder.clone(),
+            number,
+            file: Arc::new(file),
+            written: 0,
+            buffer: file_header(number).to_vec(),
+            entries: Vec::new(),
+            synced: false,
+            broken: false,
+        })
+    }
+
+    pub fn number(&self) -> SegmentNumber {
+        self.number
+    }
+
+    /// For reading what was [flushed](Self::flush).
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    pub fn len(&self) -> u64 {
+        self.written + self.buffer.len() as u64
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.len() >= SEGMENT_LEN
+    }
+
+    /// Appends a record, unless the segment is full.
+    pub fn append(
+        &mut self,
+        kind: Kind,
+        name: &Name,
+        domain: u32,
+        content_len: usize,
+        packing: Packing,
+        packed: &[u8],
+    ) -> Result<Location> {
+        let header = Header {
+            kind,
+            packing,
+            packed_len: packed.len() as u32,
+            content_len: content_len as u32,
+            name: *name,
+            domain,
+            checksum: crc32c::crc32c(packed),
+        };
+        self.append_record(&header, packed)
+    }
+
+    /// Appends a record that has its header already.
+    pub fn append_record(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
+        let location = Location::new(self.number, self.len(), header.record_len());
+        self.buffer.extend_from_slice(&header.to_bytes());
+        self.buffer.extend_from_slice(packed);
+        self.buffer.resize(self.buffer.len().next_multiple_of(HEADER_LEN), 0);
+        self.entries.push(Entry { prefix: header.name.prefix(), location });
+        self.synced = false;
+        if self.buffer.len() >= BUFFER_LEN {
+            self.flush()?;
+        }
+        Ok(location)
+    }
+
+    /// Hands everything to the host, so that it can be read from the file.
+    pub fn flush(&mut self) -> Result<()> {
+        self.check()?;
+        if let Err(error) = self.file.write_all_at(&self.buffer, self.written) {
+            self.broken = true;
+            return Err(StoreError::file("write", &self.path())(error));
+        }
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Makes everything stable.
+    pub fn sync(&mut self) -> Result<()> {
+        self.flush()?;
+        if self.synced {
+            return Ok(());
+        }
+        if let Err(error) = self.file.sync_data() {
+            self.broken = true;
+            return Err(StoreError::file("write", &self.path())(error));
+        }
+        self.synced = true;
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.broken { Err(StoreError::Broken { path: self.path() }) } else { Ok(()) }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.open(self.number)
+    }
+
+    /// Ends the segment: stable, with its table, made known by `publish`, then under its final name. One without records is removed;
+    /// then there is no summary.
+    pub fn seal(mut self, publish: impl FnOnce(&Summary) -> Result<()>) -> Result<Option<Summary>> {
+        if self.entries.is_empty() {
+            let path = self.path();
+            std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
+            return Ok(None);
+        }
+        self.flush()?;
+        let entries = std::mem::take(&mut self.entries);
+        finish(&self.folder, self.number, &self.file, self.written, entries, publish).map(Some)
+    }
+}
+
+/// What a sealed segment holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Summary {
+    pub number: SegmentNumber,
+    pub records: u32,
+    /// Bytes of records, and so where its table begins.
+    pub bytes: u64,
+}
+
+fn lock(file: &File) -> io::Result<()> {
+    Ok(rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?)
+}
+
+/// Writes the table behind the records and gives the segment its final name. Whoever misses the open file knows that it was
+/// published before.
+fn finish(
+    folder: &SegmentFolder,
+    number: SegmentNumber,
+    file: &File,
+    end: u64,
+    mut entries: Vec<Entry>,
+    publish: impl FnOnce(&Summary) -> Result<()>,
+) -> Result<Summary> {
+    entries.sort_unstable();
+    let path = folder.open(number);
+    let mut bytes = Vec::with_capacity(entries.len() * Entry::LEN + HEADER_LEN);
+    for entry in &entries {
+        bytes.extend_from_slice(&entry.to_bytes());
+    }
+    let table_checksum = crc32c::crc32c(&bytes);
+    let mut trailer = [0; HEADER_LEN];
+    trailer[..16].copy_from_slice(TABLE_MAGIC);
+    trailer[16..20].copy_from_slice(&FORMAT.to_le_bytes());
+    trailer[20..24].copy_from_slice(&number.0.to_le_bytes());
+    trailer[24..28].copy_from_slice(&(entries.len() as u32).to_le_bytes());
+    trailer[32..40].copy_from_slice(&end.to_le_bytes());
+    trailer[40..44].copy_from_slice(&table_checksum.to_le_bytes());
+    let checksum = crc32c::crc32c(&trailer[..60]);
+    trailer[60..].copy_from_slice(&checksum.to_le_bytes());
+    bytes.extend_from_slice(&trailer);
+    (|| {
+        file.write_all_at(&bytes, end)?;
+        file.set_len(end + bytes.len() as u64)?;
+        file.sync_all()
+    })()
+    .map_err(StoreError::file("finish", &path))?;
+    let summary = Summary { number, records: entries.len() as u32, bytes: end };
+    publish(&summary)?;
+    std::fs::rename(&path, folder.sealed(number))
+        .and_then(|()| File::open(&folder.0)?.sync_all())
+        .map_err(StoreError::file("rename", &path))?;
+    Ok(summary)
+}
+
+/// Reads what a sealed segment says of itself.
+pub(crate) fn summary(folder: &SegmentFolder, number: SegmentNumber, file: &File) -> Result<Summary> {
+    let path = folder.sealed(number);
+    check_file_header(file, &path)?;
+    let len = file.metadata().map_err(StoreError::file("read", &path))?.len();
+    let damaged = |what: &str| StoreError::Damaged { path: path.clone(), offset: len, what: what.to_owned() };
+    let at = len.checked_sub(HEADER_LEN as u64).ok_or_else(|| damaged("it is cut off"))?;
+    let mut trailer = [0; HEADER_LEN];
+    file.read_exact_at(&mut trailer, at).map_err(StoreError::file("read", &path))?;
+    let word = |at: usize| u32::from_le_bytes([trailer[at], trailer[at + 1], trailer[at + 2], trailer[at + 3]]);
+    if &trailer[..16] != TABLE_MAGIC || word(60) != crc32c::crc32c(&trailer[..60]) || word(20) != number.0 {
+        return Err(damaged("its table is missing"));
+    }
+    let bytes = u64::from(word(32)) | u64::from(word(36)) << 32;
+    if bytes.checked_add(u64::from(word(24)) * Entry::LEN as u64) != Some(at) {
+        return Err(damaged("its table has an impossible length"));
+    }
+    Ok(Summary { number, records: word(24), bytes })
+}
+
+/// A record found by reading a segment from front to end.
+pub(crate) struct Found {
+    pub header: Header,
+    pub location: Location,
+}
+
+impl Found {
+    pub fn entry(&self) -> Entry {
+        Entry { prefix: self.header.name.prefix(), location: self.location }
+    }
+}
+
+/// Reads the headers of the records from `from` on: whole records only, up to the first place where none begins. Gives where that is,
+/// and what is wrong there; a segment that ends properly ends where its table begins.
+pub(crate) fn scan(
+    file: &File,
+    number: SegmentNumber,
+    from: u64,
+    end: u64,
+    mut found: impl FnMut(Found),
+) -> io::Result<(u64, Option<String>)> {
+    let mut at = from.max(HEADER_LEN as u64);
+    let mut bytes = [0; HEADER_LEN];
+    while at < end {
+        match file.read_exact_at(&mut bytes, at) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok((at, None)),
+            Err(error) => return Err(error),
+        }
+        let header = match Header::from_bytes(&bytes) {
+            Ok(header) => header,
+            Err(what) => return Ok((at, Some(what))),
+        };
+        let next = at + header.record_len() as u64;
+        if next > end {
+            return Ok((at, Some("a record is cut off".to_owned())));
+        }
+        found(Found { header, location: Location::new(number, at, header.record_len()) });
+        at = next;
+    }
+    Ok((at, None))
+}
+
+/// Finishes a segment whose process died: its whole records stay, what follows is cut off.
+pub(crate) fn adopt(
+    folder: &SegmentFolder,
+    number: SegmentNumber,
+    publish: impl FnOnce(&Summary) -> Result<()>,
+) -> Result<()> {
+    let path = folder.open(number);
+    let file = match File::options().read(true).write(true).open(&path) {
+        Ok(file) => file,
+        // Somebody else was quicker.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(StoreError::file("open", &path)(error)),
+    };
+    // Whoever writes it has it locked.
+    if lock(&file).is_err() || !path.exists() {
+        return Ok(());
+    }
+    let len = file.metadata().map_err(StoreError::file("read", &path))?.len().min(SEGMENT_LEN_MAX);
+    let mut entries = Vec::new();
+    let mut end = HEADER_LEN as u64;
+    if check_file_header(&file, &path).is_ok() {
+        let mut records = Vec::new();
+        scan(&file, number, 0, len, |found| records.push(found)).map_err(StoreError::file("read", &path))?;
+        for found in records {
+            // Headers can be stable where contents are not.
+            let content = read_record(&file, found.location).map_err(StoreError::file("read", &path))?;
+            if content.is_err() {
+                break;
+            }
+            end = found.location.offset() + found.header.record_len() as u64;
+            entries.push(found.entry());
+        }
+    }
+    if entries.is_empty() {
+        return std::fs::remove_file(&path).map_err(StoreError::file("remove", &path));
+    }
+    finish(folder, number, &file, end, entries, publish).map(drop)
+}
+
+/// Reads a record whole: its header and packed bytes, checksums compared; or what is wrong with it.
+pub(crate) fn read_record(file: &File, location: Location) -> io::Result<Result<(Header, Vec<u8>), String>> {
+    let mut bytes = vec![0; location.read_len()];
+    let len = read_up_to(file, &mut bytes, location.offset())?;
+    bytes.truncate(len);
+    Ok(record::split(&bytes).map(|(header, packed)| {
+        let packed = packed.to_vec();
+        (header, packed)
+    }))
+}
+
+/// Reads until the buffer is full or the file ends.
+pub(crate) fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut len = 0;
+    while len < buffer.len() {
+        match file.read_at(&mut buffer[len..], offset + len as u64) {
+            Ok(0) => break,
+            Ok(more) => len += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(len)
+}

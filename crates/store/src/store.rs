@@ -1,0 +1,467 @@
+//! A store: a folder that any number of processes of a host use at once.
+//!
+//! Reading needs no lock. Whoever adds records does so in a [`Batch`]: from the first look whether a record is there already until
+//! the root that needs it is stable, the batch holds the store's shared lock, so that a garbage collection, which takes that lock alone
+//! for a moment before it removes anything, sees either the root or no use of the record.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::cache::Cache;
+use crate::catalog::Catalog;
+use crate::error::{Result, StoreError};
+use crate::id::Id;
+use crate::index::{Index, IndexFigures};
+use crate::name::{Kind, Name, Namer};
+use crate::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Packer};
+use crate::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
+use crate::tree::{NODE_LEN, NodeSink, NodeSource, TreeNode, not_a_node};
+use crate::workers::Workers;
+
+/// Files of segments that are kept open for reading.
+const OPEN_FILES_MAX: usize = 200;
+/// Memory of a node in the cache: names and locations.
+const NODE_WEIGHT: usize = NODE_LEN + 128 * 8;
+
+/// How much memory a process spends on a store.
+#[derive(Debug, Clone, Copy)]
+pub struct StoreOptions {
+    /// Chunks that were read.
+    pub chunk_cache_bytes: usize,
+    /// Nodes of trees.
+    pub node_cache_bytes: usize,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        StoreOptions { chunk_cache_bytes: 64 << 20, node_cache_bytes: 32 << 20 }
+    }
+}
+
+/// A store that this process has open.
+pub struct Store {
+    folder: PathBuf,
+    id: Id,
+    catalog: Catalog,
+    index: Index,
+    segments: SegmentFolder,
+    namer: Namer,
+    /// The segment that this process writes.
+    writer: Mutex<Option<SegmentWriter>>,
+    files: Mutex<VecDeque<(SegmentNumber, Arc<File>)>>,
+    chunks: Cache<Arc<[u8]>>,
+    nodes: Cache<Arc<TreeNode>>,
+    workers: Workers,
+}
+
+impl Store {
+    /// Opens the store in a folder, and makes it if there is none.
+    pub fn open(folder: &Path, options: StoreOptions) -> Result<Arc<Self>> {
+        let segments = SegmentFolder(folder.join("segments"));
+        let index_folder = folder.join("index");
+        for path in [folder, &segments.0, &index_folder, &folder.join("volumes")] {
+            std::fs::create_dir_all(path).map_err(StoreError::file("make", path))?;
+        }
+        let catalog = Catalog::open(&folder.join("catalog.db"))?;
+        let store = Store {
+            folder: folder.to_path_buf(),
+            id: catalog.store_id()?,
+            index: Index::new(segments.clone(), index_folder),
+            catalog,
+            segments,
+            namer: Namer::open(),
+            writer: Mutex::default(),
+            files: Mutex::default(),
+            chunks: Cache::new(options.chunk_cache_bytes),
+            nodes: Cache::new(options.node_cache_bytes),
+            workers: Workers::default(),
+        };
+        // A collection that runs may have taken segments out of the catalog whose files are still there.
+        let lock = store.batch_lock()?;
+        store.index.recover(&store.catalog)?;
+        drop(lock);
+        store.index.refresh(&store.catalog)?;
+        Ok(Arc::new(store))
+    }
+
+    /// Opens a store that must be there.
+    pub fn open_existing(folder: &Path, options: StoreOptions) -> Result<Arc<Self>> {
+        if !folder.join("catalog.db").exists() {
+            return Err(StoreError::NotFound { what: "store", name: folder.display().to_string() });
+        }
+        Store::open(folder, options)
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn id(&self) -> Id {
+        self.id
+    }
+
+    pub(crate) fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// Threads for what has to wait.
+    pub(crate) fn workers(&self) -> &Workers {
+        &self.workers
+    }
+
+    pub(crate) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub(crate) fn segments(&self) -> &SegmentFolder {
+        &self.segments
+    }
+
+    pub(crate) fn namer(&self) -> &Namer {
+        &self.namer
+    }
+
+    pub fn index_figures(&self) -> IndexFigures {
+        self.index.figures()
+    }
+
+    fn writer(&self) -> MutexGuard<'_, Option<SegmentWriter>> {
+        self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn batch_lock(&self) -> Result<File> {
+        // Who waits for the lock alone holds the gate: batches that begin one after the other do not keep it out for ever.
+        let _gate = self.lock_file("gate.lock", FlockOperation::LockShared)?;
+        self.lock_file("batch.lock", FlockOperation::LockShared)
+    }
+
+    /// The lock that keeps batches out; waits for those that run.
+    pub(crate) fn lock_out_batches(&self) -> Result<File> {
+        let _gate = self.lock_file("gate.lock", FlockOperation::LockExclusive)?;
+        self.lock_file("batch.lock", FlockOperation::LockExclusive)
+    }
+
+    /// A lock that one process at most has. It ends with the file, and so with the process.
+    pub(crate) fn try_lock(&self, name: &str) -> Result<Option<File>> {
+        match self.lock_file(name, FlockOperation::NonBlockingLockExclusive) {
+            Ok(file) => Ok(Some(file)),
+            Err(StoreError::File { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn lock_file(&self, name: &str, operation: FlockOperation) -> Result<File> {
+        let path = self.folder.join(name);
+        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = file.map_err(StoreError::file("open", &path))?;
+        loop {
+            match flock(&file, operation) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(StoreError::file("lock", &path)(error.into())),
+            }
+        }
+    }
+
+    /// Begins to add records.
+    pub(crate) fn batch(self: &Arc<Self>) -> Result<Batch> {
+        let lock = self.batch_lock()?;
+        // What a collection removed before we had the lock is not to be used again.
+        self.index.refresh_segments(&self.catalog)?;
+        Ok(Batch { _lock: lock, store: self.clone(), added: Added::default(), packer: Packer::default() })
+    }
+
+    /// Merges the index where it has many parts, and writes the catalog's log back. For a thread that may wait.
+    pub(crate) fn tidy(&self) -> Result<()> {
+        if let Some(_lock) = self.try_lock("index.lock")? {
+            self.index.refresh(&self.catalog)?;
+            while self.index.merge(&self.catalog)? {}
+        }
+        self.catalog.checkpoint()
+    }
+
+    /// Ends the segment that is being written, if there is one: others can build on what it holds.
+    pub fn seal(&self) -> Result<()> {
+        self.seal_segment(&mut self.writer())
+    }
+
+    fn seal_segment(&self, writer: &mut Option<SegmentWriter>) -> Result<()> {
+        let Some(segment) = writer.take() else { return Ok(()) };
+        let number = segment.number();
+        // The file's name changes, not what is open.
+        let file = segment.file().clone();
+        match segment.seal(|summary| self.catalog.add_segment(summary)) {
+            Ok(Some(summary)) => {
+                self.index.sealed(&summary, self.catalog.generation()?)?;
+                self.keep_file(number, file);
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Err(error) => {
+                self.index.forget_ours(number);
+                Err(error)
+            }
+        }
+    }
+
+    // Reading
+
+    /// A chunk that was read not long ago.
+    pub(crate) fn cached_chunk(&self, name: &Name) -> Option<Arc<[u8]>> {
+        self.chunks.get(name)
+    }
+
+    pub(crate) fn cache_chunk(&self, name: &Name, content: &Arc<[u8]>) {
+        self.chunks.insert(*name, content.clone(), content.len() + 64);
+    }
+
+    /// A chunk of a leaf, which remembers where it lies.
+    pub(crate) fn chunk_of(&self, leaf: &TreeNode, place: usize) -> Result<Arc<[u8]>> {
+        let name = &leaf.children[place];
+        if let Some(content) = self.cached_chunk(name) {
+            return Ok(content);
+        }
+        if let Some(location) = leaf.location(place) {
+            if let Ok(content) = self.read_at(name, location) {
+                self.cache_chunk(name, &content);
+                return Ok(content);
+            }
+            leaf.forget_location(place);
+        }
+        let (content, location) = self.read(name)?;
+        leaf.set_location(place, location);
+        self.cache_chunk(name, &content);
+        Ok(content)
+    }
+
+    /// Reads a record by its name, from whichever copy is whole.
+    pub(crate) fn read(&self, name: &Name) -> Result<(Arc<[u8]>, Location)> {
+        let mut damage = None;
+        for look in 0..3 {
+            let locations = match look {
+                0 => self.index.find(name)?,
+                1 => self.index.find_all(name)?,
+                _ => {
+                    // Others may have written, sealed or moved it.
+                    self.index.refresh(&self.catalog)?;
+                    self.index.find_all(name)?
+                }
+            };
+            for location in locations {
+                match self.read_at(name, location) {
+                    Ok(content) => return Ok((content, location)),
+                    Err(error) => damage = Some(error),
+                }
+            }
+        }
+        Err(damage.unwrap_or(StoreError::Missing { name: *name }))
+    }
+
+    /// Reads the record at a place, and checks that it is the one.
+    pub(crate) fn read_at(&self, name: &Name, location: Location) -> Result<Arc<[u8]>> {
+        let file = self.file_of(location)?;
+        let mut bytes = vec![0; location.read_len()];
+        let len = segment::read_up_to(&file, &mut bytes, location.offset())
+            .map_err(StoreError::file("read", &self.segment_path(location)))?;
+        self.content(name, location, &bytes[..len])
+    }
+
+    /// The content of the record that was read from a place.
+    pub(crate) fn content(&self, name: &Name, location: Location, bytes: &[u8]) -> Result<Arc<[u8]>> {
+        let content = record::split(bytes).and_then(|(header, packed)| match header.name == *name {
+            true => record::unpack(&header, packed),
+            false => Err(format!("chunk {} lies here instead of {name}", header.name)),
+        });
+        content.map_err(|what| StoreError::Damaged {
+            path: self.segment_path(location),
+            offset: location.offset(),
+            what,
+        })
+    }
+
+    pub(crate) fn segment_path(&self, location: Location) -> PathBuf {
+        self.segments.sealed(location.segment())
+    }
+
+    /// The file that a place is in.
+    pub(crate) fn file_of(&self, location: Location) -> Result<Arc<File>> {
+        let number = location.segment();
+        {
+            let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if let Some(at) = files.iter().position(|(held, _)| *held == number) {
+                let file = files[at].1.clone();
+                // Those in use stay in the front half.
+                if at > OPEN_FILES_MAX / 2 {
+                    files.swap(at, at / 2);
+                }
+                return Ok(file);
+            }
+        }
+        if let Some(segment) = &mut *self.writer()
+            && segment.number() == number
+        {
+            segment.flush()?;
+            return Ok(segment.file().clone());
+        }
+        let sealed = self.segments.sealed(number);
+        let file = match File::open(&sealed) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let open = File::open(self.segments.open(number));
+                // It may have been sealed between the two.
+                open.or_else(|_| File::open(&sealed)).map_err(StoreError::file("open", &sealed))?
+            }
+            Err(error) => return Err(StoreError::file("open", &sealed)(error)),
+        };
+        let file = Arc::new(file);
+        self.keep_file(number, file.clone());
+        Ok(file)
+    }
+
+    fn keep_file(&self, number: SegmentNumber, file: Arc<File>) {
+        let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        files.push_front((number, file));
+        files.truncate(OPEN_FILES_MAX);
+    }
+
+    /// Closes the files of segments that are gone.
+    pub(crate) fn forget_segments(&self, segments: &[SegmentNumber]) {
+        let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        files.retain(|(number, _)| !segments.contains(number));
+    }
+
+    /// A node, if it was read not long ago.
+    pub(crate) fn cached_node(&self, name: &Name) -> Option<Arc<TreeNode>> {
+        self.nodes.get(name)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // A segment that cannot be sealed is found and finished by whoever opens the store next.
+        if let Err(error) = self.seal() {
+            tracing::warn!(%error, "the store's segment could not be finished");
+        }
+    }
+}
+
+impl NodeSource for Store {
+    fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
+        if let Some(node) = self.nodes.get(name) {
+            return Ok(node);
+        }
+        let (content, _) = self.read(name)?;
+        let node = Arc::new(TreeNode::from_bytes(&content).ok_or_else(|| not_a_node(name))?);
+        self.nodes.insert(*name, node.clone(), NODE_WEIGHT);
+        Ok(node)
+    }
+}
+
+/// What a batch did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Added {
+    /// Records that were asked for and are not all zeros.
+    pub records: u64,
+    /// Those that were there already.
+    pub reused: u64,
+    /// Bytes of new records.
+    pub stored_bytes: u64,
+}
+
+/// Records that are being added. What it added counts when [`Batch::commit`] came back; a batch that is dropped leaves at most
+/// records behind that nothing needs.
+pub(crate) struct Batch {
+    _lock: File,
+    store: Arc<Store>,
+    added: Added,
+    packer: Packer,
+}
+
+impl Batch {
+    /// The name of `content`, which is in the store afterwards. Chunks of zeros have none.
+    pub fn put_chunk(&mut self, content: &[u8]) -> Result<Name> {
+        if is_zero(content) {
+            return Ok(Name::NONE);
+        }
+        self.put(Kind::Data, content).map(|(name, _)| name)
+    }
+
+    /// As [`put_chunk`](Self::put_chunk) for bytes that may be zeros, and for the store's own records.
+    pub fn put(&mut self, kind: Kind, content: &[u8]) -> Result<(Name, Location)> {
+        if content.len() > CONTENT_LEN_MAX {
+            return Err(StoreError::Refused(format!(
+                "a record of {} bytes is longer than {CONTENT_LEN_MAX}",
+                content.len()
+            )));
+        }
+        let store = self.store.clone();
+        let name = store.namer.name(kind, content);
+        self.added.records += 1;
+        if let Some(location) = store.index.find_for_reuse(&name)? {
+            self.added.reused += 1;
+            return Ok((name, location));
+        }
+        let (packing, packed) = self.packer.pack(content);
+        let mut writer = store.writer();
+        if writer.as_ref().is_some_and(SegmentWriter::is_full) {
+            store.seal_segment(&mut writer)?;
+        }
+        let segment = match &mut *writer {
+            Some(segment) => segment,
+            none => none.insert(SegmentWriter::create(&store.segments, store.catalog.new_segment()?)?),
+        };
+        let location = segment.append(kind, &name, 0, content.len(), packing, packed)?;
+        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
+        store.index.add_ours(&name, location);
+        Ok((name, location))
+    }
+
+    /// Makes everything stable that the batch added or found; the lock stays until the batch is dropped, which is to be after the root
+    /// that needs the records is stable too.
+    pub fn sync(&mut self) -> Result<Added> {
+        let mut writer = self.store.writer();
+        if let Some(segment) = &mut *writer
+            && let Err(error) = segment.sync()
+        {
+            let number = segment.number();
+            self.store.index.forget_ours(number);
+            *writer = None;
+            return Err(error);
+        }
+        Ok(self.added)
+    }
+}
+
+impl NodeSource for Batch {
+    fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
+        self.store.node(name)
+    }
+}
+
+impl NodeSink for Batch {
+    fn put_node(&mut self, bytes: &[u8]) -> Result<Name> {
+        let (name, _) = self.put(Kind::Tree, bytes)?;
+        if self.store.cached_node(&name).is_none()
+            && let Some(node) = TreeNode::from_bytes(bytes)
+        {
+            self.store.nodes.insert(name, Arc::new(node), NODE_WEIGHT);
+        }
+        Ok(name)
+    }
+}
+
+/// Whether there is nothing but zeros.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    let mut blocks = bytes.chunks_exact(64);
+    let zero = |block: &[u8]| block.iter().fold(0, |any, &byte| any | byte) == 0;
+    blocks.by_ref().all(zero) && zero(blocks.remainder())
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

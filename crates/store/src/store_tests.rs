@@ -1,0 +1,279 @@
+//! The store as a whole: collections, verification and repair, several processes' worth of handles on one folder.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use crate::collect::CollectOptions;
+use crate::disk::{Disk, Durability, Extent, Operation, Question, Queue};
+use crate::format::{self, RawSource};
+use crate::volume::Volume;
+use crate::{Content, OpenDisk, Replace, Store, StoreError, StoreOptions, TreeSource, VolumeOptions};
+
+const MIB: u64 = 1 << 20;
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn open(folder: &tempfile::TempDir) -> Arc<Store> {
+    Store::open(folder.path(), StoreOptions::default()).unwrap()
+}
+
+fn volume(store: &Arc<Store>, name: &str, capacity_bytes: u64) -> Volume {
+    store.create_volume(name, &Content::Zeros { capacity_bytes, chunk_len: 16_384 }).unwrap();
+    Volume::open(store, name, VolumeOptions::default()).unwrap()
+}
+
+fn content(store: &Arc<Store>, name: &str) -> Vec<u8> {
+    let volume = Volume::open(store, name, VolumeOptions::default()).unwrap();
+    let mut bytes = vec![0; volume.capacity_bytes() as usize];
+    volume.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn at_once() -> CollectOptions {
+    CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() }
+}
+
+fn collect(store: &Arc<Store>) -> crate::Collected {
+    store.collect(at_once(), &mut |_| Ok(())).unwrap()
+}
+
+#[test]
+fn a_collection_frees_what_nothing_needs_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let kept = volume(&store, "kept", 64 * MIB);
+    let gone = volume(&store, "gone", 64 * MIB);
+    // Chunks of both lie side by side in the same segments.
+    for part in 0..48u64 {
+        kept.write_at(part * MIB, &noise(part, 128 * 1024)).unwrap();
+        gone.write_at(part * MIB, &noise(1000 + part, 1 << 20)).unwrap();
+        kept.compact().unwrap();
+        gone.compact().unwrap();
+    }
+    kept.snapshot("early").unwrap();
+    kept.zero(0, 20 * MIB).unwrap();
+    let mut expected = vec![0; 64 << 20];
+    kept.read_at(0, &mut expected).unwrap();
+    kept.close().unwrap();
+    gone.close().unwrap();
+    store.seal().unwrap();
+    assert_eq!(collect(&store).removed_segments, 0);
+    store.remove_volume("gone").unwrap();
+    let usage = store.usage(&mut |_| Ok(())).unwrap();
+    assert!(usage.reclaimable_bytes() > 47 * MIB, "{usage:?}");
+    let collected = collect(&store);
+    assert!(collected.freed_bytes - collected.rewritten_bytes > 40 * MIB, "{collected:?}");
+    let after = store.usage(&mut |_| Ok(())).unwrap();
+    assert!(after.stored_bytes < 12 * MIB && after.lost.is_empty(), "{after:?}");
+    for store in [&store, &open(&folder)] {
+        assert!(content(store, "kept") == expected);
+        let verified = store.verify(&mut |_| Ok(())).unwrap();
+        assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+    }
+    let early = store.snapshot("kept", "early").unwrap();
+    store.create_volume("again", &Content::Snapshot(&early)).unwrap();
+    assert!(content(&store, "again")[..128 * 1024] == noise(0, 128 * 1024));
+}
+
+#[test]
+fn a_collection_beside_writers_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for writer in 0..2u64 {
+            let (folder, store, stop) = (&folder, open(&folder), &stop);
+            scope.spawn(move || {
+                let name = format!("disk{writer}");
+                let disk = volume(&store, &name, 8 * MIB);
+                let mut expected = vec![0; 8 << 20];
+                for round in 0.. {
+                    // A few contents that come and go, so that chunks are found again that a collection is about to remove.
+                    let bytes = noise(round % 5, 256 * 1024);
+                    let at = (round * 7 % 32 * 256 * 1024) as usize;
+                    disk.write_at(at as u64, &bytes).unwrap();
+                    expected[at..at + bytes.len()].copy_from_slice(&bytes);
+                    if round % 3 == 0 {
+                        disk.zero((round * 5 % 32) * 256 * 1024, 256 * 1024).unwrap();
+                        let at = ((round * 5 % 32) * 256 * 1024) as usize;
+                        expected[at..at + 256 * 1024].fill(0);
+                    }
+                    disk.compact().unwrap();
+                    if round % 4 == writer {
+                        store.seal().unwrap();
+                    }
+                    if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                        break;
+                    }
+                }
+                let mut found = vec![0; 8 << 20];
+                disk.read_at(0, &mut found).unwrap();
+                assert!(found == expected);
+                disk.close().unwrap();
+                drop(store);
+                // Nothing in memory helps this one.
+                assert!(content(&open(folder), &name) == expected);
+            });
+        }
+        // The writers end whatever happens here.
+        let collections: Vec<_> = (0..15).map(|_| store.collect(at_once(), &mut |_| Ok(()))).collect();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        for collected in collections {
+            collected.unwrap();
+        }
+    });
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+}
+
+#[test]
+fn a_flipped_bit_is_found_named_and_repaired_where_another_copy_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = noise(1, 4 << 20);
+    // Two handles write the same at the same time, and so it is stored twice.
+    let (one, two) = (open(&folder), open(&folder));
+    let (a, b) = (volume(&one, "a", 8 * MIB), volume(&two, "b", 8 * MIB));
+    a.write_at(0, &bytes).unwrap();
+    a.write_at(5 * MIB, &noise(2, 1 << 20)).unwrap();
+    b.write_at(0, &bytes).unwrap();
+    a.close().unwrap();
+    b.close().unwrap();
+    drop((one, two));
+    let store = open(&folder);
+    let mut segments: Vec<_> =
+        std::fs::read_dir(folder.path().join("segments")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.sort();
+    assert_eq!(segments.len(), 2);
+    let flip = |at: u64| {
+        let file = std::fs::File::options().read(true).write(true).open(&segments[0]).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+    };
+    flip(1 << 20);
+    // A header as well.
+    flip(64 + (64 + 16_384) * 5 + 3);
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert_eq!(verified.damages.len(), 2, "{verified:?}");
+    assert!(verified.damages.iter().all(|damage| damage.segment == segments[0]));
+    assert!(verified.lost.is_empty(), "{:?}", verified.lost);
+    // Reading takes the whole copy.
+    assert!(content(&open(&folder), "a")[..4 << 20] == bytes);
+    let repaired = store.repair(&mut |_| Ok(())).unwrap();
+    assert_eq!((repaired.rewritten_segments, repaired.lost.len()), (1, 0));
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+    assert!(content(&store, "a")[..4 << 20] == bytes);
+}
+
+#[test]
+fn what_has_no_other_copy_is_named_with_who_needs_it_and_where() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = volume(&open(&folder), "disk", 8 * MIB);
+    disk.write_at(3 * MIB, &noise(1, 16_384)).unwrap();
+    disk.snapshot("saved").unwrap();
+    disk.close().unwrap();
+    let segment = std::fs::read_dir(folder.path().join("segments")).unwrap().next().unwrap().unwrap().path();
+    let file = std::fs::File::options().write(true).open(segment).unwrap();
+    file.write_all_at(b"flood", 500).unwrap();
+    let store = open(&folder);
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert_eq!(verified.damages.len(), 1);
+    let lost: Vec<_> = verified.lost.iter().map(|lost| (lost.owner.as_str(), lost.offset)).collect();
+    assert_eq!(lost, [("volume disk", Some(3 * MIB)), ("snapshot saved of volume disk", Some(3 * MIB))]);
+    let disk = Volume::open(&store, "disk", VolumeOptions::default()).unwrap();
+    let mut bytes = [0; 4096];
+    assert!(matches!(disk.read_at(3 * MIB, &mut bytes), Err(StoreError::Damaged { .. })));
+    disk.read_at(0, &mut bytes).unwrap();
+}
+
+#[test]
+fn an_image_is_brought_in_and_out_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let path = folder.path().join("disk.raw");
+    let mut bytes = vec![0; 9 << 20];
+    bytes[..3 << 20].copy_from_slice(&noise(1, 3 << 20));
+    bytes[(7 << 20) + 512..(8 << 20)].copy_from_slice(&noise(2, (1 << 20) - 512));
+    std::fs::write(&path, &bytes).unwrap();
+    let facts = BTreeMap::from([("kernel".to_owned(), "6.1".to_owned())]);
+    let mut node = store.new_node(facts.clone()).unwrap();
+    node.add_disk("root", &RawSource::open(&path).unwrap(), &mut |_| Ok(())).unwrap();
+    node.save_as_image("debian", Replace::No).unwrap();
+    let mut node = store.new_node(facts).unwrap();
+    node.add_disk("root", &RawSource::open(&path).unwrap(), &mut |_| Ok(())).unwrap();
+    assert!(matches!(node.save_as_image("debian", Replace::No), Err(StoreError::Exists { .. })));
+    let (_, node) = store.image("debian").unwrap();
+    let source = TreeSource::new(&store, &node.disks[0]);
+    let out = folder.path().join("out.raw");
+    let mut target = format::RawTarget::create(&out, node.disks[0].len_bytes).unwrap();
+    format::copy(&source, &mut target, std::num::NonZero::new(2).unwrap(), &mut |_| {}).unwrap();
+    assert!(std::fs::read(&out).unwrap() == bytes);
+    store.create_volume("instance", &Content::Tree(&node.disks[0])).unwrap();
+    assert!(content(&store, "instance") == bytes);
+}
+
+#[test]
+fn a_queue_reads_writes_and_answers_questions() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let disk = volume(&store, "disk", 32 * MIB);
+    let bytes = noise(1, 1 << 20);
+    disk.write_at(MIB, &bytes).unwrap();
+    disk.snapshot("before").unwrap();
+    disk.close().unwrap();
+    drop(store);
+    let store = open(&folder);
+    let disk = Arc::new(OpenDisk::Volume(Volume::open(&store, "disk", VolumeOptions::default()).unwrap()));
+    let mut queue = disk.open_queue::<Vec<u8>>().unwrap();
+    let mut expected = vec![0; 32 << 20];
+    expected[1 << 20..2 << 20].copy_from_slice(&bytes);
+    let mut token = 0;
+    let mut run = |operation| {
+        token += 1;
+        queue.submit(token, operation);
+        let completion = loop {
+            if let Some(completion) = queue.next_completion() {
+                break completion;
+            }
+            let mut waited = [rustix::event::PollFd::from_borrowed_fd(queue.signal(), rustix::event::PollFlags::IN)];
+            rustix::event::poll(&mut waited, Some(&rustix::time::Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap();
+            let _ = rustix::io::read(queue.signal(), &mut [0; 8]);
+        };
+        assert_eq!(completion.token, token);
+        completion.result.map(|()| completion.buffer.unwrap_or_default())
+    };
+    for (offset, len) in [(0, 512), (MIB - 4096, 16_384), (MIB + 512, 100 * 512), (0, 4 << 20)] {
+        // From the host's disk first, from memory then.
+        for _ in 0..2 {
+            let read = run(Operation::Read { offset, buffer: vec![9; len] }).unwrap();
+            assert!(read == expected[offset as usize..offset as usize + len], "{offset} {len}");
+        }
+    }
+    let more = noise(2, 12_288);
+    for offset in [4096, 20 * MIB + 512] {
+        let write = Operation::Write { offset, buffer: more.clone(), durability: Durability::Stable };
+        run(write).unwrap();
+        expected[offset as usize..offset as usize + more.len()].copy_from_slice(&more);
+    }
+    run(Operation::Discard { offset: MIB, len: 8192, durability: Durability::Cached }).unwrap();
+    expected[1 << 20..(1 << 20) + 8192].fill(0);
+    run(Operation::Flush).unwrap();
+    let read = run(Operation::Read { offset: 0, buffer: vec![9; 32 << 20] }).unwrap();
+    assert!(read == expected);
+    assert!(run(Operation::Read { offset: 32 * MIB, buffer: vec![0; 512] }).is_err());
+    drop(queue);
+    let parts = |question| {
+        let extents = disk.extents(&question, 0, 32 * MIB, 100).unwrap();
+        extents.iter().filter(|extent| extent.set).map(|&Extent { offset, len, .. }| (offset, len)).collect::<Vec<_>>()
+    };
+    assert_eq!(parts(Question::Allocated), [(4096, 12_288), (MIB + 8192, MIB - 8192), (20 * MIB, 16_384)]);
+    let changed = parts(Question::ChangedSince("before".to_owned()));
+    assert_eq!(changed, [(4096, 12_288), (MIB, 8192), (20 * MIB, 16_384)]);
+    assert!(disk.extents(&Question::ChangedSince("never".to_owned()), 0, 512, 1).is_err());
+}

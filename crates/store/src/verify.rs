@@ -1,0 +1,223 @@
+//! Verification and repair: every record is read, and its content compared with its name.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::catalog::SegmentRow;
+use crate::collect::{Step, Watcher};
+use crate::error::{Result, StoreError};
+use crate::mark::{Lost, Marks};
+use crate::name::{Kind, Name};
+use crate::record::{self, HEADER_LEN, Header};
+use crate::segment::SegmentWriter;
+use crate::store::Store;
+
+/// A record that is not what its name says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    pub segment: std::path::PathBuf,
+    pub offset: u64,
+    /// Unknown if the header itself is damaged.
+    pub name: Option<Name>,
+    pub what: String,
+}
+
+/// What a verification found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Verified {
+    pub records: u64,
+    pub bytes: u64,
+    pub damages: Vec<Damage>,
+    /// What is needed and not to be had from any copy.
+    pub lost: Vec<Lost>,
+}
+
+/// What a repair did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Repaired {
+    pub found: Verified,
+    /// Segments that were rewritten without what was damaged in them.
+    pub rewritten_segments: u64,
+    /// What is still missing: who needs it, and where.
+    pub lost: Vec<Lost>,
+}
+
+impl Store {
+    /// Reads everything, and says what is damaged and what is lost.
+    pub fn verify(self: &Arc<Self>, watcher: Watcher<'_>) -> Result<Verified> {
+        self.index().refresh(self.catalog())?;
+        let mut verified = Verified::default();
+        let segments = self.catalog().segments()?;
+        let total = segments.iter().map(|row| row.bytes).sum();
+        for row in &segments {
+            self.verify_segment(row, &mut verified)?;
+            watcher(Step { what: "reading", done: verified.bytes, total })?;
+        }
+        verified.lost = self.lost(&verified.damages)?;
+        Ok(verified)
+    }
+
+    fn verify_segment(&self, row: &SegmentRow, verified: &mut Verified) -> Result<()> {
+        let path = self.segments().sealed(row.number);
+        let damage = |offset, name, what| Damage { segment: path.clone(), offset, name, what };
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                // It may have been collected since it was listed.
+                if self.catalog().segments()?.iter().any(|known| known.number == row.number) {
+                    verified.damages.push(damage(0, None, format!("it cannot be read: {error}")));
+                }
+                return Ok(());
+            }
+        };
+        verified.bytes += row.bytes;
+        let end = (row.bytes as usize).min(bytes.len());
+        let mut at = HEADER_LEN;
+        while at < end {
+            match Header::from_bytes(&bytes[at..end]) {
+                Ok(header) => {
+                    verified.records += 1;
+                    let record = &bytes[at..end.min(at + header.record_len())];
+                    if let Err(what) = self.check(&header, record) {
+                        verified.damages.push(damage(at as u64, Some(header.name), what));
+                    }
+                    at += header.record_len();
+                }
+                Err(what) => {
+                    // Records begin at multiples of 64 bytes: the next whole header is where they go on.
+                    verified.damages.push(damage(at as u64, None, what));
+                    at += HEADER_LEN;
+                    while at < end && Header::from_bytes(&bytes[at..end]).is_err() {
+                        at += HEADER_LEN;
+                    }
+                }
+            }
+        }
+        if (bytes.len() as u64) < row.bytes {
+            verified.damages.push(damage(bytes.len() as u64, None, "it is cut off".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Whether a record holds what its name says.
+    fn check(&self, header: &Header, bytes: &[u8]) -> Result<(), String> {
+        let (header, packed) = record::split(bytes).map(|(_, packed)| (header, packed))?;
+        let content = record::unpack(header, packed)?;
+        match self.namer().name(header.kind, &content) == header.name {
+            true => Ok(()),
+            false => Err(format!("chunk {} holds something else", header.name)),
+        }
+    }
+
+    /// What of the damage concerns something that is kept, and has no other copy.
+    fn lost(self: &Arc<Self>, damages: &[Damage]) -> Result<Vec<Lost>> {
+        let mut marks = Marks::default();
+        marks.add(self, &self.roots()?, &mut || Ok(()))?;
+        let mut lost = std::mem::take(&mut marks.lost);
+        let broken: BTreeSet<Name> =
+            damages.iter().filter_map(|damage| damage.name).filter(|name| self.read_whole(name).is_none()).collect();
+        // Tables still lead to records whose headers are damaged.
+        let headless = damages.iter().any(|damage| damage.name.is_none());
+        if !broken.is_empty() || headless {
+            self.find_needed(&mut |name, owner, offset| {
+                let gone = match headless {
+                    true => self.read_whole(name).is_none(),
+                    false => broken.contains(name),
+                };
+                if gone
+                    && !lost.iter().any(|known| known.name == *name && known.owner == owner && known.offset == offset)
+                {
+                    let why = "no copy of it is whole".to_owned();
+                    lost.push(Lost { name: *name, owner: owner.to_owned(), offset, why });
+                }
+            })?;
+        }
+        Ok(lost)
+    }
+
+    /// A record's content from a copy that is what its name says.
+    fn read_whole(&self, name: &Name) -> Option<Arc<[u8]>> {
+        let locations = self.index().find_all(name).ok()?;
+        locations.into_iter().find_map(|location| {
+            let content = self.read_at(name, location).ok()?;
+            let whole =
+                [Kind::Data, Kind::Tree, Kind::Node].iter().any(|&kind| self.namer().name(kind, &content) == *name);
+            whole.then_some(content)
+        })
+    }
+
+    /// Makes the best of what is there: segments that nobody knows are taken in, the index is made anew, and damaged segments are
+    /// rewritten with what is whole in them and elsewhere. What cannot be had is named.
+    pub fn repair(self: &Arc<Self>, watcher: Watcher<'_>) -> Result<Repaired> {
+        let Some(_lock) = self.try_lock("collect.lock")? else {
+            return Err(StoreError::Refused("a garbage collection is running".to_owned()));
+        };
+        self.index().recover(self.catalog())?;
+        let found = self.verify(watcher)?;
+        let mut repaired = Repaired { found, ..Repaired::default() };
+        let damaged: BTreeSet<_> = repaired.found.damages.iter().map(|damage| damage.segment.clone()).collect();
+        let _alone = self.lock_out_batches()?;
+        let rows: Vec<SegmentRow> = self.catalog().segments()?;
+        for row in rows.iter().filter(|row| damaged.contains(&self.segments().sealed(row.number))) {
+            self.rewrite(row)?;
+            repaired.rewritten_segments += 1;
+        }
+        self.index().refresh(self.catalog())?;
+        repaired.lost = self.lost(&[])?;
+        Ok(repaired)
+    }
+
+    /// Writes what is whole in a segment, or has a whole copy elsewhere, into another, which takes its place.
+    fn rewrite(&self, row: &SegmentRow) -> Result<()> {
+        let path = self.segments().sealed(row.number);
+        let bytes = std::fs::read(&path).unwrap_or_default();
+        let end = (row.bytes as usize).min(bytes.len());
+        let mut target = SegmentWriter::create(self.segments(), self.catalog().new_segment()?)?;
+        for at in (HEADER_LEN..end).step_by(HEADER_LEN) {
+            let Ok((header, packed)) = record::split(&bytes[at..end]) else { continue };
+            if self.check(&header, &bytes[at..end.min(at + header.record_len())]).is_ok() {
+                target.append_record(&header, packed)?;
+            }
+        }
+        target.seal(|summary| self.catalog().add_segment(summary))?;
+        let runs = self.catalog().remove_segments(&[row.number])?;
+        self.index().remove_runs(&runs)?;
+        self.forget_segments(&[row.number]);
+        // Kept for whoever knows how to read more of it.
+        let aside = path.with_extension("damaged");
+        match std::fs::rename(&path, &aside) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(StoreError::file("rename", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Comes by every chunk that something keeps.
+    fn find_needed(&self, found: &mut dyn FnMut(&Name, &str, Option<u64>)) -> Result<()> {
+        use crate::tree::{NodeSource, Visit, walk};
+        let roots = self.roots()?;
+        let mut kept = roots.trees;
+        for (owner, name) in &roots.nodes {
+            found(name, owner, None);
+            if let Ok(node) = self.load_node(name) {
+                kept.extend(node.trees().map(|tree| crate::mark::Kept {
+                    owner: owner.clone(),
+                    root: tree.root,
+                    chunk_len: tree.chunk_len,
+                }));
+            }
+        }
+        for kept in kept {
+            walk(self, kept.root, &mut |visit| match visit {
+                Visit::Node(name) => {
+                    found(&name, &kept.owner, None);
+                    Ok(self.node(&name).is_ok())
+                }
+                Visit::Chunk(index, name) => {
+                    found(&name, &kept.owner, Some(index * u64::from(kept.chunk_len)));
+                    Ok(true)
+                }
+            })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! Volumes beside plain vectors of bytes that do the same.
+
+use super::*;
+use crate::store::StoreOptions;
+use crate::volumes::{CHUNK_LEN_DEFAULT, Content};
+
+const MIB: u64 = 1 << 20;
+
+struct World {
+    _folder: tempfile::TempDir,
+    store: Arc<Store>,
+}
+
+fn world() -> World {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path(), StoreOptions::default()).unwrap();
+    World { _folder: folder, store }
+}
+
+impl World {
+    fn volume(&self, name: &str, capacity_bytes: u64) -> Volume {
+        self.store.create_volume(name, &Content::Zeros { capacity_bytes, chunk_len: CHUNK_LEN_DEFAULT }).unwrap();
+        self.open(name)
+    }
+
+    fn open(&self, name: &str) -> Volume {
+        Volume::open(&self.store, name, VolumeOptions::default()).unwrap()
+    }
+}
+
+/// Bytes that do not repeat, from a seed.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn content(volume: &Volume) -> Vec<u8> {
+    let mut bytes = vec![0; volume.capacity_bytes() as usize];
+    volume.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn what_was_written_is_read_from_the_log_and_from_the_tree() {
+    let world = world();
+    let volume = world.volume("disk", 4 * MIB);
+    let mut expected = vec![0; 4 << 20];
+    for (round, (offset, len)) in
+        [(0, 4096), (5 * 512, 512), (16_384, 100 * 1024), (3 << 20, 512), ((4 << 20) - 512, 512), (1 << 20, 2 << 20)]
+            .into_iter()
+            .enumerate()
+    {
+        let bytes = noise(round as u64, len);
+        volume.write_at(offset as u64, &bytes).unwrap();
+        expected[offset..offset + len].copy_from_slice(&bytes);
+        assert!(content(&volume) == expected, "round {round}, from the log");
+        if round % 2 == 1 {
+            volume.compact().unwrap();
+            assert!(content(&volume) == expected, "round {round}, from the tree");
+        }
+    }
+    volume.zero(MIB, MIB + 512).unwrap();
+    expected[1 << 20..(2 << 20) + 512].fill(0);
+    assert!(content(&volume) == expected);
+    volume.close().unwrap();
+    assert!(content(&world.open("disk")) == expected);
+}
+
+#[test]
+fn an_unclosed_volume_comes_back_from_its_log() {
+    let world = world();
+    let bytes = noise(1, 300 * 1024);
+    {
+        let volume = world.volume("disk", 8 * MIB);
+        volume.write_at(4096, &bytes).unwrap();
+        volume.write_at(512, &bytes[..512]).unwrap();
+        volume.snapshot("one").unwrap();
+        volume.zero(8192, 4096).unwrap();
+    }
+    let volume = world.open("disk");
+    let mut expected = vec![0; 8 << 20];
+    expected[4096..4096 + bytes.len()].copy_from_slice(&bytes);
+    expected[512..1024].copy_from_slice(&bytes[..512]);
+    let snapshot = world.store.snapshot("disk", "one").unwrap();
+    world.store.create_volume("clone", &Content::Snapshot(&snapshot)).unwrap();
+    assert!(content(&world.open("clone")) == expected);
+    expected[8192..12_288].fill(0);
+    assert!(content(&volume) == expected);
+}
+
+#[test]
+fn snapshots_and_clones_hold_what_was_there_when_they_were_taken() {
+    let world = world();
+    let volume = world.volume("disk", 2 * MIB);
+    let mut states = Vec::new();
+    for round in 0..20u64 {
+        volume.write_at(round * 7 % 500 * 4096, &noise(round, 8192)).unwrap();
+        if round % 3 == 0 {
+            volume.write_at(round * 512, &noise(round + 100, 512)).unwrap();
+        }
+        let name = format!("s{round}");
+        volume.snapshot(&name).unwrap();
+        states.push((name, content(&volume)));
+        if round == 9 {
+            volume.compact().unwrap();
+        }
+    }
+    assert!(matches!(volume.snapshot("s3"), Err(StoreError::Exists { .. })));
+    for (name, state) in &states {
+        let snapshot = world.store.snapshot("disk", name).unwrap();
+        let clone = format!("clone-{name}");
+        world.store.create_volume(&clone, &Content::Snapshot(&snapshot)).unwrap();
+        let clone = world.open(&clone);
+        assert!(content(&clone) == *state, "{name}");
+        clone.write_at(0, &[1; 512]).unwrap();
+    }
+    assert!(content(&volume) == states.last().unwrap().1);
+    // Each snapshot is a node whose parent is the one before.
+    let snapshots = world.store.snapshots("disk").unwrap();
+    for pair in snapshots.windows(2) {
+        let node = world.store.load_node(&pair[1].node.unwrap()).unwrap();
+        assert_eq!(node.parent, pair[0].node);
+        assert_eq!(node.disks[0].root, pair[1].root.unwrap());
+    }
+    drop(volume);
+    world.store.roll_back("disk", "s4").unwrap();
+    assert!(content(&world.open("disk")) == states[4].1);
+    world.store.remove_snapshot("disk", "s4").unwrap();
+    assert!(matches!(world.store.snapshot("disk", "s4"), Err(StoreError::NotFound { .. })));
+}
+
+#[test]
+fn equal_content_is_stored_once_and_zeros_not_at_all() {
+    let world = world();
+    let volume = world.volume("a", 16 * MIB);
+    let bytes = noise(5, 8 << 20);
+    volume.write_at(0, &bytes).unwrap();
+    volume.write_at(8 * MIB, &bytes).unwrap();
+    volume.close().unwrap();
+    world.store.seal().unwrap();
+    let stored = || world.store.catalog().segments().unwrap().iter().map(|row| row.bytes).sum::<u64>();
+    let once = stored();
+    assert!((8 * MIB..8 * MIB + 256 * 1024).contains(&once), "{once}");
+    let other = world.volume("b", 64 * MIB);
+    other.write_at(20 * MIB, &bytes).unwrap();
+    other.write_at(0, &vec![0; 4 << 20]).unwrap();
+    other.close().unwrap();
+    world.store.seal().unwrap();
+    assert!(stored() - once < 128 * 1024, "{}", stored() - once);
+}
+
+#[test]
+fn a_second_opener_is_refused_and_told_who_was_first() {
+    let world = world();
+    let _volume = world.volume("disk", MIB);
+    match Volume::open(&world.store, "disk", VolumeOptions::default()) {
+        Err(StoreError::InUse { process, .. }) => assert_eq!(process, std::process::id().to_string()),
+        other => panic!("{:?}", other.map(drop)),
+    }
+}
+
+#[test]
+fn a_volume_takes_another_size_and_forgets_what_was_cut_off() {
+    let world = world();
+    let volume = world.volume("disk", 3 * MIB);
+    let bytes = noise(1, 3 << 20);
+    volume.write_at(0, &bytes).unwrap();
+    for compact in [false, true] {
+        volume.resize(MIB + 512).unwrap();
+        assert_eq!(volume.capacity_bytes(), MIB + 512);
+        assert!(volume.write_at(MIB + 512, &[1; 512]).is_err());
+        if compact {
+            volume.compact().unwrap();
+        }
+        volume.resize(300 * MIB).unwrap();
+        let mut expected = bytes[..(1 << 20) + 512].to_vec();
+        expected.resize(4 << 20, 0);
+        let mut found = vec![1; 4 << 20];
+        volume.read_at(0, &mut found).unwrap();
+        assert!(found == expected, "{compact}");
+    }
+    volume.close().unwrap();
+    let volume = world.open("disk");
+    assert_eq!(volume.capacity_bytes(), 300 * MIB);
+    for size in [0, 513, CAPACITY_BYTES_MAX + 512] {
+        assert!(matches!(volume.resize(size), Err(StoreError::BadSize { .. })), "{size}");
+    }
+}
+
+#[test]
+fn a_discard_of_a_whole_large_volume_is_quick() {
+    let world = world();
+    let volume = world.volume("disk", CAPACITY_BYTES_MAX);
+    volume.write_at(CAPACITY_BYTES_MAX - 4096, &[7; 4096]).unwrap();
+    volume.write_at(1 << 40, &[8; 4096]).unwrap();
+    volume.compact().unwrap();
+    volume.zero(0, CAPACITY_BYTES_MAX - 8192).unwrap();
+    volume.compact().unwrap();
+    let mut block = [1; 4096];
+    volume.read_at(1 << 40, &mut block).unwrap();
+    assert_eq!(block, [0; 4096]);
+    volume.read_at(CAPACITY_BYTES_MAX - 4096, &mut block).unwrap();
+    assert_eq!(block, [7; 4096]);
+}
+
+#[test]
+fn writers_and_the_log_are_bounded() {
+    let world = world();
+    world.store.create_volume("disk", &Content::Zeros { capacity_bytes: 64 * MIB, chunk_len: 4096 }).unwrap();
+    let options = VolumeOptions { log_bytes_max: 8 * MIB, log_bytes_start: 2 * MIB, ..VolumeOptions::default() };
+    let volume = Volume::open(&world.store, "disk", options).unwrap();
+    let mut expected = vec![0; 64 << 20];
+    for round in 0..300u64 {
+        let bytes = noise(round, 256 * 1024);
+        let offset = round * 13 % 256 * 256 * 1024;
+        volume.write_at(offset, &bytes).unwrap();
+        expected[offset as usize..offset as usize + bytes.len()].copy_from_slice(&bytes);
+        assert!(volume.core().backlog_bytes() <= 9 * MIB);
+    }
+    assert!(content(&volume) == expected);
+    volume.compact().unwrap();
+    let files = log::list(&volume.core().folder).unwrap();
+    assert!(files.0.len() + files.1.len() <= 4, "{files:?}");
+}

@@ -1,0 +1,304 @@
+//! Which volumes there are: making, cloning, removing, rolling back, comparing.
+//!
+//! Making and cloning are one record in the catalog; a volume's folder comes when it is opened first.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::catalog::{SnapshotRow, VolumeRow, check_name};
+use crate::error::{Result, StoreError};
+use crate::extent_map::LogPlace;
+use crate::head::{Head, State};
+use crate::id::Id;
+use crate::log::{self, Position};
+use crate::name::Name;
+use crate::node::{Tree, is_chunk_len};
+use crate::store::Store;
+use crate::tree::{self, Root};
+use crate::volume::{Volume, VolumeOptions, check_capacity, now_ns};
+
+/// Bytes of a chunk unless another size is asked for.
+pub const CHUNK_LEN_DEFAULT: u32 = 16 << 10;
+
+/// What a volume begins as.
+#[derive(Debug, Clone)]
+pub enum Content<'a> {
+    Zeros {
+        capacity_bytes: u64,
+        chunk_len: u32,
+    },
+    /// A snapshot of a volume.
+    Snapshot(&'a SnapshotRow),
+    /// A tree of a node.
+    Tree(&'a Tree),
+}
+
+/// A volume as lists show it.
+#[derive(Debug, Clone)]
+pub struct VolumeFacts {
+    pub row: VolumeRow,
+    pub capacity_bytes: u64,
+    pub snapshots: usize,
+    /// The process that has it open.
+    pub user: Option<String>,
+}
+
+impl Store {
+    pub(crate) fn volume_folder(&self, id: Id) -> PathBuf {
+        self.folder().join("volumes").join(id.to_string())
+    }
+
+    /// Makes a volume. One record, whatever its size and however long its history.
+    pub fn create_volume(&self, name: &str, content: &Content<'_>) -> Result<VolumeRow> {
+        check_name("volume", name)?;
+        let mut row = VolumeRow {
+            id: Id::random(),
+            name: name.to_owned(),
+            created_ns: now_ns(),
+            domain: 0,
+            chunk_len: CHUNK_LEN_DEFAULT,
+            capacity_bytes: 0,
+            root: Root::empty(0),
+            origin: None,
+        };
+        match content {
+            Content::Zeros { capacity_bytes, chunk_len } => {
+                check_capacity(*capacity_bytes)?;
+                if !is_chunk_len(*chunk_len) {
+                    return Err(StoreError::Refused(format!(
+                        "chunks of {chunk_len} bytes are not possible: 4096, 16384 and 65536 are"
+                    )));
+                }
+                row.capacity_bytes = *capacity_bytes;
+                row.chunk_len = *chunk_len;
+                row.root = Root::empty(capacity_bytes.div_ceil(u64::from(*chunk_len)));
+            }
+            Content::Snapshot(snapshot) => {
+                row.domain = snapshot.domain;
+                row.chunk_len = snapshot.chunk_len;
+                row.capacity_bytes = snapshot.capacity_bytes;
+                match snapshot.root {
+                    Some(root) => row.root = root,
+                    None => row.origin = Some(snapshot.id),
+                }
+            }
+            Content::Tree(tree) => {
+                check_capacity(tree.len_bytes)?;
+                row.chunk_len = tree.chunk_len;
+                row.capacity_bytes = tree.len_bytes;
+                row.root = tree.root;
+            }
+        }
+        self.catalog().add_volume(&row)?;
+        Ok(row)
+    }
+
+    pub fn volume(&self, name: &str) -> Result<VolumeRow> {
+        self.catalog().volume(name)
+    }
+
+    /// All volumes, by name.
+    pub fn volumes(&self) -> Result<Vec<VolumeFacts>> {
+        let rows = self.catalog().volumes()?;
+        rows.into_iter()
+            .map(|row| {
+                let folder = self.volume_folder(row.id);
+                let head = Head::peek(&folder)?;
+                Ok(VolumeFacts {
+                    capacity_bytes: head.map_or(row.capacity_bytes, |head| head.capacity_bytes),
+                    snapshots: self.catalog().snapshots(Some(row.id))?.len(),
+                    user: user(&folder),
+                    row,
+                })
+            })
+            .collect()
+    }
+
+    /// Removes a volume with its snapshots. What clones and images need of it stays.
+    pub fn remove_volume(self: &Arc<Self>, name: &str) -> Result<()> {
+        let row = self.catalog().volume(name)?;
+        let folder = self.volume_folder(row.id);
+        let lock = folder.exists().then(|| lock(&folder, "volume", name)).transpose()?;
+        // Clones of snapshots that are in the log only need them in the tree.
+        let pending = self.catalog().snapshots(Some(row.id))?.into_iter().filter(|snapshot| snapshot.root.is_none());
+        let origins: Vec<Id> = self.catalog().volumes()?.into_iter().filter_map(|other| other.origin).collect();
+        if pending.into_iter().any(|snapshot| origins.contains(&snapshot.id)) {
+            drop(lock);
+            self.settle(row.id)?;
+            return self.remove_volume(name);
+        }
+        self.catalog().remove_volume(row.id)?;
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).map_err(StoreError::file("remove", &folder))?;
+        }
+        drop(lock);
+        Ok(())
+    }
+
+    pub fn rename_volume(&self, name: &str, new_name: &str) -> Result<()> {
+        let row = self.catalog().volume(name)?;
+        self.catalog().rename_volume(row.id, new_name)
+    }
+
+    /// The snapshots of a volume, oldest first.
+    pub fn snapshots(&self, volume: &str) -> Result<Vec<SnapshotRow>> {
+        self.catalog().snapshots(Some(self.catalog().volume(volume)?.id))
+    }
+
+    pub fn snapshot(&self, volume: &str, name: &str) -> Result<SnapshotRow> {
+        self.catalog().snapshot(self.catalog().volume(volume)?.id, name)
+    }
+
+    /// Takes a snapshot of a volume, whoever has it open.
+    pub fn take_snapshot(self: &Arc<Self>, volume: &str, name: &str) -> Result<SnapshotRow> {
+        let row = self.catalog().volume(volume)?;
+        match Volume::open(self, volume, VolumeOptions::default()) {
+            Ok(volume) => volume.snapshot(name).map(drop)?,
+            Err(StoreError::InUse { .. }) => crate::control::snapshot(&self.volume_folder(row.id), name)?,
+            Err(error) => return Err(error),
+        }
+        self.catalog().snapshot(row.id, name)
+    }
+
+    /// Gives a volume another size, whoever has it open.
+    pub fn resize_volume(self: &Arc<Self>, volume: &str, capacity_bytes: u64) -> Result<()> {
+        let row = self.catalog().volume(volume)?;
+        match Volume::open(self, volume, VolumeOptions::default()) {
+            Ok(volume) => volume.resize(capacity_bytes),
+            Err(StoreError::InUse { .. }) => crate::control::resize(&self.volume_folder(row.id), capacity_bytes),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes a snapshot; one that is still only in its volume's log is moved into the tree first.
+    pub fn remove_snapshot(self: &Arc<Self>, volume: &str, name: &str) -> Result<()> {
+        let snapshot = self.snapshot(volume, name)?;
+        if snapshot.root.is_none() {
+            self.settle(snapshot.volume)?;
+        }
+        self.catalog().remove_snapshot(snapshot.id)
+    }
+
+    /// Makes a volume what it was at a snapshot. It must not be open; what was written since is gone, later snapshots stay.
+    pub fn roll_back(self: &Arc<Self>, volume: &str, name: &str) -> Result<()> {
+        let row = self.catalog().volume(volume)?;
+        let root = self.settled_root(&self.catalog().snapshot(row.id, name)?)?;
+        let snapshot = self.catalog().snapshot(row.id, name)?;
+        // Later snapshots may be in the log only.
+        self.settle(row.id)?;
+        let folder = self.volume_folder(row.id);
+        let _lock = lock(&folder, "volume", volume)?;
+        let Some(mut head) = Head::open(&folder)? else {
+            return self.catalog().set_volume_root(row.id, root);
+        };
+        let files = log::list(&folder)?.0;
+        let next = files.last().copied().unwrap_or(0).max(head.state.position.place.file()) + 1;
+        let position =
+            Position { place: LogPlace::new(next, 4096), sequence: head.state.position.sequence + (1 << 32) };
+        head.write(State {
+            root,
+            capacity_bytes: snapshot.capacity_bytes,
+            position,
+            epoch: head.state.epoch + 1,
+            ..head.state
+        })?;
+        log::remove_before(&folder, next)
+    }
+
+    /// The root of a snapshot, which is in the tree afterwards.
+    pub fn settled_root(self: &Arc<Self>, snapshot: &SnapshotRow) -> Result<Root> {
+        if let Some(root) = snapshot.root {
+            return Ok(root);
+        }
+        self.settle(snapshot.volume)?;
+        let settled = self.catalog().snapshot_by_id(snapshot.id)?.and_then(|snapshot| snapshot.root);
+        settled.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() })
+    }
+
+    /// Sees to it that everything a volume's log holds now is in the tree.
+    fn settle(self: &Arc<Self>, id: Id) -> Result<()> {
+        let row = self.catalog().volumes()?.into_iter().find(|row| row.id == id);
+        let row = row.ok_or_else(|| StoreError::NotFound { what: "volume", name: id.to_string() })?;
+        match Volume::open(self, &row.name, VolumeOptions::default()) {
+            Ok(volume) => volume.close(),
+            Err(StoreError::InUse { .. }) => crate::control::compact(&self.volume_folder(id)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A volume that began as a snapshot gets that one's root.
+    pub(crate) fn resolve_origin(self: &Arc<Self>, mut row: VolumeRow) -> Result<VolumeRow> {
+        if let Some(origin) = row.origin {
+            let snapshot = self.catalog().snapshot_by_id(origin)?;
+            let snapshot =
+                snapshot.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: origin.to_string() })?;
+            row.root = self.settled_root(&snapshot)?;
+            row.origin = None;
+            self.catalog().set_volume_root(row.id, row.root)?;
+        }
+        Ok(row)
+    }
+
+    /// The parts of two trees that differ, in bytes, in order, neighbours joined.
+    pub fn differences(
+        &self,
+        trees: [Root; 2],
+        chunk_len: u32,
+        range: Range<u64>,
+        differs: &mut dyn FnMut(Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        let chunk_len = u64::from(chunk_len);
+        let mut pending: Option<Range<u64>> = None;
+        let chunks = range.start / chunk_len..range.end.div_ceil(chunk_len);
+        tree::differences(self, trees, chunks, &mut |chunk, _: [Name; 2]| {
+            let start = chunk * chunk_len;
+            match &mut pending {
+                Some(pending) if pending.end == start => pending.end += chunk_len,
+                _ => {
+                    if let Some(done) = pending.replace(start..start + chunk_len) {
+                        differs(done)?;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        pending.map_or(Ok(()), differs)
+    }
+}
+
+/// Takes the lock of a volume's folder, and writes who has it.
+pub(crate) fn lock(folder: &Path, what: &'static str, name: &str) -> Result<File> {
+    let path = folder.join("lock");
+    let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+    let mut file = file.map_err(StoreError::file("open", &path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {
+            file.set_len(0)
+                .and_then(|()| write!(file, "{}", std::process::id()))
+                .map_err(StoreError::file("write", &path))?;
+            Ok(file)
+        }
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut process = String::new();
+            let _ = file.read_to_string(&mut process);
+            Err(StoreError::InUse { what, name: name.to_owned(), process })
+        }
+        Err(error) => Err(StoreError::file("lock", &path)(error.into())),
+    }
+}
+
+/// The process that has a volume open, if there is one.
+fn user(folder: &Path) -> Option<String> {
+    let mut file = File::open(folder.join("lock")).ok()?;
+    if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+        return None;
+    }
+    let mut process = String::new();
+    file.read_to_string(&mut process).ok()?;
+    Some(process)
+}
