@@ -97,6 +97,14 @@ pub enum FormatError {
         /// Bytes of the source.
         needed_len: u64,
     },
+    /// The target has no room for what else there is.
+    #[error("the disk of {target_len} bytes has no {what} left for what is to go into it")]
+    TargetFull {
+        /// Bytes of the target.
+        target_len: u64,
+        /// What has run out: "blocks" or "inodes".
+        what: &'static str,
+    },
     /// A target that takes ranges in ascending order got one that goes back.
     #[error("{file}: a write at {offset} comes after one that ended at {end}")]
     OutOfOrder {

@@ -9,13 +9,20 @@
 //! - A name inside an image never makes us open a file unless the caller allowed it.
 //! - No content makes a reader panic, hang or grow beyond the bounds that its module names.
 //!
-//! Modules: `copy`, `detect` (what a file looks like), `error`, `raw`, `qcow2`, `testbench` (bodies of fuzz targets).
+//! Modules: `copy`, `detect` (what a file looks like), `error`, `raw`, `qcow2`; `import` and `folder` (archives and folders that
+//! become disks), `tar`, `ext4`; `testbench` (bodies of fuzz targets).
 
 mod copy;
 mod detect;
 mod error;
+pub mod ext4;
+mod folder;
+mod import;
+#[cfg(test)]
+mod import_tests;
 pub mod qcow2;
 mod raw;
+mod tar;
 #[cfg(test)]
 mod test_folder;
 #[cfg(any(test, feature = "testbench"))]
@@ -24,7 +31,10 @@ pub mod testbench;
 pub use copy::{COPY_CHUNK_LEN, copy};
 pub use detect::looks_like;
 pub use error::FormatError;
+pub use folder::{FOLDER_DEPTH_MAX, folder_to_ext4};
+pub use import::{Imported, Packing, tar_stream_to_ext4, tar_to_ext4};
 pub use raw::{RawSource, RawTarget};
+pub use tar::EXTENDED_LEN_MAX;
 
 /// The largest virtual disk that is read or written, in bytes: 64 TiB.
 pub const VIRTUAL_LEN_MAX: u64 = 64 << 40;

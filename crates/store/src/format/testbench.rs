@@ -2,8 +2,9 @@
 //!
 //! Each holds that no input makes a reader panic, hang or grow beyond its bounds.
 
+use super::ext4::Ext4Options;
 use super::qcow2::{OpenOptions, Qcow2};
-use super::{Content, Source};
+use super::{Content, FormatError, Source, Target, tar_stream_to_ext4};
 use rustix::fs::MemfdFlags;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -61,4 +62,39 @@ fn read_both_ends(image: &dyn Source) {
             .enumerate()
             .try_for_each(|(index, piece)| image.read_at(start + index as u64 * 5000, piece));
     }
+}
+
+/// Bytes of the disk that archives go to.
+const DISK_LEN: u64 = 16 << 20;
+
+/// A disk that forgets, and fails a test that writes beyond it.
+struct Nowhere;
+
+impl Target for Nowhere {
+    fn len(&self) -> u64 {
+        DISK_LEN
+    }
+
+    fn granule(&self) -> usize {
+        4096
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), FormatError> {
+        assert!(offset + bytes.len() as u64 <= DISK_LEN, "{} bytes at {offset}", bytes.len());
+        Ok(())
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) -> Result<(), FormatError> {
+        assert!(offset + len <= DISK_LEN, "{len} zeros at {offset}");
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), FormatError> {
+        Ok(())
+    }
+}
+
+/// Makes a disk of bytes as if they were an archive.
+pub fn import_tar(bytes: &[u8]) {
+    let _ = tar_stream_to_ext4(bytes, "archive", &mut Nowhere, Ext4Options::default());
 }

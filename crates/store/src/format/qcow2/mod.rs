@@ -33,6 +33,8 @@ pub use header::{Header, OtherFile};
 pub use host_map::HOST_MAP_LEN_MAX;
 pub use image::{L1_LEN_MAX, L2_CACHE_LEN_MAX, Qcow2};
 pub use snapshot::{SNAPSHOT_TABLE_LEN_MAX, Snapshot};
+#[cfg(test)]
+pub(crate) use tests::Random;
 pub use writer::Qcow2Writer;
 
 /// The cluster sizes of the format: 512 bytes to 2 MiB.
