@@ -3,10 +3,10 @@
 use super::budget::Budget;
 use super::exports::Exports;
 use super::negotiation::{Agreed, Negotiation, Step, TlsPolicy};
-use super::server::Tls;
+use super::server::{ServerOptions, Tls};
 use super::stream::{Stream, Wait, wait_for_any};
 use super::transmission::{Transmission, clear};
-use super::{INPUT_LEN, NEGOTIATION_TIMEOUT, REST_TIMEOUT};
+use super::{INPUT_LEN, REST_TIMEOUT};
 use crate::disk::Disk;
 use rustix::event::PollFlags;
 use std::io;
@@ -55,15 +55,15 @@ impl Input {
 pub(super) fn serve<D: Disk>(
     mut stream: Stream,
     exports: Arc<Exports<D>>,
-    tls: &Tls,
+    options: &ServerOptions,
     budget: Budget,
     stopping: &AtomicBool,
 ) -> io::Result<()> {
     let mut input = Input::new();
-    if let Some(agreed) = negotiate(&mut stream, exports, tls, &mut input)? {
+    if let Some(agreed) = negotiate(&mut stream, exports, options, &mut input)? {
         let transmission = Transmission::new(agreed, budget).map_err(io::Error::other)?;
         stream.wait_at_most(REST_TIMEOUT);
-        transmit(&mut stream, transmission, &mut input, stopping)?;
+        transmit(&mut stream, transmission, &mut input, options, stopping)?;
     }
     stream.close();
     Ok(())
@@ -72,11 +72,11 @@ pub(super) fn serve<D: Disk>(
 fn negotiate<D: Disk>(
     stream: &mut Stream,
     exports: Arc<Exports<D>>,
-    tls: &Tls,
+    options: &ServerOptions,
     input: &mut Input,
 ) -> io::Result<Option<Agreed<D>>> {
-    let deadline = Instant::now() + NEGOTIATION_TIMEOUT;
-    let (policy, config) = match tls {
+    let deadline = Instant::now() + options.negotiation_timeout;
+    let (policy, config) = match &options.tls {
         Tls::Off => (TlsPolicy::Off, None),
         Tls::Allowed(config) => (TlsPolicy::Allowed, Some(config)),
         Tls::Required(config) => (TlsPolicy::Required, Some(config)),
@@ -120,6 +120,7 @@ fn transmit<D: Disk>(
     stream: &mut Stream,
     mut transmission: Transmission<D>,
     input: &mut Input,
+    options: &ServerOptions,
     stopping: &AtomicBool,
 ) -> io::Result<()> {
     // Since when the client takes nothing of what waits for it.
@@ -156,16 +157,16 @@ fn transmit<D: Disk>(
             continue;
         }
         if idle {
+            // To look for requests a while before sleeping was tried: it gains where client and server run on two idle
+            // processors, and loses ten times that where they share one with somebody else.
             receive(stream, &mut transmission, input, Wait::Yes)?;
             continue;
         }
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, transmission.wants_input());
         flags.set(PollFlags::OUT, has_replies);
-        if has_replies {
-            send_since.get_or_insert_with(Instant::now);
-        }
-        let woken = wait_for_any(stream.socket(), flags, transmission.signal(), send_since)?;
+        let send_by = has_replies.then(|| *send_since.get_or_insert_with(Instant::now) + options.send_timeout);
+        let woken = wait_for_any(stream.socket(), flags, transmission.signal(), send_by)?;
         if woken.signaled {
             clear(transmission.signal());
         }

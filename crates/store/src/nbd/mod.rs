@@ -69,10 +69,6 @@ pub const OUTGOING_BYTES_MAX: usize = 32 << 20;
 /// Bytes of unused large buffers that a connection keeps.
 pub const POOLED_BYTES_MAX: usize = 16 << 20;
 
-/// How long a client may take to choose an export.
-const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a client may take none of what waits for it.
-const SEND_TIMEOUT: Duration = Duration::from_secs(60);
 /// After this time without a request a connection keeps no buffers.
 const REST_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long clients may take their last replies when the server stops.

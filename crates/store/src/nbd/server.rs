@@ -46,11 +46,20 @@ pub struct ServerOptions {
     pub tls: Tls,
     /// Clients at once. One more is accepted and closed.
     pub connections_max: usize,
+    /// How long a client may take to choose an export.
+    pub negotiation_timeout: Duration,
+    /// How long a client may take none of the replies that wait for it.
+    pub send_timeout: Duration,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { tls: Tls::Off, connections_max: 256 }
+        Self {
+            tls: Tls::Off,
+            connections_max: 256,
+            negotiation_timeout: Duration::from_secs(60),
+            send_timeout: Duration::from_secs(60),
+        }
     }
 }
 
@@ -207,7 +216,11 @@ impl Shared {
         let socket = Arc::new(socket);
         {
             let mut connections = self.connections();
-            if connections.len() >= self.options.connections_max || self.stopping.load(Ordering::SeqCst) {
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            if connections.len() >= self.options.connections_max {
+                tracing::warn!(connections_max = connections.len(), "an NBD client too many is closed");
                 return;
             }
             connections.insert(id, socket.clone());
@@ -216,9 +229,12 @@ impl Shared {
         let exports = exports.clone();
         let spawned = std::thread::Builder::new().name(format!("nbd-{id}")).spawn(move || {
             let shared = &registration.shared;
-            // Whatever went wrong concerns this client only, and it knows by its socket.
             let budget = Budget::new(shared.held_bytes.clone());
-            let _ = serve(Stream::new(socket), exports, &shared.options.tls, budget, &shared.stopping);
+            // Whatever went wrong concerns this client only, and it knows by its socket.
+            match serve(Stream::new(socket), exports, &shared.options, budget, &shared.stopping) {
+                Ok(()) => tracing::debug!(client = id, "an NBD client has gone"),
+                Err(error) => tracing::info!(client = id, %error, "an NBD client was left"),
+            }
             drop(registration);
         });
         if spawned.is_err() {

@@ -146,6 +146,24 @@ fn a_client_that_takes_no_replies_hurts_nobody_else() {
 }
 
 #[test]
+fn a_client_that_takes_too_long_is_left() {
+    let place = Place::new();
+    let short = Duration::from_millis(200);
+    let options = ServerOptions { negotiation_timeout: short, send_timeout: short, ..ServerOptions::default() };
+    let (server, _disk) = start(&place, options);
+    let mut silent = UnixStream::connect(&place.0).unwrap();
+    silent.read_exact(&mut [0; 18]).unwrap();
+    let mut greedy = connect(&place);
+    greedy.write_all(&request(command::READ, 1, 32 << 20)).unwrap();
+    let mut idle = connect(&place);
+    assert!(is_closed(&mut silent));
+    wait_until(|| server.connections() == 1);
+    // Who has nothing to take may wait as long as it likes.
+    idle.write_all(&request(command::READ, 2, 512)).unwrap();
+    assert_eq!(receive(&mut idle, 512), (0, 2));
+}
+
+#[test]
 fn a_flood_of_requests_is_answered_one_by_one() {
     let place = Place::new();
     let (_server, _disk) = start(&place, ServerOptions::default());

@@ -1,6 +1,5 @@
 //! The socket of one client, with TLS in it or without.
 
-use super::SEND_TIMEOUT;
 use polder_trust::tls::{ServerConfig, ServerConnection};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
@@ -238,19 +237,16 @@ pub(super) struct Woken {
     pub signaled: bool,
 }
 
-/// Waits for the socket and for the disk; longer than the time that a client may take nothing, it is an error.
+/// Waits for the socket and for the disk. After `send_by` it is an error: then the client takes nothing.
 pub(super) fn wait_for_any(
     socket: BorrowedFd<'_>,
     flags: PollFlags,
     signal: BorrowedFd<'_>,
-    send_since: Option<Instant>,
+    send_by: Option<Instant>,
 ) -> io::Result<Woken> {
-    let timeout = match send_since {
-        None => None,
-        Some(since) => match SEND_TIMEOUT.checked_sub(since.elapsed()) {
-            None => return Err(io::ErrorKind::TimedOut.into()),
-            left => left.map(timespec),
-        },
+    let timeout = match send_by.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
+        Some(Duration::ZERO) => return Err(io::ErrorKind::TimedOut.into()),
+        left => left.map(timespec),
     };
     let mut fds = [PollFd::from_borrowed_fd(signal, PollFlags::IN), PollFd::from_borrowed_fd(socket, flags)];
     // Where nothing is to be known of the socket its end is not looked at either: it would be reported again and again.
