@@ -9,6 +9,8 @@ mod hint;
 mod image;
 mod instance;
 mod state_folder;
+mod store;
+mod volume;
 mod watched;
 
 use anyhow::Result;
@@ -34,6 +36,10 @@ enum Command {
     Doctor(doctor::DoctorArguments),
     /// Make, list and remove images
     Image(image::ImageArguments),
+    /// Make, list, remove, snapshot, clone, compare and serve virtual disks
+    Volume(volume::VolumeArguments),
+    /// Show, collect, verify and repair the store that holds them
+    Store(store::StoreArguments),
     Run(instance::RunArguments),
     /// List the instances
     Ps,
@@ -97,6 +103,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Boot(_) | Command::MachineProcess(_) => unreachable!("main runs machines"),
         Command::Doctor(arguments) => doctor::doctor(&arguments),
         Command::Image(arguments) => image::image(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Volume(arguments) => volume::volume(arguments),
+        Command::Store(arguments) => store::store(&arguments),
         Command::Run(arguments) => instance::run(&arguments),
         Command::Ps => instance::ps(),
         Command::Exec(arguments) => instance::exec(&arguments),

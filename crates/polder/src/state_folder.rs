@@ -52,6 +52,11 @@ impl StateFolder {
         &self.path
     }
 
+    /// Where disks, images and snapshots lie.
+    pub fn store(&self) -> PathBuf {
+        self.path.join("store")
+    }
+
     /// Where images lie, one folder each.
     pub fn images(&self) -> PathBuf {
         self.path.join("images")

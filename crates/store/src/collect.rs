@@ -45,8 +45,8 @@ pub struct Usage {
     /// Bytes of records that something needs.
     pub needed_bytes: u64,
     pub needed_records: u64,
-    /// Chunks of all trees, those that trees share counted for each tree that has a node of its own with them.
-    pub chunks: u64,
+    /// Bytes of volumes, snapshots and images without zeros, what they share counted for each.
+    pub used_bytes: u64,
     /// Records that something needs and that are not there.
     pub lost: Vec<Lost>,
 }
@@ -121,7 +121,7 @@ impl Store {
     }
 
     fn usage_of(&self, marks: &mut Marks, segments: &[SegmentRow]) -> Result<Usage> {
-        let mut usage = Usage { chunks: marks.chunks, lost: marks.lost.clone(), ..Usage::default() };
+        let mut usage = Usage { used_bytes: marks.used_bytes, lost: marks.lost.clone(), ..Usage::default() };
         for row in segments {
             usage.segments += 1;
             usage.records += u64::from(row.records);

@@ -5,13 +5,13 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::cache::NameHasher;
+use crate::cache::{NameHasher, NameMap};
 use crate::error::{Result, StoreError};
 use crate::head::Head;
 use crate::name::Name;
 use crate::segment::{Location, SegmentNumber};
 use crate::store::Store;
-use crate::tree::{self, NodeSource, Root, Visit};
+use crate::tree::{self, NodeSource, Root};
 
 /// A tree that something keeps, and what that is.
 #[derive(Debug, Clone)]
@@ -68,11 +68,16 @@ pub struct Lost {
 /// The marks that were set so far.
 #[derive(Default)]
 pub(crate) struct Marks {
+    /// Nodes of life trees that were looked into.
     seen: Names,
     /// Offsets of needed records in each segment, in units of 64 bytes.
     needed: BTreeMap<SegmentNumber, Vec<u32>>,
-    /// Bytes of the disks and files as their users see them, without zeros, shared parts counted once for each node of a tree.
-    pub chunks: u64,
+    /// Chunks below each node of a tree that was looked into.
+    chunks: NameMap<Name, u64>,
+    /// Trees whose bytes were counted: who keeps them, and their roots.
+    counted: HashSet<(String, Name)>,
+    /// Bytes of all trees without zeros, what trees share counted for each.
+    pub used_bytes: u64,
     pub lost: Vec<Lost>,
     sorted: bool,
 }
@@ -103,26 +108,53 @@ impl Marks {
     }
 
     fn add_tree(&mut self, store: &Store, kept: &Kept, visited: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        tree::walk(store, kept.root, &mut |visit| {
-            match visit {
-                Visit::Node(name) => {
-                    if !self.seen.insert(name) {
-                        return Ok(false);
-                    }
-                    visited()?;
-                    self.need(store, name, &kept.owner, None)?;
-                    if let Err(error) = store.node(&name) {
-                        self.lose(name, &kept.owner, None, &error);
-                        return Ok(false);
-                    }
-                }
-                Visit::Chunk(index, name) => {
-                    self.chunks += 1;
-                    self.need(store, name, &kept.owner, Some(index * u64::from(kept.chunk_len)))?;
-                }
+        let chunks = self.add_part(store, kept, kept.root.name, kept.root.levels, 0, visited)?;
+        if self.counted.insert((kept.owner.clone(), kept.root.name)) {
+            self.used_bytes += chunks * u64::from(kept.chunk_len);
+        }
+        Ok(())
+    }
+
+    /// Marks a node of a tree and what is below it. Gives the chunks.
+    fn add_part(
+        &mut self,
+        store: &Store,
+        kept: &Kept,
+        name: Name,
+        level: u8,
+        first: u64,
+        visited: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<u64> {
+        if name.is_none() {
+            return Ok(0);
+        }
+        if let Some(&chunks) = self.chunks.get(&name) {
+            return Ok(chunks);
+        }
+        visited()?;
+        self.need(store, name, &kept.owner, None)?;
+        let node = match store.node(&name) {
+            Ok(node) => node,
+            Err(error) => {
+                self.lose(name, &kept.owner, None, &error);
+                self.chunks.insert(name, 0);
+                return Ok(0);
             }
-            Ok(true)
-        })
+        };
+        let mut chunks = 0;
+        for (child, chunk) in node.children.iter().zip((first..).step_by(tree::child_span(level) as usize)) {
+            if child.is_none() {
+                continue;
+            }
+            if level == 1 {
+                chunks += 1;
+                self.need(store, *child, &kept.owner, Some(chunk * u64::from(kept.chunk_len)))?;
+            } else {
+                chunks += self.add_part(store, kept, *child, level - 1, chunk, visited)?;
+            }
+        }
+        self.chunks.insert(name, chunks);
+        Ok(chunks)
     }
 
     fn need(&mut self, store: &Store, name: Name, owner: &str, offset: Option<u64>) -> Result<()> {

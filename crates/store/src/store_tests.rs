@@ -214,7 +214,7 @@ fn an_image_is_brought_in_and_out_unchanged() {
     let mut target = format::RawTarget::create(&out, node.disks[0].len_bytes).unwrap();
     format::copy(&source, &mut target, std::num::NonZero::new(2).unwrap(), &mut |_| {}).unwrap();
     assert!(std::fs::read(&out).unwrap() == bytes);
-    store.create_volume("instance", &Content::Tree(&node.disks[0])).unwrap();
+    store.create_volume("instance", &Content::Image("debian")).unwrap();
     assert!(content(&store, "instance") == bytes);
 }
 

@@ -58,7 +58,7 @@ pub(crate) fn levels(chunks: u64) -> u8 {
 }
 
 /// Chunks below one child of a node of that level (a leaf has level one).
-fn child_span(level: u8) -> u64 {
+pub(crate) fn child_span(level: u8) -> u64 {
     1 << (FAN_OUT_BITS * u32::from(level - 1))
 }
 

@@ -34,8 +34,8 @@ pub enum Content<'a> {
     },
     /// A snapshot of a volume.
     Snapshot(&'a SnapshotRow),
-    /// A tree of a node.
-    Tree(&'a Tree),
+    /// The first disk of an image.
+    Image(&'a str),
 }
 
 /// A volume as lists show it.
@@ -54,8 +54,10 @@ impl Store {
     }
 
     /// Makes a volume. One record, whatever its size and however long its history.
-    pub fn create_volume(&self, name: &str, content: &Content<'_>) -> Result<VolumeRow> {
+    pub fn create_volume(self: &Arc<Self>, name: &str, content: &Content<'_>) -> Result<VolumeRow> {
         check_name("volume", name)?;
+        // What the volume begins as is not collected between looking it up and the volume's record.
+        let _kept = self.batch()?;
         let mut row = VolumeRow {
             id: Id::random(),
             name: name.to_owned(),
@@ -79,6 +81,8 @@ impl Store {
                 row.root = Root::empty(capacity_bytes.div_ceil(u64::from(*chunk_len)));
             }
             Content::Snapshot(snapshot) => {
+                let missing = || StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() };
+                let snapshot = self.catalog().snapshot_by_id(snapshot.id)?.ok_or_else(missing)?;
                 row.domain = snapshot.domain;
                 row.chunk_len = snapshot.chunk_len;
                 row.capacity_bytes = snapshot.capacity_bytes;
@@ -87,7 +91,10 @@ impl Store {
                     None => row.origin = Some(snapshot.id),
                 }
             }
-            Content::Tree(tree) => {
+            Content::Image(image) => {
+                let (_, node) = self.image(image)?;
+                let no_disk = || StoreError::Refused(format!("image {image} has no disk"));
+                let tree = node.disks.first().ok_or_else(no_disk)?;
                 check_capacity(tree.len_bytes)?;
                 row.chunk_len = tree.chunk_len;
                 row.capacity_bytes = tree.len_bytes;
@@ -152,6 +159,37 @@ impl Store {
 
     pub fn snapshot(&self, volume: &str, name: &str) -> Result<SnapshotRow> {
         self.catalog().snapshot(self.catalog().volume(volume)?.id, name)
+    }
+
+    /// Makes a volume that begins as a snapshot of another, or as what that is now.
+    pub fn clone_volume(self: &Arc<Self>, volume: &str, snapshot: Option<&str>, name: &str) -> Result<VolumeRow> {
+        check_name("volume", name)?;
+        match snapshot {
+            Some(snapshot) => self.create_volume(name, &Content::Snapshot(&self.snapshot(volume, snapshot)?)),
+            None => {
+                let taken = self.take_snapshot(volume, &format!("for-{name}-{}", Id::random()))?;
+                let clone = self.create_volume(name, &Content::Snapshot(&taken));
+                // The clone keeps what it needs.
+                self.remove_snapshot(volume, &taken.name)?;
+                clone
+            }
+        }
+    }
+
+    /// What a volume is now, or was at a snapshot, as a tree that holds all of it.
+    pub fn settled_disk(self: &Arc<Self>, volume: &str, snapshot: Option<&str>) -> Result<Tree> {
+        let row = self.catalog().volume(volume)?;
+        if let Some(snapshot) = snapshot {
+            let snapshot = self.catalog().snapshot(row.id, snapshot)?;
+            let root = self.settled_root(&snapshot)?;
+            let name = volume.to_owned();
+            return Ok(Tree { name, root, len_bytes: snapshot.capacity_bytes, chunk_len: snapshot.chunk_len });
+        }
+        self.settle(row.id)?;
+        let row = self.resolve_origin(self.catalog().volume(volume)?)?;
+        let head = Head::peek(&self.volume_folder(row.id))?;
+        let (root, len_bytes) = head.map_or((row.root, row.capacity_bytes), |head| (head.root, head.capacity_bytes));
+        Ok(Tree { name: row.name, root, len_bytes, chunk_len: row.chunk_len })
     }
 
     /// Takes a snapshot of a volume, whoever has it open.

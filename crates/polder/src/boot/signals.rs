@@ -71,6 +71,11 @@ impl StopSignals {
 
     /// Starts the thread that waits for the signals and stops the machine. A second signal ends the process at once.
     pub fn stop_on_arrival(self, control: Control) -> Result<Caught> {
+        self.on_arrival(move || control.stop())
+    }
+
+    /// As [`stop_on_arrival`](Self::stop_on_arrival) for what is not a machine.
+    pub fn on_arrival(self, stop: impl FnOnce() + Send + 'static) -> Result<Caught> {
         let caught = Arc::new(AtomicI32::new(0));
         let for_thread = caught.clone();
         let body = move || {
@@ -78,7 +83,7 @@ impl StopSignals {
             // SAFETY: the set and the result are valid for the call.
             if unsafe { libc::sigwait(&self.0, &mut signal) } == 0 {
                 for_thread.store(signal, Ordering::SeqCst);
-                control.stop();
+                stop();
             }
             // SAFETY: the set is valid; the signals' default action is wanted from here on.
             unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.0, std::ptr::null_mut()) };
