@@ -89,6 +89,22 @@ pub enum FormatError {
         /// What the caller asked for.
         name: String,
     },
+    /// The format needs a program that is not there.
+    #[error("{format} images are read and written with qemu-img, and there is no {program}")]
+    NoQemuImg {
+        /// Where it was looked for.
+        program: String,
+        /// The format.
+        format: &'static str,
+    },
+    /// The program did not convert.
+    #[error("{file}: qemu-img does not convert it: {problem}")]
+    QemuImg {
+        /// The file.
+        file: String,
+        /// What the program said, made printable.
+        problem: String,
+    },
     /// The target is smaller than what is to go into it.
     #[error("the target has {target_len} bytes, and {needed_len} are needed")]
     TargetTooSmall {

@@ -10,31 +10,37 @@
 //! - No content makes a reader panic, hang or grow beyond the bounds that its module names.
 //!
 //! Modules: `copy`, `detect` (what a file looks like), `error`, `raw`, `qcow2`; `import` and `folder` (archives and folders that
-//! become disks), `tar`, `ext4`; `testbench` (bodies of fuzz targets).
+//! become disks), `tar`, `ext4`; `qemu_img` (formats of others), `vmdk` (what their descriptors name); `testbench` (bodies of fuzz targets).
 
 mod copy;
 mod detect;
 mod error;
 pub mod ext4;
 mod folder;
+#[cfg(test)]
+mod foreign_tests;
 mod import;
 #[cfg(test)]
 mod import_tests;
 pub mod qcow2;
+mod qemu_img;
 mod raw;
 mod tar;
 #[cfg(test)]
 mod test_folder;
 #[cfg(any(test, feature = "testbench"))]
 pub mod testbench;
+mod vmdk;
 
 pub use copy::{COPY_CHUNK_LEN, copy};
 pub use detect::looks_like;
 pub use error::FormatError;
 pub use folder::{FOLDER_DEPTH_MAX, folder_to_ext4};
 pub use import::{Imported, Packing, tar_stream_to_ext4, tar_to_ext4};
+pub use qemu_img::QemuImg;
 pub use raw::{RawSource, RawTarget};
 pub use tar::EXTENDED_LEN_MAX;
+pub use vmdk::{DESCRIPTOR_LEN_MAX, Vmdk, look_at_vmdk};
 
 /// The largest virtual disk that is read or written, in bytes: 64 TiB.
 pub const VIRTUAL_LEN_MAX: u64 = 64 << 40;

@@ -98,3 +98,10 @@ impl Target for Nowhere {
 pub fn import_tar(bytes: &[u8]) {
     let _ = tar_stream_to_ext4(bytes, "archive", &mut Nowhere, Ext4Options::default());
 }
+
+/// Looks at bytes as a VMDK file.
+pub fn look_at_vmdk(bytes: &[u8]) {
+    super::vmdk::look_at_bytes(bytes);
+    let (_file, path) = memory_file(bytes);
+    let _ = super::look_at_vmdk(&path);
+}
