@@ -25,6 +25,15 @@ pub trait Buffer: Send + 'static {
     fn put_zeros(&mut self, at: usize, len: usize);
     /// Takes bytes that are to be written to the disk. Called once for each byte: memory of a guest may change under us.
     fn take(&self, at: usize, bytes: &mut [u8]);
+    /// The memory of `len` bytes at `at` itself, for a disk that can read into it instead of calling [`Buffer::put`]. Nothing if the
+    /// buffer is more than one piece of memory, or others may change it.
+    fn space(&mut self, _at: usize, _len: usize) -> Option<&mut [u8]> {
+        None
+    }
+    /// All bytes themselves, instead of [`Buffer::take`]; nothing where [`Buffer::space`] gives nothing.
+    fn bytes(&self) -> Option<&[u8]> {
+        None
+    }
 }
 
 impl Buffer for Vec<u8> {
@@ -42,6 +51,14 @@ impl Buffer for Vec<u8> {
 
     fn take(&self, at: usize, bytes: &mut [u8]) {
         bytes.copy_from_slice(&self[at..at + bytes.len()]);
+    }
+
+    fn space(&mut self, at: usize, len: usize) -> Option<&mut [u8]> {
+        Some(&mut self[at..at + len])
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        Some(self)
     }
 }
 

@@ -240,12 +240,19 @@ impl<B: Buffer> DiskQueue<B> {
                 Tried::Done
             }
             Piece::Log { file, offset, len } => {
-                let mut bytes = vec![0; *len];
-                match read_if_cached(&file.file, &mut bytes, *offset) {
-                    true => {
-                        buffer.put(at, &bytes);
-                        Tried::Done
+                let was_read = match buffer.space(at, *len) {
+                    Some(space) => read_if_cached(&file.file, space, *offset),
+                    None => {
+                        let mut bytes = vec![0; *len];
+                        let was_read = read_if_cached(&file.file, &mut bytes, *offset);
+                        if was_read {
+                            buffer.put(at, &bytes);
+                        }
+                        was_read
                     }
+                };
+                match was_read {
+                    true => Tried::Done,
                     false => Tried::Read(Act::Log { _file: file.clone(), at }, *offset, *len),
                 }
             }
@@ -316,11 +323,14 @@ impl<B: Buffer> DiskQueue<B> {
     fn read_by_worker(&mut self, token: u64, offset: u64, mut buffer: B) {
         let view = self.view.clone();
         self.by_worker(token, move || {
-            let mut bytes = vec![0; buffer.len()];
-            let result = view.read_at(offset, &mut bytes);
-            if result.is_ok() {
-                buffer.put(0, &bytes);
-            }
+            let len = buffer.len();
+            let result = match buffer.space(0, len) {
+                Some(space) => view.read_at(offset, space),
+                None => {
+                    let mut bytes = vec![0; len];
+                    view.read_at(offset, &mut bytes).map(|()| buffer.put(0, &bytes))
+                }
+            };
             (Some(buffer), result.map_err(DiskError::from))
         });
     }
@@ -350,20 +360,26 @@ impl<B: Buffer> DiskQueue<B> {
             Err(error) => return self.complete(token, Some(buffer), Err(error)),
         };
         let len = buffer.len();
-        self.payload.resize(len.max(self.payload.len()), 0);
-        buffer.take(0, &mut self.payload[..len]);
+        if buffer.bytes().is_none() {
+            self.payload.resize(len.max(self.payload.len()), 0);
+            buffer.take(0, &mut self.payload[..len]);
+        }
         let whole = offset.is_multiple_of(BLOCK_LEN) && (len as u64).is_multiple_of(BLOCK_LEN);
         if !whole || !core.has_room_now(len) {
-            let payload = self.payload[..len].to_vec();
+            let taken = buffer.bytes().is_none().then(|| self.payload[..len].to_vec());
             return self.by_worker(token, move || {
-                let result = core.write_at(offset, &payload).and_then(|()| match durability {
+                let payload = taken.as_deref().or_else(|| buffer.bytes()).unwrap_or_default();
+                let result = core.write_at(offset, payload).and_then(|()| match durability {
                     Durability::Cached => Ok(()),
                     Durability::Stable => core.flush(),
                 });
                 (Some(buffer), result.map_err(DiskError::from))
             });
         }
-        let result = core.write_at(offset, &self.payload[..len]);
+        let result = match buffer.bytes() {
+            Some(bytes) => core.write_at(offset, bytes),
+            None => core.write_at(offset, &self.payload[..len]),
+        };
         self.then_flush(token, Some(buffer), result.map_err(DiskError::from), durability);
     }
 

@@ -113,6 +113,20 @@ impl Buffer for RequestBuffer {
     fn take(&self, at: usize, bytes: &mut [u8]) {
         bytes.copy_from_slice(&self.bytes[DATA_START + at..DATA_START + at + bytes.len()]);
     }
+
+    fn space(&mut self, at: usize, len: usize) -> Option<&mut [u8]> {
+        if self.is_sink() {
+            return None;
+        }
+        if !self.holes.is_empty() {
+            self.forget_holes_in(&(at..at + len));
+        }
+        Some(&mut self.bytes[DATA_START + at..DATA_START + at + len])
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        if self.is_sink() { None } else { Some(&self.bytes[DATA_START..DATA_START + self.len]) }
+    }
 }
 
 /// Buffers of one connection. What is left in them was seen by its own client only.
@@ -189,7 +203,10 @@ mod tests {
                     buffer.put_zeros(at, len);
                     expected[at..at + len].fill(0);
                 } else {
-                    buffer.put(at, &vec![value; len]);
+                    match buffer.space(at, len).filter(|_| value % 2 == 0) {
+                        Some(space) => space.fill(value),
+                        None => buffer.put(at, &vec![value; len]),
+                    }
                     expected[at..at + len].fill(value);
                 }
             }
@@ -199,6 +216,7 @@ mod tests {
                 buffer.fill(hole);
             }
             prop_assert_eq!(&*buffer.data(), &expected[..]);
+            prop_assert_eq!(buffer.bytes(), Some(&expected[..]));
         }
     }
 }
