@@ -1,5 +1,6 @@
 //! A server in a folder of its own, and clients as child processes.
 
+use polder_store::disk::Disk;
 use polder_store::memory_disk::MemoryDisk;
 use polder_store::nbd::{Export, Exports, Listener, Server, ServerOptions};
 use std::io::Read;
@@ -38,20 +39,27 @@ impl Drop for Folder {
 }
 
 /// A server of two exports: `disk`, which is the default one, and `read-only`, which is the same disk.
-pub struct TestServer {
-    pub folder: Folder,
-    pub disk: Arc<MemoryDisk>,
-    pub address: SocketAddr,
+pub struct TestServer<D = MemoryDisk> {
+    // First: clients have gone before their disk does.
     pub server: Server,
+    pub disk: Arc<D>,
+    pub address: SocketAddr,
+    pub folder: Folder,
 }
 
 impl TestServer {
+    /// Serves a disk in memory.
     pub fn new(capacity_bytes: u64) -> Self {
         Self::with_options(Folder::new(), capacity_bytes, ServerOptions::default())
     }
 
     pub fn with_options(folder: Folder, capacity_bytes: u64, options: ServerOptions) -> Self {
-        let disk = Arc::new(MemoryDisk::new(capacity_bytes));
+        Self::with_disk(folder, Arc::new(MemoryDisk::new(capacity_bytes)), options)
+    }
+}
+
+impl<D: Disk> TestServer<D> {
+    pub fn with_disk(folder: Folder, disk: Arc<D>, options: ServerOptions) -> Self {
         let exports = Arc::new(Exports::new());
         exports.add(Export::new("disk", disk.clone()).with_description("A disk for tests.")).unwrap();
         exports.add(Export::new("read-only", disk.clone()).read_only()).unwrap();
@@ -59,7 +67,7 @@ impl TestServer {
         let tcp = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = tcp.address().expect("TCP has addresses");
         let server = Server::start(vec![unix, tcp], exports, options).unwrap();
-        Self { folder, disk, address, server }
+        Self { server, disk, address, folder }
     }
 
     /// An export, for libnbd and QEMU.

@@ -1,6 +1,6 @@
 //! The NBD server and clients that nobody here has written: libnbd's tools, QEMU's, fio, nbd-client and nbdkit.
 //!
-//! Each test serves disks in memory from its own process and runs the clients as children; `cargo xtask setup` installs them.
+//! Each test serves a disk in memory, or a volume of a store, from its own process and runs the clients as children; `cargo xtask setup` installs them.
 
 mod harness;
 
@@ -8,3 +8,4 @@ mod data;
 mod information;
 mod requests;
 mod tls;
+mod volume;
