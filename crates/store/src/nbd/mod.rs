@@ -9,16 +9,16 @@
 //! - A client that is slow, dead or hostile costs the others nothing but its share of the connections.
 //! - A flush covers what any connection was told is done: [`Disk`](crate::disk::Disk) promises it.
 //!
-//! Modules: `protocol` (numbers and heads), `negotiation` and `transmission` (the two phases, bytes in and bytes out), `context`
-//! (what can be asked about parts of a disk), `buffer`, `outgoing` and `budget` (memory of requests and
-//! replies), `exports` (disks by
-//! name), `stream` (a socket, with TLS or without), `connection` (the thread of one client), `listener`, `server`,
-//! `testbench` (the body of a fuzz target).
+//! Modules: `protocol` (numbers and heads), `negotiation` and `transmission` (the two phases, bytes in and bytes out), `refusal`
+//! (what makes no sense), `context` (what can be asked about parts of a disk), `buffer`, `chunks`, `outgoing` and `budget`
+//! (requests and replies in memory), `exports` (disks by name), `stream` (a socket, with TLS or without), `connection` (the
+//! thread of one client), `listener`, `server`, `testbench` (the body of a fuzz target).
 //!
 //! [`Queue`]: crate::disk::Queue
 
 mod budget;
 mod buffer;
+mod chunks;
 mod connection;
 mod context;
 mod exports;
@@ -28,6 +28,7 @@ mod negotiation;
 mod negotiation_tests;
 mod outgoing;
 mod protocol;
+mod refusal;
 mod server;
 #[cfg(test)]
 mod server_tests;

@@ -8,49 +8,25 @@
 
 use super::budget::Budget;
 use super::buffer::{BufferPool, DATA_START, Holes, RequestBuffer};
+use super::chunks::write_chunks;
 use super::context::Context;
 use super::exports::Export;
 use super::negotiation::Agreed;
 use super::outgoing::Outgoing;
 use super::protocol::{
-    CHUNK_HEAD_LEN, ChunkType, DATA_HEAD_LEN, ErrorNumber, HOLE_LEN, Last, REQUEST_LEN, Request, SIMPLE_REPLY_LEN,
-    chunk_head, command, command_flag, data_head, hole, simple_reply,
+    CHUNK_HEAD_LEN, ChunkType, DATA_HEAD_LEN, Last, REQUEST_LEN, Request, SIMPLE_REPLY_LEN, chunk_head, command,
+    command_flag, data_head, simple_reply,
 };
+use super::refusal::{Refusal, Rules};
 use super::{
-    CACHE_LEN_MAX, EXTENTS_MAX, HELD_BYTES_MAX, HOLE_LEN_MIN, OUTGOING_BYTES_MAX, PAYLOAD_LEN_MAX,
-    REQUESTS_IN_FLIGHT_MAX, ROUND_BYTES_MAX,
+    CACHE_LEN_MAX, EXTENTS_MAX, HELD_BYTES_MAX, HOLE_LEN_MIN, OUTGOING_BYTES_MAX, REQUESTS_IN_FLIGHT_MAX,
+    ROUND_BYTES_MAX,
 };
-use crate::disk::{Access, Completion, Disk, DiskError, Durability, Operation, Queue, SECTOR_LEN};
+use crate::disk::{Completion, Disk, DiskError, Durability, Operation, Queue, SECTOR_LEN};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
-
-/// A request that was refused: what went wrong, for programs and for people.
-#[derive(Debug, Clone)]
-struct Refusal {
-    error: ErrorNumber,
-    message: String,
-}
-
-impl Refusal {
-    fn new(error: ErrorNumber, message: &str) -> Self {
-        Self { error, message: message.to_owned() }
-    }
-}
-
-impl From<DiskError> for Refusal {
-    fn from(error: DiskError) -> Self {
-        let number = match &error {
-            DiskError::OutOfRange { .. } | DiskError::NoSuchSnapshot { .. } => ErrorNumber::Invalid,
-            DiskError::ReadOnly => ErrorNumber::NotPermitted,
-            DiskError::NoSpace => ErrorNumber::NoSpace,
-            DiskError::Fenced => ErrorNumber::Shutdown,
-            DiskError::Io(_) | DiskError::Damaged { .. } => ErrorNumber::InputOutput,
-        };
-        Self { error: number, message: error.to_string() }
-    }
-}
 
 /// What comes from the client next.
 enum Receiving {
@@ -268,7 +244,13 @@ impl<D: Disk> Transmission<D> {
         if request.command == command::DISC {
             return self.end();
         }
-        match self.check(&request) {
+        let rules = Rules {
+            structured: self.structured,
+            access: self.export.access(),
+            capacity_bytes: self.export.disk().capacity_bytes(),
+            has_contexts: !self.contexts.is_empty(),
+        };
+        match rules.check(&request) {
             Err(refusal) if request.command == command::WRITE && request.len > 0 => {
                 self.receiving = Receiving::Refused { request, remaining: request.len, refusal };
             }
@@ -328,47 +310,6 @@ impl<D: Disk> Transmission<D> {
             }
             _ => self.block_status(&request),
         }
-    }
-
-    /// Refuses what is wrong by itself, whatever the disk says.
-    fn check(&self, request: &Request) -> Result<(), Refusal> {
-        let invalid = |message| Err(Refusal::new(ErrorNumber::Invalid, message));
-        let flags = match request.command {
-            command::READ if self.structured => command_flag::DF,
-            command::READ | command::WRITE | command::FLUSH | command::TRIM | command::CACHE => 0,
-            command::WRITE_ZEROES => command_flag::NO_HOLE | command_flag::FAST_ZERO,
-            command::BLOCK_STATUS => command_flag::REQ_ONE,
-            _ => return invalid("this server does not know the command"),
-        };
-        if request.flags & !(flags | command_flag::FUA) != 0 {
-            return invalid("the command does not have such a flag");
-        }
-        let writes = matches!(request.command, command::WRITE | command::TRIM | command::WRITE_ZEROES);
-        if writes && self.export.access() == Access::ReadOnly {
-            return Err(DiskError::ReadOnly.into());
-        }
-        let (offset, len) = (request.offset, request.len);
-        match request.command {
-            command::FLUSH if offset != 0 || len != 0 => return invalid("a flush has no offset and no length"),
-            command::BLOCK_STATUS if self.contexts.is_empty() => return invalid("no metadata context was chosen"),
-            command::BLOCK_STATUS if len == 0 => return invalid("the range is empty"),
-            command::READ if len > PAYLOAD_LEN_MAX && self.structured => {
-                return Err(Refusal::new(ErrorNumber::Overflow, "the request is longer than 64 MiB"));
-            }
-            command::READ | command::WRITE if len > PAYLOAD_LEN_MAX => {
-                return invalid("the request is longer than 64 MiB");
-            }
-            _ => {}
-        }
-        let end = offset.checked_add(u64::from(len));
-        if end.is_none_or(|end| end > self.export.disk().capacity_bytes()) {
-            let error = match request.command {
-                command::WRITE | command::WRITE_ZEROES => ErrorNumber::NoSpace,
-                _ => ErrorNumber::Invalid,
-            };
-            return Err(Refusal::new(error, "the request leaves the disk"));
-        }
-        Ok(())
     }
 
     fn write(&mut self, request: Request, buffer: RequestBuffer) {
@@ -642,33 +583,4 @@ fn whole_sectors_around(offset: u64, len: u64) -> Range<u64> {
 fn whole_sectors_inside(offset: u64, len: u64) -> Range<u64> {
     let end = offset + len;
     offset.next_multiple_of(SECTOR_LEN)..end - end % SECTOR_LEN
-}
-
-/// Writes the heads of the chunks of a read into the buffer, and says which parts of it are to be sent. `holes` lie in `data`, in
-/// order, and each has room for a chunk of its own and the head of the next one.
-fn write_chunks(bytes: &mut [u8], request: &Request, data: Range<usize>, holes: &[Range<usize>]) -> Vec<Range<usize>> {
-    const _: () = assert!(HOLE_LEN_MIN >= HOLE_LEN + DATA_HEAD_LEN);
-    let offset_of = |at: usize| request.offset + (at - data.start) as u64;
-    let mut ranges: Vec<Range<usize>> = Vec::with_capacity(holes.len() + 1);
-    let mut at = data.start;
-    for index in 0..=holes.len() {
-        let hole_range = holes.get(index);
-        let data_end = hole_range.map_or(data.end, |hole| hole.start);
-        if at < data_end {
-            let last = if data_end == data.end { Last::Yes } else { Last::No };
-            let head = data_head(last, request.cookie, offset_of(at), (data_end - at) as u32);
-            bytes[at - DATA_HEAD_LEN..at].copy_from_slice(&head);
-            ranges.push(at - DATA_HEAD_LEN..data_end);
-        }
-        let Some(hole_range) = hole_range else { break };
-        let last = if hole_range.end == data.end { Last::Yes } else { Last::No };
-        let chunk = hole(last, request.cookie, offset_of(hole_range.start), hole_range.len() as u32);
-        bytes[hole_range.start..hole_range.start + HOLE_LEN].copy_from_slice(&chunk);
-        match ranges.last_mut().filter(|range| range.end == hole_range.start) {
-            Some(range) => range.end += HOLE_LEN,
-            None => ranges.push(hole_range.start..hole_range.start + HOLE_LEN),
-        }
-        at = hole_range.end;
-    }
-    ranges
 }
