@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
 use crate::mark::{Lost, Marks};
+use crate::pace::Pace;
 use crate::record::{self, HEADER_LEN};
 use crate::segment::{self, Found, SegmentNumber, SegmentWriter};
 use crate::store::Store;
@@ -78,28 +79,6 @@ pub struct Step {
 
 /// Who hears of the steps of something long; an error ends it.
 pub type Watcher<'a> = &'a mut dyn FnMut(Step) -> Result<()>;
-
-/// Keeps to a number of bytes a second.
-struct Pace {
-    begin: Instant,
-    bytes: u64,
-    bytes_per_second: u64,
-}
-
-impl Pace {
-    fn new(bytes_per_second: u64) -> Self {
-        Pace { begin: Instant::now(), bytes: 0, bytes_per_second: bytes_per_second.max(1) }
-    }
-
-    fn spend(&mut self, bytes: u64) {
-        self.bytes += bytes;
-        let due = Duration::from_secs_f64(self.bytes as f64 / self.bytes_per_second as f64);
-        let ahead = due.saturating_sub(self.begin.elapsed());
-        if ahead > Duration::from_millis(2) {
-            std::thread::sleep(ahead.min(Duration::from_secs(1)));
-        }
-    }
-}
 
 impl Store {
     /// Looks at everything that is kept: what the store holds, and what of it is needed.
@@ -278,7 +257,7 @@ impl Copier<'_> {
                 Some(target) => target,
                 none => none.insert(SegmentWriter::create(self.store.segments(), self.store.catalog().new_segment()?)?),
             };
-            target.append_record(&header, packed)?;
+            target.append(&header, packed)?;
             total += header.record_len() as u64;
             self.copied.entry(row.number).or_default().insert(offset);
         }

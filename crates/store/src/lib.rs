@@ -8,6 +8,7 @@
 //! besides its tree); `volume`, `compact` and `control` (a volume that is open); `volumes` (making and removing them); `mark`, `collect` and `verify`
 //! (what is needed, and whether it is whole); `disk` (what front ends and disks say to each other), `open_disk`, `queue` and
 //! `workers` (the store's side of that); `nbd` (the server for NBD clients);
+//! `transfer` (from store to store over a stream, only what is missing);
 //! `format` (image formats: what is imported and exported); `memory_disk` (a disk in memory, for tests).
 
 mod cache;
@@ -30,11 +31,13 @@ mod name;
 pub mod nbd;
 mod node;
 mod open_disk;
+mod pace;
 mod queue;
 mod record;
 mod run;
 mod segment;
 mod store;
+pub mod transfer;
 mod tree;
 mod verify;
 mod volume;

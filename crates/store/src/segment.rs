@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Result, StoreError};
-use crate::name::{Kind, Name};
-use crate::record::{self, HEADER_LEN, Header, Packing};
+use crate::name::Name;
+use crate::record::{self, HEADER_LEN, Header};
 
 /// A segment is full when it holds that much.
 pub(crate) const SEGMENT_LEN: u64 = 15 << 20;
@@ -226,30 +226,8 @@ impl SegmentWriter {
         self.len() >= SEGMENT_LEN
     }
 
-    /// Appends a record, unless the segment is full.
-    pub fn append(
-        &mut self,
-        kind: Kind,
-        name: &Name,
-        domain: u32,
-        content_len: usize,
-        packing: Packing,
-        packed: &[u8],
-    ) -> Result<Location> {
-        let header = Header {
-            kind,
-            packing,
-            packed_len: packed.len() as u32,
-            content_len: content_len as u32,
-            name: *name,
-            domain,
-            checksum: crc32c::crc32c(packed),
-        };
-        self.append_record(&header, packed)
-    }
-
-    /// Appends a record that has its header already.
-    pub fn append_record(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
+    /// Appends a record.
+    pub fn append(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
         let location = Location::new(self.number, self.len(), header.record_len());
         self.buffer.extend_from_slice(&header.to_bytes());
         self.buffer.extend_from_slice(packed);

@@ -18,7 +18,7 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::index::{Index, IndexFigures};
 use crate::name::{Kind, Name, Namer};
-use crate::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Packer};
+use crate::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
 use crate::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
 use crate::tree::{NODE_LEN, NodeSink, NodeSource, TreeNode, not_a_node};
 use crate::workers::Workers;
@@ -209,6 +209,21 @@ impl Store {
         }
     }
 
+    /// Appends a record to the segment that this process writes.
+    fn append(&self, header: &Header, packed: &[u8]) -> Result<Location> {
+        let mut writer = self.writer();
+        if writer.as_ref().is_some_and(SegmentWriter::is_full) {
+            self.seal_segment(&mut writer)?;
+        }
+        let segment = match &mut *writer {
+            Some(segment) => segment,
+            none => none.insert(SegmentWriter::create(&self.segments, self.catalog.new_segment()?)?),
+        };
+        let location = segment.append(header, packed)?;
+        self.index.add_ours(&header.name, location);
+        Ok(location)
+    }
+
     // Reading
 
     /// A chunk that was read not long ago.
@@ -260,6 +275,24 @@ impl Store {
             }
         }
         Err(damage.unwrap_or(StoreError::Missing { name: *name }))
+    }
+
+    /// Reads a record as it lies in a segment, from whichever copy is whole.
+    pub(crate) fn read_packed(&self, name: &Name) -> Result<(Header, Vec<u8>)> {
+        for location in self.index.find(name)? {
+            let Ok(file) = self.file_of(location) else { continue };
+            if let Ok(Ok((header, packed))) = segment::read_record(&file, location)
+                && header.name == *name
+            {
+                return Ok((header, packed));
+            }
+        }
+        // The long way says what is wrong, or where else it is.
+        let (_, location) = self.read(name)?;
+        let path = self.segment_path(location);
+        let read = segment::read_record(&*self.file_of(location)?, location);
+        let damaged = |what| StoreError::Damaged { path: path.clone(), offset: location.offset(), what };
+        read.map_err(StoreError::file("read", &path))?.map_err(damaged)
     }
 
     /// Reads the record at a place, and checks that it is the one.
@@ -407,18 +440,24 @@ impl Batch {
             return Ok((name, location));
         }
         let (packing, packed) = self.packer.pack(content);
-        let mut writer = store.writer();
-        if writer.as_ref().is_some_and(SegmentWriter::is_full) {
-            store.seal_segment(&mut writer)?;
-        }
-        let segment = match &mut *writer {
-            Some(segment) => segment,
-            none => none.insert(SegmentWriter::create(&store.segments, store.catalog.new_segment()?)?),
+        let header = Header {
+            kind,
+            packing,
+            packed_len: packed.len() as u32,
+            content_len: content.len() as u32,
+            name,
+            domain: 0,
+            checksum: crc32c::crc32c(packed),
         };
-        let location = segment.append(kind, &name, 0, content.len(), packing, packed)?;
+        let location = store.append(&header, packed)?;
         self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
-        store.index.add_ours(&name, location);
         Ok((name, location))
+    }
+
+    /// Adds a record as it lies in a segment. That it holds what its name says is for the caller to have checked.
+    pub fn put_packed(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
+        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
+        self.store.append(header, packed)
     }
 
     /// Makes everything stable that the batch added or found; the lock stays until the batch is dropped, which is to be after the root

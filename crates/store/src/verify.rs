@@ -176,7 +176,7 @@ impl Store {
         for at in (HEADER_LEN..end).step_by(HEADER_LEN) {
             let Ok((header, packed)) = record::split(&bytes[at..end]) else { continue };
             if self.check(&header, &bytes[at..end.min(at + header.record_len())]).is_ok() {
-                target.append_record(&header, packed)?;
+                target.append(&header, packed)?;
             }
         }
         target.seal(|summary| self.catalog().add_segment(summary))?;

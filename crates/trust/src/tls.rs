@@ -10,7 +10,9 @@ use rustls::{RootCertStore, crypto::ring};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use rustls::{ClientConfig, ClientConnection, Error, ServerConfig, ServerConnection, pki_types::ServerName};
+pub use rustls::{
+    ClientConfig, ClientConnection, Error, ServerConfig, ServerConnection, StreamOwned, pki_types::ServerName,
+};
 
 /// Bytes of the largest file that is read.
 const PEM_FILE_LEN_MAX: u64 = 1 << 20;

@@ -1,0 +1,731 @@
+//! Transfers between two stores over sockets, over links that are slow or break, and with peers that lie.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::testbench::{Bytes, image_of};
+use super::*;
+use crate::tree::{self, NodeSource};
+use crate::{CollectOptions, Content, StoreOptions, TreeSource, Volume, VolumeOptions};
+
+const CHUNK: usize = 16 << 10;
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// A store in a folder of its own.
+struct TestStore {
+    store: Arc<Store>,
+    _folder: tempfile::TempDir,
+}
+
+impl std::ops::Deref for TestStore {
+    type Target = Arc<Store>;
+
+    fn deref(&self) -> &Arc<Store> {
+        &self.store
+    }
+}
+
+fn store() -> TestStore {
+    let folder = tempfile::tempdir().unwrap();
+    TestStore { store: Store::open(folder.path(), StoreOptions::default()).unwrap(), _folder: folder }
+}
+
+fn content(store: &Arc<Store>, image: &str) -> Vec<u8> {
+    let (_, node) = store.image(image).unwrap();
+    let disk = &node.disks[0];
+    let mut bytes = vec![0; disk.len_bytes as usize];
+    crate::format::Source::read_at(&TreeSource::new(store, disk), 0, &mut bytes).unwrap();
+    bytes
+}
+
+fn everything() -> ServeOptions {
+    ServeOptions {
+        pull_images: Names::All,
+        pull_volumes: Names::All,
+        push_images: Names::All,
+        replace: true,
+        ..ServeOptions::default()
+    }
+}
+
+fn image(name: &str) -> NodeRef {
+    NodeRef::Image(name.to_owned())
+}
+
+fn quiet(_: crate::Step) -> crate::Result<()> {
+    Ok(())
+}
+
+/// Pushes over a socket; what each side says of it.
+fn push_over(
+    from: &Arc<Store>,
+    to: &Arc<Store>,
+    name: &str,
+    [ours, theirs]: [impl Read + Write + Send; 2],
+) -> [Result<Transferred, TransferError>; 2] {
+    std::thread::scope(|scope| {
+        let server = scope.spawn(move || serve(to, theirs, &everything(), &mut quiet));
+        let pushed = push(from, &image(name), ours, &TransferOptions::new(name), &mut quiet);
+        [pushed, server.join().unwrap()]
+    })
+}
+
+fn sockets() -> [UnixStream; 2] {
+    <[_; 2]>::from(UnixStream::pair().unwrap())
+}
+
+fn push_to(from: &Arc<Store>, to: &Arc<Store>, name: &str) -> Transferred {
+    let [pushed, served] = push_over(from, to, name, sockets());
+    served.unwrap();
+    pushed.unwrap()
+}
+
+fn verify(store: &Arc<Store>) {
+    let verified = store.verify(&mut quiet).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+}
+
+#[test]
+fn a_second_image_that_shares_most_of_it_sends_the_rest_only() {
+    let (here, there) = (store(), store());
+    let mut bytes = noise(1, 400 * CHUNK);
+    image_of(&here, "first", &bytes);
+    let first = push_to(&here, &there, "first");
+    assert!(first.record_bytes > bytes.len() as u64 && first.sent_bytes < bytes.len() as u64 * 103 / 100, "{first:?}");
+    assert_eq!(content(&there, "first"), bytes);
+    // Twenty chunks of 400, in one place.
+    bytes[200 * CHUNK..220 * CHUNK].copy_from_slice(&noise(2, 20 * CHUNK));
+    image_of(&here, "second", &bytes);
+    let second = push_to(&here, &there, "second");
+    assert!(second.sent_bytes < first.sent_bytes * 6 / 100, "{second:?} after {first:?}");
+    // The node, the root, one or two leaves and the chunks.
+    assert!((22..=25).contains(&second.records), "{second:?}");
+    assert_eq!(content(&there, "second"), bytes);
+    verify(&there);
+}
+
+#[test]
+fn equal_stores_send_nothing_but_the_name_of_the_node() {
+    let (here, there) = (store(), store());
+    image_of(&here, "disk", &noise(3, 300 * CHUNK));
+    push_to(&here, &there, "disk");
+    there.remove_image("disk").unwrap();
+    let again = push_to(&here, &there, "disk");
+    assert_eq!((again.records, again.record_bytes), (0, 0));
+    assert!(again.sent_bytes + again.received_bytes < 300, "{again:?}");
+    // A repetition of the same chunk travels once.
+    image_of(&here, "same", &noise(4, CHUNK).repeat(200));
+    assert!(push_to(&here, &there, "same").records < 6);
+    assert_eq!(content(&there, "same"), noise(4, CHUNK).repeat(200));
+}
+
+#[test]
+fn images_and_snapshots_are_pulled_as_images() {
+    let (here, there) = (store(), store());
+    let bytes = noise(5, 150 * CHUNK);
+    image_of(&there, "disk", &bytes);
+    let zeros = Content::Zeros { capacity_bytes: 4 << 20, chunk_len: 4096 };
+    there.create_volume("volume", &zeros).unwrap();
+    let volume = Volume::open(&there, "volume", VolumeOptions::default()).unwrap();
+    let pull_of = |what: NodeRef, name: &str| {
+        let [ours, theirs] = sockets();
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| serve(&there, theirs, &everything(), &mut quiet));
+            let pulled = pull(&here, &what, ours, &TransferOptions::new(name), &mut quiet);
+            server.join().unwrap().unwrap();
+            pulled
+        })
+    };
+    let (row, transferred) = pull_of(image("disk"), "copy").unwrap();
+    assert_eq!(row.node, there.image("disk").unwrap().0.node);
+    assert!(transferred.received_bytes > bytes.len() as u64 && transferred.sent_bytes < 2000, "{transferred:?}");
+    assert_eq!(content(&here, "copy"), bytes);
+
+    volume.write_at(8192, &noise(6, 8192)).unwrap();
+    // One without a snapshot gets one for the moment.
+    pull_of(NodeRef::Volume("volume".to_owned()), "now").unwrap();
+    assert_eq!(there.snapshots("volume").unwrap(), []);
+    assert_eq!(content(&here, "now")[8192..16384], noise(6, 8192));
+    volume.snapshot("early").unwrap();
+    volume.write_at(8192, &noise(7, 4096)).unwrap();
+    let early = NodeRef::Snapshot { volume: "volume".to_owned(), snapshot: "early".to_owned() };
+    pull_of(early, "early").unwrap();
+    assert_eq!(content(&here, "early")[8192..16384], noise(6, 8192));
+    volume.snapshot("late").unwrap();
+    pull_of(NodeRef::Volume("volume".to_owned()), "late").unwrap();
+    assert_eq!(content(&here, "late")[8192..16384], [noise(7, 4096), noise(6, 8192)[4096..].to_vec()].concat());
+    verify(&here);
+}
+
+/// A stream that breaks after so many bytes were received from it.
+struct Breaking {
+    stream: UnixStream,
+    left: usize,
+}
+
+impl Read for Breaking {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 {
+            let _ = self.stream.shutdown(std::net::Shutdown::Both);
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let len = bytes.len().min(self.left);
+        let read = self.stream.read(&mut bytes[..len])?;
+        self.left -= read;
+        Ok(read)
+    }
+}
+
+impl Write for Breaking {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_transfer_cut_anywhere_goes_on_with_what_is_missing() {
+    const STEP: usize = 1000;
+    let here = store();
+    let bytes = noise(8, 16 * 4096);
+    // Several leaves, so that cuts fall between nodes and chunks.
+    let volume_of = |name: &str, chunks: &[u64]| {
+        let zeros = Content::Zeros { capacity_bytes: 4 << 20, chunk_len: 4096 };
+        here.create_volume(name, &zeros).unwrap();
+        let volume = Volume::open(&here, name, VolumeOptions::default()).unwrap();
+        for (index, chunk) in chunks.iter().enumerate() {
+            volume.write_at(chunk * 4096, &bytes[index * 4096..][..4096]).unwrap();
+        }
+        volume.snapshot("now").unwrap();
+        volume.close().unwrap();
+    };
+    volume_of("volume", &[0, 1, 2, 3, 130, 131, 200, 201, 400, 401, 402, 700, 701, 800, 801, 1000]);
+    let what = NodeRef::Volume("volume".to_owned());
+    let options = TransferOptions::new("image");
+    let attempt = |there: &Arc<Store>, left: usize| {
+        let [ours, theirs] = sockets();
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| {
+                let stream = Breaking { stream: theirs, left };
+                serve(there, stream, &everything(), &mut quiet)
+            });
+            let pushed = push(&here, &what, ours, &options, &mut quiet);
+            (pushed, server.join().unwrap())
+        })
+    };
+    let whole = attempt(&store(), usize::MAX).0.unwrap();
+    let mut cuts = 0;
+    for left in (0..whole.sent_bytes as usize).step_by(STEP) {
+        let there = store();
+        let (pushed, served) = attempt(&there, left);
+        assert!(pushed.is_err() && matches!(served, Err(TransferError::Cut(_))), "{left}: {pushed:?}, {served:?}");
+        assert!(there.image("image").is_err());
+        let again = attempt(&there, usize::MAX).0.unwrap();
+        let sum = again.sent_bytes + left as u64;
+        // What had come is not sent again, but for the record that was cut and the greetings.
+        assert!(sum < whole.sent_bytes + 4096 + 400, "cut at {left}: {again:?} after {whole:?}");
+        assert_eq!(content(&there, "image")[1000 * 4096..][..4096], bytes[15 * 4096..]);
+        verify(&there);
+        cuts += 1;
+    }
+    assert!(cuts > 40, "{cuts}");
+}
+
+#[test]
+fn a_tree_whose_parts_a_collection_removed_is_completed() {
+    let (here, there) = (store(), store());
+    let bytes = noise(9, 300 * CHUNK);
+    image_of(&here, "disk", &bytes);
+    // A transfer that brought the nodes of the tree and few chunks.
+    let (_, node) = here.image("disk").unwrap();
+    let root = node.disks[0].root;
+    {
+        let mut batch = there.batch().unwrap();
+        tree::walk(&**here, root, &mut |visit| {
+            if let tree::Visit::Node(name) = visit {
+                let (header, packed) = here.read_packed(&name)?;
+                batch.put_packed(&header, &packed)?;
+            }
+            Ok(true)
+        })
+        .unwrap();
+        batch.sync().unwrap();
+    }
+    let pushed = push_to(&here, &there, "disk");
+    assert_eq!(pushed.records, 301, "300 chunks and the node: {pushed:?}");
+    assert_eq!(content(&there, "disk"), bytes);
+    verify(&there);
+}
+
+#[test]
+fn a_collection_waits_with_what_a_transfer_found() {
+    let (here, there) = (store(), store());
+    let bytes = noise(10, 64 * CHUNK);
+    image_of(&here, "disk", &bytes);
+    push_to(&here, &there, "disk");
+    there.remove_image("disk").unwrap();
+    there.seal().unwrap();
+    let collected = std::thread::scope(|scope| {
+        let [ours, theirs] = sockets();
+        let (found, begins) = mpsc::channel();
+        let server = scope.spawn(|| serve(&there, theirs, &everything(), &mut quiet));
+        let there = &there;
+        let collector = scope.spawn(move || {
+            begins.recv().unwrap();
+            there.collect(CollectOptions::default(), &mut quiet).unwrap()
+        });
+        let pushed = push(
+            &here,
+            &image("disk"),
+            // Its first word comes when the other side holds its batch.
+            Tapped { stream: ours, tap: Some(found) },
+            &TransferOptions::new("disk"),
+            &mut quiet,
+        );
+        assert_eq!(pushed.unwrap().records, 0);
+        server.join().unwrap().unwrap();
+        collector.join().unwrap()
+    });
+    assert!(collected.before.lost.is_empty());
+    assert_eq!(content(&there, "disk"), bytes);
+    verify(&there);
+}
+
+/// A stream that tells when the other side has read far into the conversation.
+struct Tapped {
+    stream: UnixStream,
+    tap: Option<mpsc::Sender<()>>,
+}
+
+impl Read for Tapped {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read = self.stream.read(bytes)?;
+        // The first request for records: the other side compares.
+        if bytes[..read].windows(5).any(|part| part == [6, 0, 0, 0, 6])
+            && let Some(tap) = self.tap.take()
+        {
+            tap.send(()).unwrap();
+        }
+        Ok(read)
+    }
+}
+
+impl Write for Tapped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// One end of a link on which every byte takes a while.
+struct Slow {
+    outgoing: mpsc::Sender<(Instant, Vec<u8>)>,
+    incoming: mpsc::Receiver<(Instant, Vec<u8>)>,
+    rest: Vec<u8>,
+}
+
+const LATENCY: Duration = Duration::from_millis(50);
+
+fn slow_link() -> [Slow; 2] {
+    let (left, from_left) = mpsc::channel();
+    let (right, from_right) = mpsc::channel();
+    [
+        Slow { outgoing: left, incoming: from_right, rest: Vec::new() },
+        Slow { outgoing: right, incoming: from_left, rest: Vec::new() },
+    ]
+}
+
+impl Read for Slow {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if self.rest.is_empty() {
+            let Ok((due, more)) = self.incoming.recv() else { return Ok(0) };
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            self.rest = more;
+        }
+        let len = bytes.len().min(self.rest.len());
+        bytes[..len].copy_from_slice(&self.rest[..len]);
+        self.rest.drain(..len);
+        Ok(len)
+    }
+}
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let sent = self.outgoing.send((Instant::now() + LATENCY, bytes.to_vec()));
+        sent.map(|()| bytes.len()).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_link_of_fifty_milliseconds_is_filled() {
+    let (here, there) = (store(), store());
+    let bytes = noise(11, 4096 * CHUNK);
+    image_of(&here, "disk", &bytes);
+    let begin = Instant::now();
+    let [pushed, served] = push_over(&here, &there, "disk", slow_link());
+    let took = begin.elapsed();
+    served.unwrap();
+    let pushed = pushed.unwrap();
+    assert!(pushed.records > 4096);
+    // One record a round trip would take seven minutes; a few megabytes a round trip, ten seconds.
+    assert!(took < Duration::from_secs(8), "{took:?}");
+    assert!(content(&there, "disk") == bytes);
+}
+
+#[test]
+fn a_limit_of_bytes_a_second_is_kept() {
+    let (here, there) = (store(), store());
+    image_of(&here, "disk", &noise(12, 64 * CHUNK));
+    let [ours, theirs] = sockets();
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| serve(&there, theirs, &everything(), &mut quiet));
+        let options = TransferOptions { bytes_per_second: Some(2 << 20), ..TransferOptions::new("disk") };
+        push(&here, &image("disk"), ours, &options, &mut quiet).unwrap();
+        server.join().unwrap().unwrap();
+    });
+    assert!(begin.elapsed() > Duration::from_millis(450), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn what_is_not_exported_is_refused_by_name() {
+    let (here, there) = (store(), store());
+    image_of(&there, "secret", &noise(13, CHUNK));
+    image_of(&there, "open", &noise(14, CHUNK));
+    image_of(&here, "ours", &noise(15, CHUNK));
+    let listed = |names: &[&str]| Names::Listed(names.iter().map(|&name| name.to_owned()).collect());
+    let options =
+        ServeOptions { pull_images: listed(&["open"]), push_images: listed(&["upload"]), ..ServeOptions::default() };
+    let with_server = |act: &dyn Fn(UnixStream) -> Result<(), TransferError>| {
+        let [ours, theirs] = sockets();
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| serve(&there, theirs, &options, &mut quiet));
+            let outcome = act(ours);
+            server.join().unwrap().unwrap();
+            outcome
+        })
+    };
+    let pulled = |what: NodeRef| {
+        with_server(&|stream| pull(&here, &what, stream, &TransferOptions::new("got"), &mut quiet).map(drop))
+    };
+    let pushed = |name: &str| {
+        with_server(&|stream| push(&here, &image("ours"), stream, &TransferOptions::new(name), &mut quiet).map(drop))
+    };
+    for refused in
+        [pulled(image("secret")), pulled(image("none")), pulled(NodeRef::Volume("disk".to_owned())), pushed("open")]
+    {
+        assert!(matches!(&refused, Err(TransferError::Refused(_))), "{refused:?}");
+    }
+    pulled(image("open")).unwrap();
+    pushed("upload").unwrap();
+    let again = pushed("upload").unwrap_err();
+    assert!(again.to_string().contains("already"), "{again}");
+    // A limit of what a push may bring.
+    let options = ServeOptions { push_bytes_max: Some(1000), ..everything() };
+    let [ours, theirs] = sockets();
+    std::thread::scope(|scope| {
+        scope.spawn(|| serve(&there, theirs, &options, &mut quiet));
+        let pushed = push(&here, &image("ours"), ours, &TransferOptions::new("big"), &mut quiet);
+        assert!(matches!(pushed, Ok(_) | Err(TransferError::Refused(_) | TransferError::Cut(_))), "{pushed:?}");
+    });
+}
+
+#[test]
+fn names_are_no_way_to_records_that_were_not_offered() {
+    let there = store();
+    image_of(&there, "open", &noise(16, 2 * CHUNK));
+    let attempts: [&[(u32, bool, &[u8])]; 5] = [
+        // A node that was never opened, a child that is not there, a chunk opened, a second node of the offer, a node closed before.
+        &[(7, false, &[1])],
+        &[(0, false, &[1]), (1, false, &[2])],
+        &[(0, false, &[1]), (1, false, &[1]), (2, true, &[1])],
+        &[(0, false, &[2])],
+        &[(0, false, &[1]), (1, false, &[1]), (2, false, &[0, 0, 1])],
+    ];
+    for attempt in attempts {
+        let [ours, theirs] = sockets();
+        std::thread::scope(|scope| {
+            let server = scope.spawn(|| serve(&there, theirs, &everything(), &mut quiet));
+            let mut link = Link::new(ours, Pace::limited(None));
+            link.greet(&there).unwrap();
+            link.send(&Message::Pull(image("open"))).unwrap();
+            for &(handle, open_only, bits) in attempt {
+                link.send(&Message::Want(wire::Want { handle, open_only, last: false, bits })).unwrap();
+            }
+            link.flush().unwrap();
+            let mut refused = false;
+            while let Ok(incoming) = link.receive() {
+                refused |= matches!(incoming, wire::Incoming::Refused(_));
+            }
+            let served = server.join().unwrap();
+            assert!(refused && matches!(served, Err(TransferError::Protocol(_))), "{attempt:?}: {served:?}");
+        });
+    }
+}
+
+/// A stream that changes one byte of what is received.
+struct Lying {
+    stream: UnixStream,
+    at: usize,
+    seen: usize,
+}
+
+impl Read for Lying {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        let read = self.stream.read(bytes)?;
+        if (self.seen..self.seen + read).contains(&self.at) {
+            bytes[self.at - self.seen] ^= 0x10;
+        }
+        self.seen += read;
+        Ok(read)
+    }
+}
+
+impl Write for Lying {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_byte_that_changed_on_the_way_never_gets_into_the_store() {
+    let here = store();
+    let mut bytes = noise(17, 2 * CHUNK);
+    bytes[CHUNK / 2..CHUNK].fill(7);
+    image_of(&here, "disk", &bytes);
+    let there = store();
+    let total = push_to(&here, &store(), "disk").sent_bytes as usize;
+    for at in (0..total).step_by(97) {
+        let [ours, theirs] = sockets();
+        let lying = Lying { stream: theirs, at, seen: 0 };
+        let outcome = std::thread::scope(|scope| {
+            let server = scope.spawn(|| serve(&there, lying, &everything(), &mut quiet));
+            let _ = push(&here, &image("disk"), ours, &TransferOptions::new("disk"), &mut quiet);
+            server.join().unwrap()
+        });
+        // A changed byte of the name of the image or of the id of the store is none of the content's business.
+        if outcome.is_ok() {
+            for (row, _) in there.images().unwrap() {
+                assert_eq!(content(&there, &row.name), bytes, "at {at}");
+                there.remove_image(&row.name).unwrap();
+            }
+        }
+    }
+    verify(&there);
+}
+
+#[test]
+fn a_peer_that_packs_other_content_under_a_name_is_found_out() {
+    let (here, there) = (store(), store());
+    let bytes = noise(18, 3 * CHUNK);
+    image_of(&here, "disk", &bytes);
+    let (row, node) = here.image("disk").unwrap();
+    let leaf = node.disks[0].root.name;
+    let other = noise(19, CHUNK);
+    // Right checksum, right length, right name, other bytes.
+    let forged = |header: crate::record::Header| crate::record::Header {
+        packing: crate::record::Packing::Raw,
+        packed_len: other.len() as u32,
+        checksum: crc32c::crc32c(&other),
+        ..header
+    };
+    let [ours, theirs] = sockets();
+    let served = std::thread::scope(|scope| {
+        let server = scope.spawn(|| serve(&there, theirs, &everything(), &mut quiet));
+        let mut link = Link::new(ours, Pace::limited(None));
+        link.greet(&here).unwrap();
+        link.send(&Message::Push { image: "disk", replace: false }).unwrap();
+        link.send(&Message::Offer(row.node)).unwrap();
+        for name in [row.node, leaf] {
+            let (header, packed) = here.read_packed(&name).unwrap();
+            link.send(&Message::Record(&header.to_bytes(), &packed)).unwrap();
+        }
+        let chunk = here.node(&leaf).unwrap().children[0];
+        let (header, _) = here.read_packed(&chunk).unwrap();
+        link.send(&Message::Record(&forged(header).to_bytes(), &other)).unwrap();
+        link.flush().unwrap();
+        server.join().unwrap()
+    });
+    assert!(matches!(&served, Err(TransferError::Protocol(what)) if what.contains("something else")), "{served:?}");
+    assert!(there.image("disk").is_err());
+    verify(&there);
+}
+
+#[test]
+fn stores_of_other_versions_and_domains_are_named() {
+    let here = store();
+    let mut right = Vec::new();
+    {
+        let [ours, mut theirs] = sockets();
+        drop(std::thread::scope(|scope| {
+            let greeter = scope.spawn(|| Link::new(ours, Pace::limited(None)).greet(&here));
+            right.resize(56, 0);
+            theirs.read_exact(&mut right).unwrap();
+            drop(theirs);
+            greeter.join().unwrap()
+        }));
+    }
+    let answer_to = |hello: &[u8]| {
+        let [ours, mut theirs] = sockets();
+        theirs.write_all(hello).unwrap();
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        serve(&here, ours, &everything(), &mut quiet).unwrap_err()
+    };
+    let changed = |at: usize, value: u8| {
+        let mut hello = right.clone();
+        hello[at] = value;
+        hello
+    };
+    assert!(matches!(answer_to(&changed(16, 9)), TransferError::Version { first: 9, last: 1 }));
+    let mut later = changed(16, 3);
+    later[18] = 4;
+    let error = answer_to(&later);
+    assert!(error.to_string().contains("versions 3 to 4"), "{error}");
+    assert!(matches!(answer_to(&changed(45, 0xEE)), TransferError::OtherDomain));
+    assert!(matches!(answer_to(&changed(0, b'P')), TransferError::Protocol(_)));
+    assert!(matches!(answer_to(&right[..30]), TransferError::Cut(_)));
+}
+
+#[test]
+fn a_watcher_can_end_a_transfer_and_sees_how_far_it_is() {
+    let (here, there) = (store(), store());
+    image_of(&here, "disk", &noise(20, 600 * CHUNK));
+    let steps = Mutex::new(Vec::new());
+    let [ours, theirs] = sockets();
+    std::thread::scope(|scope| {
+        scope.spawn(|| drop(serve(&there, theirs, &everything(), &mut quiet)));
+        let pushed = push(&here, &image("disk"), ours, &TransferOptions::new("disk"), &mut |step| {
+            steps.lock().unwrap().push(step);
+            match steps.lock().unwrap().len() {
+                3 => Err(StoreError::Refused("stop".to_owned())),
+                _ => Ok(()),
+            }
+        });
+        assert!(matches!(pushed, Err(TransferError::Store(_))));
+    });
+    assert_eq!(steps.lock().unwrap().len(), 3);
+    let mut last = None;
+    let [ours, theirs] = sockets();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            serve(&there, theirs, &everything(), &mut |step| {
+                assert!(last.is_none_or(|last: crate::Step| last.done <= step.done));
+                last = Some(step);
+                Ok(())
+            })
+        });
+        push(&here, &image("disk"), ours, &TransferOptions::new("disk"), &mut quiet).unwrap();
+    });
+    let last = last.unwrap();
+    assert_eq!((last.done, last.total), (600 * CHUNK as u64, 600 * CHUNK as u64));
+}
+
+#[test]
+fn a_node_with_several_trees_and_facts_comes_whole() {
+    let (here, there) = (store(), store());
+    let facts: BTreeMap<String, String> = [("command line".to_owned(), "quiet".to_owned())].into();
+    let mut node = here.new_node(facts).unwrap();
+    for disk in 0..20u64 {
+        let bytes = Bytes(noise(100 + disk, (disk as usize + 1) * 40_000 / 512 * 512));
+        node.add_disk(&format!("disk{disk}"), &bytes, &mut quiet).unwrap();
+    }
+    node.add_disk("empty", &Bytes(vec![0; 1 << 20]), &mut quiet).unwrap();
+    node.add_file("kernel", &Bytes(noise(200, 300_000)), &mut quiet).unwrap();
+    node.save_as_image("many", Replace::No).unwrap();
+    push_to(&here, &there, "many");
+    let (_, node) = there.image("many").unwrap();
+    assert_eq!(node, here.image("many").unwrap().1);
+    assert_eq!(there.read_file(node.file("kernel").unwrap()).unwrap(), noise(200, 300_000));
+    verify(&there);
+}
+
+/// A folder with an authority and certificates of its.
+fn certificates() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let openssl = |arguments: &str| {
+        let output = std::process::Command::new("openssl")
+            .args(arguments.split(' '))
+            .current_dir(folder.path())
+            .output()
+            .expect("this test needs openssl: `cargo xtask setup` installs it");
+        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let key = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
+    for authority in ["ca", "other"] {
+        openssl(&format!(
+            "{key} -subj /CN={authority} -addext keyUsage=keyCertSign -keyout {authority}.key -out {authority}.pem"
+        ));
+    }
+    for (name, authority) in [("server", "ca"), ("client", "ca"), ("stranger", "other")] {
+        openssl(&format!(
+            "{key} -subj /CN={name} -CA {authority}.pem -CAkey {authority}.key -addext subjectAltName=DNS:{name} \
+             -addext basicConstraints=critical,CA:FALSE -keyout {name}.key -out {name}.pem"
+        ));
+    }
+    folder
+}
+
+#[test]
+fn transfers_over_tls_need_a_certificate_of_the_right_authority() {
+    use polder_trust::tls::{
+        ClientCertificates, ClientConnection, IdentityFiles, ServerConnection, ServerName, StreamOwned, client_config,
+        server_config,
+    };
+    let (here, there) = (store(), store());
+    let bytes = noise(21, 100 * CHUNK);
+    image_of(&here, "disk", &bytes);
+    let folder = certificates();
+    let file = |name: &str| folder.path().join(name);
+    let identity =
+        |name: &str| IdentityFiles { certificate: file(&format!("{name}.pem")), key: file(&format!("{name}.key")) };
+    let clients = ClientCertificates::RequiredFrom(file("ca.pem"));
+    let server = server_config(&identity("server"), &clients).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let attempt = |who: Option<&str>| {
+        let client = client_config(&file("ca.pem"), who.map(identity).as_ref()).unwrap();
+        std::thread::scope(|scope| {
+            let served = scope.spawn(|| {
+                let (socket, _) = listener.accept().unwrap();
+                let tls = ServerConnection::new(server.clone()).unwrap();
+                serve(&there, StreamOwned::new(tls, socket), &everything(), &mut quiet)
+            });
+            let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let tls = ClientConnection::new(client, ServerName::try_from("server").unwrap()).unwrap();
+            let stream = StreamOwned::new(tls, socket);
+            let pushed = push(&here, &image("disk"), stream, &TransferOptions::new("disk"), &mut quiet);
+            (pushed, served.join().unwrap())
+        })
+    };
+    for who in [None, Some("stranger")] {
+        let (pushed, served) = attempt(who);
+        assert!(pushed.is_err() && matches!(served, Err(TransferError::Cut(_))), "{who:?}: {pushed:?} {served:?}");
+    }
+    assert!(there.images().unwrap().is_empty());
+    let (pushed, served) = attempt(Some("client"));
+    served.unwrap();
+    pushed.unwrap();
+    assert_eq!(content(&there, "disk"), bytes);
+}
