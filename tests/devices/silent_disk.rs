@@ -24,6 +24,9 @@ const END_LIMIT: Duration = Duration::from_secs(8);
 const READS: &str = "dd if=/dev/vda of=/dev/null bs=64k skip=16 count=1 iflag=direct";
 const FLUSHES: &str = "dd if=/dev/zero of=/dev/vda bs=64k seek=16 count=1 oflag=direct conv=fsync";
 
+/// Enough of both for a volume's log to reach the part that is not answered.
+const WRITES: &str = "dd if=/dev/zero of=/dev/vda bs=64k count=32 oflag=direct conv=fsync";
+
 /// A file of which a part is neither read nor written until the test is over.
 struct Silent {
     /// What a machine is given: the file or a block device over it, and `,ro`.
@@ -208,23 +211,23 @@ fn every_order_ends_a_machine<'a>(mut silent: impl FnMut() -> &'a Silent) {
     assert_eq!(status, Some(124), "{errors}");
 }
 
-/// The instance is started once with its own disk, then its process with a silent one in that place.
+/// The instance is started once with its own disk, then its process with a silent file in the place of the log of its volume.
 #[test]
 fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
     let test = "silent_disk::polder_stop_ends_though_the_disk_of_the_instance_does_not_answer";
     if !can_open("/dev/fuse") || !can_open("/dev/loop-control") || !inside_namespaces(test) {
         return;
     }
-    let Some(silent) = Silent::behind_a_block_device(FLUSHES) else { return };
+    let Some(silent) = Silent::behind_a_block_device(WRITES) else { return };
     let home = silent.scratch.path().join("home");
     let image = home.join("images/tiny");
     std::fs::create_dir_all(&image).expect("the scratch folder can be written");
     std::fs::copy(Kernel::Cloud.image(), image.join("kernel")).expect("the kernel is there");
     std::fs::copy(Kernel::Cloud.initramfs(), image.join("initrd")).expect("the initramfs is there");
-    std::fs::write(image.join("disk.raw"), [0; 4096]).expect("the scratch folder can be written");
+    std::fs::write(image.join("disk.raw"), vec![0; 4 << 20]).expect("the scratch folder can be written");
     let record = serde_json::json!({
         "format": 1, "name": "tiny", "created_utc": "2026-01-01T00:00:00Z", "kernel_package": "none",
-        "root_disk_bytes": 4096, "command_line": silent.command_line(),
+        "root_disk_bytes": 4 << 20, "command_line": silent.command_line(),
     });
     std::fs::write(image.join("image.json"), record.to_string()).expect("the scratch folder can be written");
     let command = |arguments: &[&str]| {
@@ -235,9 +238,14 @@ fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
     Outcome::of(&mut command(&["run", "-d", "--name", "web", "tiny"]), BOOT_LIMIT).expect_status(0);
     Outcome::of(&mut command(&["stop", "--timeout", "0", "web"]), BOOT_LIMIT).expect_status(0);
 
-    let disk = home.join("instances/web/disk.raw");
-    std::fs::remove_file(&disk).expect("the instance has a disk");
-    std::os::unix::fs::symlink(&silent.disk, &disk).expect("a link can be made");
+    let volumes = std::fs::read_dir(home.join("store/volumes")).expect("the instance has a volume");
+    let volume = volumes.map(|entry| entry.expect("the folder can be read").path()).next().expect("there is one");
+    let log = volume.join("log-00000001");
+    let header = std::fs::read(&log).expect("the volume has a log");
+    let device = File::options().write(true).open(&silent.disk).expect("the block device can be written");
+    std::os::unix::fs::FileExt::write_all_at(&device, &header[..4096], 0).expect("the block device can be written");
+    std::fs::remove_file(&log).expect("the log can be removed");
+    std::os::unix::fs::symlink(&silent.disk, &log).expect("a link can be made");
     let mut machine = command(&["machine-process", "web"]);
     let mut machine = machine.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("polder starts");
     silent.wait_until_asked(0);

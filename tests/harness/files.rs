@@ -56,7 +56,7 @@ pub fn busybox() -> PathBuf {
 /// A state folder that holds the image `debian`.
 pub fn image_home() -> PathBuf {
     let home = guests().join("home");
-    found(home.join("images/debian/image.json"), "cargo xtask test");
+    found(home.join("store/catalog.db"), "cargo xtask test");
     home
 }
 

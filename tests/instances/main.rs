@@ -275,10 +275,21 @@ fn a_machine_that_cannot_start_is_explained_and_leaves_nothing() {
 fn every_instance_has_a_disk_of_its_own() {
     let home = Home::new();
     home.start("one");
-    let disk = home.0.path().join("instances/one/disk.raw");
-    assert!(std::fs::read(&disk).unwrap() == vec![7; 1 << 20]);
-    std::fs::write(&disk, "changed").unwrap();
-    assert!(std::fs::read(home.0.path().join("images/tiny/disk.raw")).unwrap() == vec![7; 1 << 20]);
+    home.start("two");
+    let volumes = || home.polder(&["volume", "ls"]).console;
+    assert!(volumes().contains("instance.one") && volumes().contains("instance.two"), "{}", volumes());
+    // Also while the machine has it open.
+    let export = |name: &str| {
+        let file = home.0.path().join(format!("{name}.raw"));
+        home.polder(&["image", "export", "--volume", name, file.to_str().unwrap()]).expect_status(0);
+        std::fs::read(file).unwrap()
+    };
+    assert!(export("instance.one") == vec![7; 1 << 20]);
+    home.polder(&["rm", "--force", "one"]).expect_status(0);
+    assert!(!volumes().contains("instance.one"), "{}", volumes());
+    home.polder(&["store", "gc"]).expect_status(0);
+    assert!(export("instance.two") == vec![7; 1 << 20]);
+    home.polder(&["store", "verify"]).expect_status(0);
 }
 
 #[test]

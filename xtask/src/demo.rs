@@ -15,7 +15,7 @@ pub fn demo() -> Result<()> {
         command.args(arguments).env("POLDER_HOME", &home);
         command
     };
-    if !home.join("images/debian/image.json").exists() {
+    if crate::command::capture(&mut on(&["image", "inspect", "debian"])).is_err() {
         step("polder image build debian");
         run(&mut on(&["image", "build", "debian"]))?;
     }

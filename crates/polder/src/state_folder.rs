@@ -57,7 +57,12 @@ impl StateFolder {
         self.path.join("store")
     }
 
-    /// Where images lie, one folder each.
+    /// Kernels and initrds of images, as files that machines load.
+    pub fn boot_files(&self) -> PathBuf {
+        self.path.join("boot-files")
+    }
+
+    /// Where images are made; earlier releases kept them here, one folder each.
     pub fn images(&self) -> PathBuf {
         self.path.join("images")
     }

@@ -44,7 +44,7 @@ mod volume;
 mod volumes;
 mod workers;
 
-pub use catalog::{ImageRow, Replace, SnapshotRow, VolumeRow};
+pub use catalog::{ImageRow, Replace, SnapshotRow, VolumeRow, check_name};
 pub use collect::{CollectOptions, Collected, Step, Usage, Watcher};
 pub use error::{Result, StoreError};
 pub use id::Id;

@@ -33,10 +33,28 @@ pub enum DiskAccess {
     ReadWrite,
 }
 
-/// A disk: a raw file or a block device.
+/// Where the bytes of a disk are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskSource {
+    /// A raw file or a block device.
+    File(PathBuf),
+    /// A volume of the store in a folder.
+    Volume { store: PathBuf, name: String, ending: VolumeEnding },
+}
+
+/// What becomes of what a guest wrote to a volume last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeEnding {
+    /// It is moved out of the volume's log when the machine ends.
+    Settle,
+    /// It stays there: the volume is used again soon, or never.
+    Leave,
+}
+
+/// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskConfig {
-    pub path: PathBuf,
+    pub source: DiskSource,
     pub access: DiskAccess,
 }
 

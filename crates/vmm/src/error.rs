@@ -39,11 +39,17 @@ pub enum VmmError {
         #[source]
         source: io::Error,
     },
-    #[error("the disk {} cannot be used", path.display())]
+    #[error("the disk {name} cannot be used")]
     Disk {
-        path: PathBuf,
+        name: String,
         #[source]
         source: BlockError,
+    },
+    #[error("the volume {name} cannot be used")]
+    Volume {
+        name: String,
+        #[source]
+        source: polder_store::StoreError,
     },
     #[error("the kernel {} cannot be started", path.display())]
     Boot {

@@ -9,15 +9,41 @@ use std::sync::Arc;
 use polder_machine::boot::KERNEL_LEN_MAX;
 
 use polder_devices::virtio::net::Tap;
+use polder_store::{FixedDisk, OpenDisk, Store, StoreOptions, Volume, VolumeOptions};
 
 use crate::listening_socket::ListeningSocket;
-use crate::{DiskAccess, MachineConfig, NetConfig, VmmError};
+use crate::{DiskAccess, DiskConfig, DiskSource, MachineConfig, NetConfig, VmmError, VolumeEnding};
+
+/// Where the bytes of an open disk are.
+pub(crate) enum OpenMedium {
+    File(File),
+    Volume(Arc<OpenDisk>, VolumeEnding),
+}
 
 /// An open disk.
-#[derive(Debug)]
 pub(crate) struct Disk {
-    pub(crate) file: File,
+    pub(crate) medium: OpenMedium,
     pub(crate) access: DiskAccess,
+}
+
+impl Disk {
+    fn open(config: &DiskConfig) -> Result<Self, VmmError> {
+        let medium = match &config.source {
+            DiskSource::File(path) => OpenMedium::File(open("disk", path, config.access)?),
+            DiskSource::Volume { store, name, ending } => {
+                let error = |source| VmmError::Volume { name: name.clone(), source };
+                let store = Store::open_existing(store, StoreOptions::default()).map_err(error)?;
+                let disk = match config.access {
+                    DiskAccess::ReadWrite => Volume::open(&store, name, VolumeOptions::default()).map(OpenDisk::Volume),
+                    DiskAccess::ReadOnly => {
+                        store.settled_disk(name, None).map(|tree| OpenDisk::Fixed(FixedDisk::new(&store, &tree)))
+                    }
+                };
+                OpenMedium::Volume(Arc::new(disk.map_err(error)?), *ending)
+            }
+        };
+        Ok(Disk { medium, access: config.access })
+    }
 }
 
 /// All files of a machine.
@@ -31,19 +57,32 @@ pub(crate) struct Files {
 
 impl Files {
     pub(crate) fn open(config: &MachineConfig) -> Result<Self, VmmError> {
-        let disk = |disk: &crate::DiskConfig| -> Result<Disk, VmmError> {
-            Ok(Disk { file: open("disk", &disk.path, disk.access)?, access: disk.access })
-        };
         Ok(Files {
             kernel: open("kernel", &config.kernel, DiskAccess::ReadOnly)?,
             initrd: config.initrd.as_deref().map(|path| open("initrd", path, DiskAccess::ReadOnly)).transpose()?,
-            disks: config.disks.iter().map(disk).collect::<Result<_, _>>()?,
+            disks: config.disks.iter().map(Disk::open).collect::<Result<_, _>>()?,
             tap: match &config.net {
                 NetConfig::None => None,
                 NetConfig::Tap(name) => Some(Arc::new(Tap::open(name)?)),
             },
             vsock: config.vsock.as_deref().map(bind_vsock).transpose()?,
         })
+    }
+
+    /// Ends the disks: what guests wrote to volumes is where it is to be.
+    pub(crate) fn close_disks(&mut self, config: &MachineConfig) -> Result<(), VmmError> {
+        for (disk, config) in std::mem::take(&mut self.disks).into_iter().zip(&config.disks) {
+            let (OpenMedium::Volume(disk, VolumeEnding::Settle), DiskSource::Volume { name, .. }) =
+                (disk.medium, &config.source)
+            else {
+                continue;
+            };
+            // The devices are gone, and their queues with them.
+            if let Ok(disk) = Arc::try_unwrap(disk) {
+                disk.close().map_err(|source| VmmError::Volume { name: name.clone(), source })?;
+            }
+        }
+        Ok(())
     }
 
     /// The kernel file's bytes: one more than any kernel has at most, if it is that long.

@@ -143,6 +143,7 @@ pub(crate) fn run_with(
         gdb.debugger().finish(Some(outcome));
     }
     stats.times.end_ns = clock.monotonic_ns();
+    files.close_disks(config)?;
     stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
     stats.outcome = outcome.word().to_owned();
     Ok(Report { outcome, stats, drained })

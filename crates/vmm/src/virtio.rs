@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use polder_devices::virtio::VirtioDevice;
 use polder_devices::virtio::balloon::Balloon;
-use polder_devices::virtio::block::{self, Block, BlockOptions, EngineChoice};
+use polder_devices::virtio::block::{self, Block, BlockOptions, DiskMedium, EngineChoice};
 use polder_devices::virtio::console::Console;
 use polder_devices::virtio::net::{Net, NetOptions};
 use polder_devices::virtio::rng::Rng;
@@ -12,7 +12,8 @@ use polder_devices::virtio::vsock::{GUEST_CID_MIN, Vsock};
 
 use crate::build::Surroundings;
 use crate::file_system::file_may_not_answer;
-use crate::{DiskAccess, VmmError};
+use crate::files::OpenMedium;
+use crate::{DiskAccess, DiskSource, VmmError};
 
 /// Makes the devices that the configuration asks for: disks first, so that their slots do not depend on anything else.
 pub(crate) fn devices(
@@ -45,20 +46,25 @@ pub(crate) fn devices(
 fn disk(around: &Surroundings<'_>, index: usize) -> Result<Arc<dyn VirtioDevice>, VmmError> {
     let config = around.config;
     let disk = &around.files.disks[index];
-    let file = disk.file.try_clone().map_err(|source| VmmError::Host { what: "descriptor for a disk", source })?;
+    // The kernel may wait inside the call that hands requests to io_uring, and what is in flight there holds the process' end.
+    let (medium, engine) = match &disk.medium {
+        OpenMedium::File(file) => {
+            let engine = if file_may_not_answer(file) { EngineChoice::Threads } else { EngineChoice::Auto };
+            let file = file.try_clone().map_err(|source| VmmError::Host { what: "descriptor for a disk", source })?;
+            (DiskMedium::File(file), engine)
+        }
+        OpenMedium::Volume(disk, _) => (DiskMedium::Store(disk.clone()), EngineChoice::Auto),
+    };
     let access = match disk.access {
         DiskAccess::ReadOnly => block::DiskAccess::ReadOnly,
         DiskAccess::ReadWrite => block::DiskAccess::ReadWrite,
     };
-    let options = BlockOptions {
-        file,
-        access,
-        serial: format!("polder-{index}"),
-        queues: config.cpus as u16,
-        // The kernel may wait inside the call that hands requests to io_uring, and what is in flight there holds the process' end.
-        engine: if file_may_not_answer(&disk.file) { EngineChoice::Threads } else { EngineChoice::Auto },
+    let options =
+        BlockOptions { medium, access, serial: format!("polder-{index}"), queues: config.cpus as u16, engine };
+    let name = match &config.disks[index].source {
+        DiskSource::File(path) => path.display().to_string(),
+        DiskSource::Volume { name, .. } => name.clone(),
     };
-    let block =
-        Block::new(options).map_err(|source| VmmError::Disk { path: config.disks[index].path.clone(), source })?;
+    let block = Block::new(options).map_err(|source| VmmError::Disk { name, source })?;
     Ok(Arc::new(block))
 }

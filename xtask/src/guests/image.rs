@@ -1,7 +1,7 @@
 //! Debian images for the whole-product tests, in a state folder of their own (`target/guests/home`).
 
 use super::Flavour;
-use crate::command::{run, step};
+use crate::command::{capture, run, step};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::Command;
@@ -35,32 +35,56 @@ pub fn build(long: bool) -> Result<()> {
     Ok(())
 }
 
-/// The folder of a Debian image with this kernel; it is made if it is missing.
+/// The folder of a Debian image with this kernel, as files for any monitor; it is made if it is missing.
 pub fn with_kernel(flavour: Flavour) -> Result<PathBuf> {
-    make(match flavour {
+    let image = match flavour {
         Flavour::Cloud => &NORMAL,
         Flavour::Generic => &GENERIC,
-    })
+    };
+    let exported = make(image)?.join("exported").join(image.name);
+    if exported.exists() {
+        return Ok(exported);
+    }
+    let making = exported.with_extension("making");
+    let _ = std::fs::remove_dir_all(&making);
+    std::fs::create_dir_all(&making)?;
+    for (part, file) in [("disk", "disk.raw"), ("kernel", "kernel"), ("initrd", "initrd")] {
+        run(polder().args(["image", "export", image.name, "--part", part]).arg(making.join(file)))?;
+    }
+    let record = capture(polder().args(["image", "inspect", image.name]))?;
+    std::fs::write(making.join("image.json"), record)?;
+    std::fs::rename(&making, &exported)?;
+    Ok(exported)
 }
 
+fn polder() -> Command {
+    let mut command = Command::new(crate::project::polder());
+    command.env("POLDER_HOME", home());
+    command
+}
+
+fn home() -> PathBuf {
+    crate::project::guests().join("home")
+}
+
+/// Makes an image if it is missing; the state folder that it is in.
 fn make(image: &Image) -> Result<PathBuf> {
     let name = image.name;
-    let home = crate::project::guests().join("home");
+    let home = home();
     std::fs::create_dir_all(&home)?;
-    let folder = home.join("images").join(name);
     // An image is as its options, its builder and its agent made it: another of these, another image.
     let mut made_from = image.options.join("\n").into_bytes();
     made_from.extend(ingredients()?);
     let stamp = home.join(format!("{name}.made-from"));
-    if folder.exists() && std::fs::read(&stamp).is_ok_and(|used| used == made_from) {
-        return Ok(folder);
+    let there = || capture(polder().args(["image", "inspect", name])).is_ok();
+    if std::fs::read(&stamp).is_ok_and(|used| used == made_from) && there() {
+        return Ok(home);
     }
     step(&format!("polder image build debian --name {name}"));
-    let mut command = Command::new(crate::project::polder());
-    command.env("POLDER_HOME", &home).args(["image", "build", "debian", "--force", "--name", name]);
-    run(command.args(image.options))?;
+    run(polder().args(["image", "build", "debian", "--force", "--name", name]).args(image.options))?;
+    let _ = std::fs::remove_dir_all(home.join("exported").join(name));
     std::fs::write(stamp, &made_from)?;
-    Ok(folder)
+    Ok(home)
 }
 
 /// The agent and the sources of the image builder.

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use polder_basics::ByteSize;
 use polder_vmm::{
-    CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, DiskAccess, DiskConfig, GdbConfig, GdbPlace, GdbStart, NetConfig,
-    RAM_BYTES_MAX, RAM_BYTES_MIN,
+    CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, DiskAccess, DiskConfig, DiskSource, GdbConfig, GdbPlace, GdbStart,
+    NetConfig, RAM_BYTES_MAX, RAM_BYTES_MIN,
 };
 
 /// Interface names have at most this many bytes (Linux, IFNAMSIZ less the NUL).
@@ -20,7 +20,7 @@ pub fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     if path.is_empty() {
         return Err("a disk is FILE or FILE,ro".to_owned());
     }
-    Ok(DiskConfig { path: PathBuf::from(path), access })
+    Ok(DiskConfig { source: DiskSource::File(PathBuf::from(path)), access })
 }
 
 /// A size that a machine's memory can have.
@@ -94,9 +94,9 @@ mod tests {
     #[test]
     fn a_disk_is_writable_unless_it_says_ro() {
         let disk = parse_disk("a,b.raw").unwrap();
-        assert_eq!((disk.path, disk.access), (PathBuf::from("a,b.raw"), DiskAccess::ReadWrite));
+        assert_eq!((disk.source, disk.access), (DiskSource::File("a,b.raw".into()), DiskAccess::ReadWrite));
         let disk = parse_disk("disk.raw,ro").unwrap();
-        assert_eq!((disk.path, disk.access), (PathBuf::from("disk.raw"), DiskAccess::ReadOnly));
+        assert_eq!((disk.source, disk.access), (DiskSource::File("disk.raw".into()), DiskAccess::ReadOnly));
         assert!(parse_disk(",ro").is_err());
     }
 

@@ -3,17 +3,20 @@
 //! mmdebstrap makes the root file system (as root directly, else in a user namespace), our scripts make it a guest of ours, and
 //! `mke2fs -d` makes an ext4 disk of it without mounting anything.
 
-use super::record::{self, FORMAT, ImageRecord};
+use super::record::{ImageRecord, Parts};
 use super::{customize, tools};
 use crate::state_folder::StateFolder;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use polder_basics::{ByteSize, GIB, MIB};
+use polder_store::format::RawSource;
+use polder_store::{Replace, Store};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const SUITE: &str = "bookworm";
@@ -62,7 +65,7 @@ impl KernelFlavour {
     }
 }
 
-/// A folder in the making: gone when dropped unless it became the image.
+/// A folder in the making: gone when dropped.
 struct WorkFolder(PathBuf);
 
 impl Drop for WorkFolder {
@@ -73,10 +76,9 @@ impl Drop for WorkFolder {
 }
 
 /// Makes the image.
-pub fn build(arguments: &BuildArguments) -> Result<()> {
-    let state = StateFolder::open()?;
-    let folder = record::folder(&state, &arguments.name)?;
-    if folder.exists() && !arguments.force {
+pub fn build(state: &StateFolder, store: &Arc<Store>, arguments: &BuildArguments) -> Result<()> {
+    polder_store::check_name("image", &arguments.name)?;
+    if !arguments.force && store.image(&arguments.name).is_ok() {
         bail!("there is an image {} already: name another with --name, or replace it with --force", arguments.name);
     }
     if !(DISK_BYTES_MIN..=DISK_BYTES_MAX).contains(&arguments.size.0) || !arguments.size.0.is_multiple_of(MIB) {
@@ -95,32 +97,26 @@ pub fn build(arguments: &BuildArguments) -> Result<()> {
     let work = WorkFolder(state.images().join(format!(".{}.building-{}", arguments.name, std::process::id())));
     std::fs::create_dir_all(&work.0).with_context(|| format!("cannot make {}", work.0.display()))?;
     eprintln!("Making a Debian {SUITE} root file system from its packages; this takes a minute or more.");
-    let disk = make_root_file_system(arguments, &agent, &work.0)?;
+    make_root_file_system(arguments, &agent, &work.0)?;
     let kernel_package = take_kernel(&work.0)?;
-    disk.sync_all().context("cannot write the disk")?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let record = ImageRecord {
-        format: FORMAT,
-        name: arguments.name.clone(),
-        created_utc: record::utc(now),
-        kernel_package,
-        command_line: customize::COMMAND_LINE.to_string(),
-        root_disk_bytes: arguments.size.0,
+    let parts = Parts {
+        disk: &RawSource::open(&work.0.join("disk.raw"))?,
+        kernel: Some(&work.0.join("kernel")),
+        initrd: Some(&work.0.join("initrd")),
+        kernel_package: &kernel_package,
+        command_line: customize::COMMAND_LINE,
     };
-    record.write(&work.0)?;
-    if folder.exists() {
-        std::fs::remove_dir_all(&folder).with_context(|| format!("cannot replace {}", folder.display()))?;
-    }
-    std::fs::rename(&work.0, &folder).with_context(|| format!("cannot move the image to {}", folder.display()))?;
+    let replace = if arguments.force { Replace::Yes } else { Replace::No };
+    ImageRecord::save(store, &arguments.name, &parts, replace)?;
     println!(
-        "Image {} is ready ({}, disk {}): polder run {}",
-        record.name, record.kernel_package, arguments.size, record.name
+        "Image {} is ready ({kernel_package}, disk {}): polder run {}",
+        arguments.name, arguments.size, arguments.name
     );
     Ok(())
 }
 
 /// Runs mmdebstrap with our scripts; leaves `disk.raw` and the guest's `boot` folder in `work`.
-fn make_root_file_system(arguments: &BuildArguments, agent: &Path, work: &Path) -> Result<File> {
+fn make_root_file_system(arguments: &BuildArguments, agent: &Path, work: &Path) -> Result<()> {
     let disk_path = work.join("disk.raw");
     let disk = File::create_new(&disk_path).with_context(|| format!("cannot make {}", disk_path.display()))?;
     disk.set_len(arguments.size.0).context("cannot set the size of the disk")?;
@@ -160,7 +156,7 @@ fn make_root_file_system(arguments: &BuildArguments, agent: &Path, work: &Path) 
         format!("cannot make the root file system{}", tools::apt_complaint(&String::from_utf8_lossy(&text)))
     })?;
     disk.set_permissions(std::fs::Permissions::from_mode(0o644))?;
-    Ok(disk)
+    Ok(())
 }
 
 fn now_seconds() -> String {

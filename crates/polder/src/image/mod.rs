@@ -1,19 +1,25 @@
 //! `polder image`: what instances start from.
 //!
-//! An image is a folder `images/NAME` in the state folder with `image.json` ([`ImageRecord`]), `disk.raw` (an ext4 root file
-//! system), `kernel` and `initrd`. It is made beside its place and renamed into it, so an image is there whole or not at all;
-//! nothing changes it afterwards.
+//! An image is a node of the store: a root disk, a kernel, an initrd and a few facts ([`ImageRecord`]). It is there whole or not at
+//! all, and nothing changes it afterwards.
 
 mod build;
 mod customize;
+mod export;
+mod import;
 mod record;
 mod tools;
+
+use std::sync::Arc;
 
 pub use record::{ImageRecord, utc};
 
 use crate::state_folder::StateFolder;
-use anyhow::{Context, Result, bail};
+use crate::store::rough;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
+use polder_store::{Store, StoreError};
+use serde_json::json;
 
 #[derive(Args)]
 pub struct ImageArguments {
@@ -28,9 +34,19 @@ enum ImageCommand {
         #[command(subcommand)]
         system: System,
     },
+    Import(import::ImportArguments),
+    Export(export::ExportArguments),
     /// List the images
-    Ls,
-    /// Remove images; instances made from them keep their own disks
+    Ls {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what is known of an image, as JSON
+    Inspect {
+        name: String,
+    },
+    /// Remove images; instances and volumes made from them stay
     Rm {
         /// Names of the images
         #[arg(required = true)]
@@ -44,33 +60,62 @@ enum System {
     Debian(build::BuildArguments),
 }
 
+/// Opens the store, with the images that an earlier release left in folders.
+pub fn open_store(state: &StateFolder) -> Result<Arc<Store>> {
+    let store = crate::store::open(state)?;
+    record::take_in_folders(state, &store)?;
+    Ok(store)
+}
+
 /// Carries out `polder image ...`.
 pub fn image(arguments: ImageArguments) -> Result<()> {
+    let state = StateFolder::open()?;
+    let store = open_store(&state)?;
     match arguments.command {
-        ImageCommand::Build { system: System::Debian(arguments) } => build::build(&arguments),
-        ImageCommand::Ls => list(),
-        ImageCommand::Rm { names } => names.iter().try_for_each(|name| remove(name)),
+        ImageCommand::Build { system: System::Debian(arguments) } => build::build(&state, &store, &arguments),
+        ImageCommand::Import(arguments) => import::import(&store, &arguments),
+        ImageCommand::Export(arguments) => export::export(&store, &arguments),
+        ImageCommand::Ls { json } => list(&store, json),
+        ImageCommand::Inspect { name } => inspect(&store, &name),
+        ImageCommand::Rm { names } => names.iter().try_for_each(|name| remove(&state, &store, name)),
     }
 }
 
-fn list() -> Result<()> {
-    let images = ImageRecord::all(&StateFolder::open()?)?;
-    println!("{:<20} {:<21} {:>8}  KERNEL", "NAME", "CREATED", "DISK");
+fn described(image: &ImageRecord) -> serde_json::Value {
+    json!({
+        "name": image.name, "created_utc": image.created_utc, "node": image.node.to_string(),
+        "disk_bytes": image.disk.len_bytes, "kernel_package": image.kernel_package,
+        "command_line": image.command_line, "has_kernel": image.kernel.is_some(), "has_initrd": image.initrd.is_some(),
+    })
+}
+
+fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
+    let images = ImageRecord::all(store)?;
+    if as_json {
+        println!("{:#}", images.iter().map(described).collect::<serde_json::Value>());
+        return Ok(());
+    }
+    println!("{:<20} {:<21} {:>10}  KERNEL", "NAME", "CREATED", "DISK");
     for image in images {
-        let size = polder_basics::ByteSize(image.root_disk_bytes).to_string();
-        println!("{:<20} {:<21} {:>8}  {}", image.name, image.created_utc, size, image.kernel_package);
+        let kernel = match (&image.kernel, image.kernel_package.as_str()) {
+            (None, _) => "none",
+            (Some(_), "") => "given with it",
+            (Some(_), package) => package,
+        };
+        println!("{:<20} {:<21} {:>10}  {kernel}", image.name, image.created_utc, rough(image.disk.len_bytes));
     }
     Ok(())
 }
 
-fn remove(name: &str) -> Result<()> {
-    let state = StateFolder::open()?;
-    let folder = record::folder(&state, name)?;
-    if !folder.exists() {
-        bail!("there is no image {name} (`polder image ls` lists them)");
+fn inspect(store: &Arc<Store>, name: &str) -> Result<()> {
+    println!("{:#}", described(&ImageRecord::load(store, name)?));
+    Ok(())
+}
+
+fn remove(state: &StateFolder, store: &Arc<Store>, name: &str) -> Result<()> {
+    match store.remove_image(name) {
+        Err(StoreError::NotFound { .. }) => bail!("there is no image {name} (`polder image ls` lists them)"),
+        result => result?,
     }
-    // Renamed first: a removal that is interrupted leaves no half image under the name.
-    let doomed = state.images().join(format!(".{name}.removing-{}", std::process::id()));
-    std::fs::rename(&folder, &doomed).with_context(|| format!("cannot remove {}", folder.display()))?;
-    std::fs::remove_dir_all(&doomed).with_context(|| format!("cannot remove {}", doomed.display()))
+    record::sweep_boot_files(state, store)
 }

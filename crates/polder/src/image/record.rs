@@ -1,87 +1,204 @@
-//! `image.json`: what polder knows about an image.
+//! What polder knows about an image: a node of the store with a disk, a kernel and an initrd.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use polder_store::format::RawSource;
+use polder_store::{ImageRow, Node, Replace, Store, StoreError, Tree};
+use serde::{Deserialize, Serialize};
 
 use crate::state_folder::StateFolder;
-use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use crate::store::Progress;
 
-/// The format this release writes.
-pub const FORMAT: u32 = 1;
-/// Longest name of an image.
-const NAME_LEN_MAX: usize = 64;
+/// Facts of an image's node.
+const KERNEL_PACKAGE: &str = "kernel-package";
+const COMMAND_LINE: &str = "command-line";
+/// Names of its files.
+pub const KERNEL: &str = "kernel";
+pub const INITRD: &str = "initrd";
+/// And of its disk.
+pub const DISK: &str = "root";
 
 /// What polder knows about an image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct ImageRecord {
-    /// Version of this record; an unknown one is refused.
-    pub format: u32,
     pub name: String,
     /// RFC 3339, in UTC.
     pub created_utc: String,
-    /// Debian package of the kernel and its version.
+    pub node: polder_store::Name,
+    /// Debian package of the kernel and its version; empty for an image that was brought in.
     pub kernel_package: String,
     /// Kernel command line an instance starts with.
     pub command_line: String,
-    /// Size of disk.raw as the guest sees it.
-    pub root_disk_bytes: u64,
+    pub disk: Tree,
+    pub kernel: Option<Tree>,
+    pub initrd: Option<Tree>,
+}
+
+/// What an image is made of when it is put into the store.
+pub struct Parts<'a> {
+    pub disk: &'a dyn polder_store::format::Source,
+    pub kernel: Option<&'a Path>,
+    pub initrd: Option<&'a Path>,
+    pub kernel_package: &'a str,
+    pub command_line: &'a str,
 }
 
 impl ImageRecord {
-    /// Reads the record of the image `name`.
-    pub fn load(state: &StateFolder, name: &str) -> Result<Self> {
-        let folder = folder(state, name)?;
-        if !folder.exists() {
-            bail!(
+    /// The image `name`.
+    pub fn load(store: &Arc<Store>, name: &str) -> Result<Self> {
+        match store.image(name) {
+            Ok((row, node)) => Self::of(row, node),
+            Err(StoreError::NotFound { .. }) => bail!(
                 "there is no image {name} (`polder image build debian --name {name}` makes one, `polder image ls` lists what there is)"
-            );
+            ),
+            Err(error) => Err(error.into()),
         }
-        Self::read(&folder)
     }
 
-    /// Every image, by name. Folders that hold no image.json are no images.
-    pub fn all(state: &StateFolder) -> Result<Vec<Self>> {
-        let mut images = Vec::new();
-        let Ok(entries) = std::fs::read_dir(state.images()) else { return Ok(images) };
-        for entry in entries {
-            let folder = entry.context("cannot list the images")?.path();
-            let hidden = folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-            if !hidden && folder.join("image.json").exists() {
-                images.push(Self::read(&folder)?);
+    /// Every image, by name.
+    pub fn all(store: &Arc<Store>) -> Result<Vec<Self>> {
+        store.images()?.into_iter().map(|(row, node)| Self::of(row, node)).collect()
+    }
+
+    fn of(row: ImageRow, node: Node) -> Result<Self> {
+        let fact = |key: &str| node.facts.get(key).cloned().unwrap_or_default();
+        let (kernel_package, command_line) = (fact(KERNEL_PACKAGE), fact(COMMAND_LINE));
+        let (kernel, initrd) = (node.file(KERNEL).cloned(), node.file(INITRD).cloned());
+        let Some(disk) = node.disks.into_iter().next() else { bail!("image {} has no disk", row.name) };
+        Ok(ImageRecord {
+            created_utc: utc(row.created_ns / 1_000_000_000),
+            name: row.name,
+            node: row.node,
+            kernel_package,
+            command_line,
+            disk,
+            kernel,
+            initrd,
+        })
+    }
+
+    /// Puts an image into the store: it is there whole or not at all.
+    pub fn save(store: &Arc<Store>, name: &str, parts: &Parts<'_>, replace: Replace) -> Result<()> {
+        let facts = [(KERNEL_PACKAGE, parts.kernel_package), (COMMAND_LINE, parts.command_line)];
+        let facts = facts.into_iter().filter(|(_, value)| !value.is_empty());
+        let facts: BTreeMap<_, _> = facts.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+        let mut node = store.new_node(facts)?;
+        let mut progress = Progress::new();
+        node.add_disk(DISK, parts.disk, &mut |step| progress.show(step))?;
+        for (name, path) in [(KERNEL, parts.kernel), (INITRD, parts.initrd)] {
+            if let Some(path) = path {
+                node.add_file(name, &RawSource::open(path)?, &mut |step| progress.show(step))?;
             }
         }
-        images.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(images)
+        progress.finish();
+        node.save_as_image(name, replace)?;
+        Ok(())
     }
 
-    /// Writes the record into an image folder.
-    pub fn write(&self, folder: &Path) -> Result<()> {
-        let path = folder.join("image.json");
-        let text = serde_json::to_string_pretty(self)?;
-        std::fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
-    }
-
-    fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join("image.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let value: serde_json::Value =
-            serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))?;
-        match value["format"].as_u64() {
-            Some(1) => serde_json::from_value(value).with_context(|| format!("{} is damaged", path.display())),
-            Some(other) => bail!("{} has format {other}, which this release does not know", path.display()),
-            None => bail!("{} is damaged: it names no format", path.display()),
-        }
+    /// The kernel and initrd as files of the host, for machines to load. They are written once and stay until the image is removed.
+    pub fn boot_files(&self, state: &StateFolder, store: &Arc<Store>) -> Result<(PathBuf, Option<PathBuf>)> {
+        let Some(kernel) = &self.kernel else {
+            bail!(
+                "image {} has no kernel to boot (`polder image import` takes one with --kernel and --initrd)",
+                self.name
+            )
+        };
+        let initrd = self.initrd.as_ref().map(|initrd| boot_file(state, store, initrd)).transpose()?;
+        Ok((boot_file(state, store, kernel)?, initrd))
     }
 }
 
-/// Where the image of this name lies; names that could lead elsewhere are refused.
-pub fn folder(state: &StateFolder, name: &str) -> Result<PathBuf> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > NAME_LEN_MAX || name.starts_with(['.', '-']) || !name.chars().all(plain) {
-        bail!(
-            "{name:?} is no name for an image: use up to {NAME_LEN_MAX} letters, digits, '-', '_' and '.', starting with a letter or digit"
-        );
+/// A file of the store as a file of the host.
+fn boot_file(state: &StateFolder, store: &Arc<Store>, file: &Tree) -> Result<PathBuf> {
+    let folder = state.boot_files();
+    let path = folder.join(format!("{}-{}", file.root.name, file.len_bytes));
+    if path.exists() {
+        return Ok(path);
     }
-    Ok(state.images().join(name))
+    let made = || -> Result<()> {
+        std::fs::create_dir_all(&folder)?;
+        let making = folder.join(format!(".{}", polder_store::Id::random()));
+        let written = store.read_file(file).map_err(anyhow::Error::from).and_then(|bytes| {
+            let mut target = File::create_new(&making)?;
+            target.write_all(&bytes)?;
+            Ok(std::fs::rename(&making, &path)?)
+        });
+        if written.is_err() {
+            // The error that is reported is the one that matters.
+            let _ = std::fs::remove_file(&making);
+        }
+        written
+    };
+    made().with_context(|| format!("cannot write the {} to {}", file.name, path.display()))?;
+    Ok(path)
+}
+
+/// Removes kernels and initrds of the host that no image has any more.
+pub fn sweep_boot_files(state: &StateFolder, store: &Arc<Store>) -> Result<()> {
+    let images = ImageRecord::all(store)?;
+    let files = images.iter().flat_map(|image| image.kernel.iter().chain(&image.initrd));
+    let kept: Vec<String> = files.map(|file| format!("{}-{}", file.root.name, file.len_bytes)).collect();
+    let Ok(entries) = std::fs::read_dir(state.boot_files()) else { return Ok(()) };
+    for entry in entries {
+        let path = entry.context("cannot list the kernels of images")?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !name.starts_with('.') && !kept.contains(&name) {
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// An image as releases before the store kept it: `images/NAME` with `image.json`, `disk.raw`, `kernel` and `initrd`.
+#[derive(Serialize, Deserialize)]
+struct FolderRecord {
+    format: u32,
+    kernel_package: String,
+    command_line: String,
+}
+
+/// Brings images that lie in folders into the store, and removes the folders.
+pub fn take_in_folders(state: &StateFolder, store: &Arc<Store>) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(state.images()) else { return Ok(()) };
+    for entry in entries {
+        let folder = entry.context("cannot list the images")?.path();
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let record = folder.join("image.json");
+        if name.starts_with('.') || !record.exists() {
+            continue;
+        }
+        take_in(store, &name, &folder, &record).with_context(|| format!("cannot bring image {name} into the store"))?;
+        // Renamed first: a removal that is interrupted leaves no half image under the name.
+        let doomed = state.images().join(format!(".{name}.removing-{}", std::process::id()));
+        std::fs::rename(&folder, &doomed)
+            .and_then(|()| std::fs::remove_dir_all(&doomed))
+            .with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    Ok(())
+}
+
+fn take_in(store: &Arc<Store>, name: &str, folder: &Path, record: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(record).with_context(|| format!("cannot read {}", record.display()))?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", record.display()))?;
+    let known: FolderRecord = match value["format"].as_u64() {
+        Some(1) => serde_json::from_value(value).with_context(|| format!("{} is damaged", record.display()))?,
+        Some(other) => bail!("{} has format {other}, which this release does not know", record.display()),
+        None => bail!("{} is damaged: it names no format", record.display()),
+    };
+    let parts = Parts {
+        disk: &RawSource::open(&folder.join("disk.raw"))?,
+        kernel: Some(&folder.join("kernel")),
+        initrd: Some(&folder.join("initrd")),
+        kernel_package: &known.kernel_package,
+        command_line: &known.command_line,
+    };
+    ImageRecord::save(store, name, &parts, Replace::Yes)
 }
 
 /// The time `seconds` after 1970 as RFC 3339 (civil date from days: the Gregorian calendar repeats every 146097 days).
@@ -102,22 +219,46 @@ pub fn utc(seconds: u64) -> String {
 mod tests {
     use super::*;
 
+    fn state(name: &str) -> StateFolder {
+        let path = std::env::temp_dir().join(format!("polder-record-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(path.join("images/old")).unwrap();
+        StateFolder::at(path)
+    }
+
     #[test]
-    fn an_image_name_cannot_leave_the_images_folder() {
-        let state = StateFolder::at(std::env::temp_dir());
-        assert!(folder(&state, "debian-12").is_ok());
-        for name in ["", "..", ".hidden", "a/b", "-x", "a b", &"x".repeat(65)] {
-            assert!(folder(&state, name).is_err(), "{name:?}");
+    fn an_image_of_an_earlier_release_is_taken_into_the_store() {
+        let state = state("taken");
+        let folder = state.images().join("old");
+        let record = r#"{"format":1,"name":"old","created_utc":"2026-11-22T17:04:07Z","kernel_package":"linux","command_line":"quiet","root_disk_bytes":8192}"#;
+        for (name, bytes) in
+            [("image.json", record.as_bytes()), ("disk.raw", &[7; 8192]), ("kernel", b"k"), ("initrd", b"i")]
+        {
+            std::fs::write(folder.join(name), bytes).unwrap();
         }
+        let store = crate::store::open(&state).unwrap();
+        take_in_folders(&state, &store).unwrap();
+        assert!(!folder.exists());
+        let image = ImageRecord::load(&store, "old").unwrap();
+        assert_eq!(
+            (image.kernel_package.as_str(), image.command_line.as_str(), image.disk.len_bytes),
+            ("linux", "quiet", 8192)
+        );
+        let (kernel, initrd) = image.boot_files(&state, &store).unwrap();
+        assert_eq!(std::fs::read(&kernel).unwrap(), b"k");
+        assert_eq!(std::fs::read(initrd.unwrap()).unwrap(), b"i");
+        store.remove_image("old").unwrap();
+        sweep_boot_files(&state, &store).unwrap();
+        assert!(!kernel.exists());
+        std::fs::remove_dir_all(state.path()).unwrap();
     }
 
     #[test]
     fn a_record_of_an_unknown_format_is_refused_by_name() {
-        let folder = std::env::temp_dir().join(format!("polder-record-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        std::fs::write(folder.join("image.json"), r#"{"format":99}"#).unwrap();
-        let error = ImageRecord::read(&folder).unwrap_err().to_string();
-        std::fs::remove_dir_all(&folder).unwrap();
+        let state = state("unknown");
+        std::fs::write(state.images().join("old/image.json"), r#"{"format":99}"#).unwrap();
+        let store = crate::store::open(&state).unwrap();
+        let error = format!("{:#}", take_in_folders(&state, &store).unwrap_err());
+        std::fs::remove_dir_all(state.path()).unwrap();
         assert!(error.contains("format 99"), "{error}");
     }
 

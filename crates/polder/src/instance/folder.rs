@@ -61,11 +61,6 @@ impl InstanceFolder {
         Path::new("/proc/self/fd").join(self.descriptor.as_raw_fd().to_string()).join(name)
     }
 
-    /// The private disk.
-    pub fn disk(&self) -> PathBuf {
-        self.path.join("disk.raw")
-    }
-
     /// What the machine's process has to say.
     pub fn log(&self) -> PathBuf {
         self.path.join("log")

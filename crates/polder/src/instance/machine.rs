@@ -13,16 +13,19 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use polder_basics::SystemClock;
-use polder_vmm::{Console, Control, DiskAccess, DiskConfig, GdbConfig, MachineConfig, Outcome};
+use polder_vmm::{
+    Console, Control, DiskAccess, DiskConfig, DiskSource, GdbConfig, MachineConfig, Outcome, VolumeEnding,
+};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::console_server::ConsoleServer;
 use super::control_socket;
+use super::disk;
 use super::folder::InstanceFolder;
 use super::process::{READY, tell_starter};
 use super::record::{InstanceRecord, InstanceTable, Lifetime};
 use crate::boot::{EngineName, StopSignals, parse_gdb, random_identity};
-use crate::image::ImageRecord;
+use crate::image::{ImageRecord, open_store};
 use crate::state_folder::StateFolder;
 use crate::watched::{Orders, say_what_is_left};
 
@@ -119,6 +122,7 @@ fn run_instance(
             table.set_inactive(name, &ending)?;
         }
         Lifetime::Command => {
+            disk::remove(&state, name)?;
             InstanceFolder::remove(&state, name)?;
             table.remove(name)?;
         }
@@ -129,15 +133,21 @@ fn run_instance(
 }
 
 fn config(state: &StateFolder, folder: &InstanceFolder, record: &InstanceRecord) -> Result<MachineConfig> {
-    let image = ImageRecord::load(state, &record.image)?;
-    let image_folder = state.images().join(&record.image);
+    let store = open_store(state)?;
+    let image = ImageRecord::load(&store, &record.image)?;
+    let (kernel, initrd) = image.boot_files(state, &store)?;
     let engine = EngineName::from_word(&record.engine).with_context(|| {
         format!("the instance wants the engine {}, which this release does not have", record.engine)
     })?;
-    let mut config = MachineConfig::new(image_folder.join("kernel"));
-    config.initrd = Some(image_folder.join("initrd"));
+    let mut config = MachineConfig::new(kernel);
+    config.initrd = initrd;
     config.append = format!("{} systemd.hostname={}", image.command_line, record.name);
-    config.disks = vec![DiskConfig { path: folder.disk(), access: DiskAccess::ReadWrite }];
+    let ending = match record.lifetime {
+        Lifetime::Kept => VolumeEnding::Settle,
+        Lifetime::Command => VolumeEnding::Leave,
+    };
+    let source = DiskSource::Volume { store: state.store(), name: disk::volume_name(&record.name), ending };
+    config.disks = vec![DiskConfig { source, access: DiskAccess::ReadWrite }];
     config.cpus = record.cpus;
     config.ram_bytes = record.ram_bytes;
     config.engine = engine.choice();

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 
+use super::disk;
 use super::folder::InstanceFolder;
 use super::record::InstanceTable;
 use super::stop;
@@ -37,6 +38,7 @@ pub fn rm(arguments: &RmArguments) -> Result<ExitCode> {
             stop::end(&state, &table, &record)?;
         }
         // The row goes last: a removal that is interrupted can be repeated.
+        disk::remove(&state, name)?;
         InstanceFolder::remove(&state, name)?;
         table.remove(name)?;
     }

@@ -3,10 +3,12 @@
 use std::ffi::OsString;
 use std::io::Read;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use polder_basics::ByteSize;
+use polder_store::Store;
 use polder_vmm::{CPUS_MAX, GdbConfig};
 
 use super::console::{Detached, attach};
@@ -17,7 +19,7 @@ use super::record::{InstanceTable, Lifetime, NewInstance, Phase};
 use super::session::{self, TerminalWish};
 use super::stop::{self, STOP_TIMEOUT};
 use crate::boot::{EngineName, parse_gdb, parse_memory};
-use crate::image::ImageRecord;
+use crate::image::{ImageRecord, open_store};
 use crate::state_folder::StateFolder;
 
 /// Make an instance from an image and start it
@@ -62,7 +64,8 @@ pub struct RunArguments {
 /// Carries out `polder run`.
 pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
     let state = StateFolder::open()?;
-    let image = ImageRecord::load(&state, &arguments.image)?;
+    let store = open_store(&state)?;
+    let image = ImageRecord::load(&store, &arguments.image)?;
     let table = InstanceTable::open(&state)?;
     sweep(&state, &table)?;
     let kept = arguments.detach || arguments.name.is_some();
@@ -77,7 +80,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
         engine: arguments.engine.word().to_owned(),
         lifetime: if kept { Lifetime::Kept } else { Lifetime::Command },
     };
-    let (folder, process) = start(&state, &table, &new, arguments.gdb.as_ref())?;
+    let (folder, process) = start(&state, &store, &table, &new, arguments.gdb.as_ref())?;
     if arguments.detach {
         println!("{}", new.name);
         return Ok(ExitCode::SUCCESS);
@@ -91,6 +94,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
 /// Makes the instance and its machine; on an error nothing is left of it.
 fn start(
     state: &StateFolder,
+    store: &Arc<Store>,
     table: &InstanceTable,
     new: &NewInstance,
     gdb: Option<&GdbConfig>,
@@ -98,12 +102,13 @@ fn start(
     table.claim(new)?;
     let made = (|| {
         let folder = InstanceFolder::make(state, &new.name)?;
-        disk::copy(&state.images().join(&new.image).join("disk.raw"), &folder.disk())?;
+        disk::make(store, &new.name, &new.image)?;
         let process = MachineProcess::start(state, &folder, &table.get(&new.name)?, gdb)?;
         Ok((folder, process))
     })();
     if made.is_err() {
         // The error that is reported is the one that matters.
+        let _ = disk::remove(state, &new.name);
         let _ = InstanceFolder::remove(state, &new.name);
         let _ = table.remove(&new.name);
     }
@@ -157,6 +162,7 @@ pub fn sweep(state: &StateFolder, table: &InstanceTable) -> Result<()> {
     for record in table.all()? {
         let orphan = record.phase == Phase::Making || record.lifetime == Lifetime::Command;
         if orphan && !record.process.is_alive() {
+            disk::remove(state, &record.name)?;
             InstanceFolder::remove(state, &record.name)?;
             table.remove(&record.name)?;
         }

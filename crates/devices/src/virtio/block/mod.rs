@@ -1,13 +1,16 @@
-//! virtio-block (5.2) over a raw file or block device of the host.
+//! virtio-block (5.2) over a raw file or block device of the host, or over a disk of the store.
 //!
 //! The bytes of the file are the disk, whatever they look like: no format is ever recognised, so a guest that writes some other
 //! format's header into sector 0 has written a header into sector 0. Each queue has a worker thread that submits requests
 //! to io_uring, or to a few threads where the host refuses io_uring; a vCPU only rings the worker.
 //!
-//! Modules: `request` (what the driver asks, checked), `engine` (io_uring or threads), `worker` (a queue's thread).
+//! Modules: `request` (what the driver asks, checked), `worker` (a queue's thread), `file_backend` and `engine` (files, by io_uring or
+//! threads), `store_backend` (disks of the store).
 
 mod engine;
+mod file_backend;
 mod request;
+mod store_backend;
 mod worker;
 
 use std::fs::File;
@@ -15,11 +18,18 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
+use polder_store::OpenDisk;
+use polder_store::disk::{Access, Disk as _};
 use rustix::fs::OFlags;
 
 pub use self::engine::EngineChoice;
-use self::request::Disk;
-use super::{ActivateError, Activation, DeviceType, VirtioDevice, Worker, copy_config};
+use self::file_backend::FileBackend;
+use self::request::{Disk, Medium};
+use self::store_backend::StoreBackend;
+use self::worker::QueueWorker;
+use super::{
+    ActivateError, Activation, DeviceInterrupts, DeviceType, Queue, Signal, VirtioDevice, Worker, copy_config,
+};
 use crate::lock;
 
 const FEATURE_SEG_MAX: u64 = 1 << 2;
@@ -63,9 +73,17 @@ pub enum DiskAccess {
     ReadWrite,
 }
 
+/// Where the bytes of a disk are.
+pub enum DiskMedium {
+    /// A raw file or a block device. Its size is the size now, in whole sectors.
+    File(File),
+    /// A disk of the store.
+    Store(Arc<OpenDisk>),
+}
+
 /// What a disk is made of.
 pub struct BlockOptions {
-    pub file: File,
+    pub medium: DiskMedium,
     pub access: DiskAccess,
     /// The serial number that the guest sees; cut after 20 bytes.
     pub serial: String,
@@ -84,23 +102,23 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk over a file. Its size is the file's size now, in whole sectors.
+    /// A disk.
     pub fn new(options: BlockOptions) -> Result<Self, BlockError> {
-        let BlockOptions { mut file, access, serial, queues, engine } = options;
-        let flags = rustix::fs::fcntl_getfl(file.as_fd()).map_err(|error| BlockError::Size(error.into()))?;
-        if access == DiskAccess::ReadWrite && flags & OFlags::RWMODE == OFlags::RDONLY {
-            return Err(BlockError::NotWritable);
-        }
-        // Seeking finds the size of block devices too, where the metadata says zero.
-        let len = file.seek(SeekFrom::End(0)).map_err(BlockError::Size)?;
-        if len < SECTOR_LEN {
-            return Err(BlockError::TooSmall { len });
-        }
+        let BlockOptions { medium, access, serial, queues, engine } = options;
+        let medium = match medium {
+            DiskMedium::File(file) => open_file(file, access)?,
+            DiskMedium::Store(disk) => {
+                if access == DiskAccess::ReadWrite && disk.access() == Access::ReadOnly {
+                    return Err(BlockError::NotWritable);
+                }
+                Medium::Store(disk)
+            }
+        };
         let mut serial_bytes = [0; SERIAL_LEN];
         for (target, byte) in serial_bytes.iter_mut().zip(serial.bytes()) {
             *target = byte;
         }
-        let disk = Disk { file, sectors: len / SECTOR_LEN, access, serial: serial_bytes };
+        let disk = Disk { medium, access, serial: serial_bytes };
         Ok(Block {
             disk: Arc::new(disk),
             engine,
@@ -111,13 +129,13 @@ impl Block {
 
     /// The disk's size in sectors.
     pub fn sectors(&self) -> u64 {
-        self.disk.sectors
+        self.disk.sectors()
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {
         let mut config = [0; CONFIG_LEN];
         let mut put = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.disk.sectors.to_le_bytes());
+        put(0, &self.disk.sectors().to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &(SECTOR_LEN as u32).to_le_bytes());
         put(34, &self.queues.to_le_bytes());
@@ -162,7 +180,7 @@ impl VirtioDevice for Block {
                     let (disk, interrupts) = (self.disk.clone(), activation.interrupts.clone());
                     let choice = self.engine;
                     Some(Worker::spawn("virtio-block", move |signal| {
-                        worker::QueueWorker::new(disk, queue, interrupts, signal, choice, write_through).run();
+                        work(&disk, queue, interrupts, &signal, choice, write_through);
                     })?)
                 }
                 None => None,
@@ -186,6 +204,43 @@ impl VirtioDevice for Block {
         }
         drop(workers);
     }
+}
+
+fn open_file(mut file: File, access: DiskAccess) -> Result<Medium, BlockError> {
+    let flags = rustix::fs::fcntl_getfl(file.as_fd()).map_err(|error| BlockError::Size(error.into()))?;
+    if access == DiskAccess::ReadWrite && flags & OFlags::RWMODE == OFlags::RDONLY {
+        return Err(BlockError::NotWritable);
+    }
+    // Seeking finds the size of block devices too, where the metadata says zero.
+    let len = file.seek(SeekFrom::End(0)).map_err(BlockError::Size)?;
+    if len < SECTOR_LEN {
+        return Err(BlockError::TooSmall { len });
+    }
+    Ok(Medium::File(file, len / SECTOR_LEN))
+}
+
+/// The body of a queue's thread.
+fn work(
+    disk: &Arc<Disk>,
+    queue: Queue,
+    interrupts: Arc<dyn DeviceInterrupts>,
+    signal: &Arc<Signal>,
+    choice: EngineChoice,
+    write_through: bool,
+) {
+    let depth = worker::depth(&queue);
+    let worker = QueueWorker::new(disk.clone(), queue, interrupts.clone(), signal.clone());
+    match &disk.medium {
+        Medium::File(file, _) => match FileBackend::new(choice, file, signal, depth, write_through) {
+            Ok(mut backend) => return worker.run(&mut backend),
+            Err(error) => tracing::error!(%error, "a disk has neither io_uring nor threads"),
+        },
+        Medium::Store(store) => match StoreBackend::new(store, write_through) {
+            Ok(mut backend) => return worker.run(&mut backend),
+            Err(error) => tracing::error!(%error, "a disk of the store has no queue"),
+        },
+    }
+    interrupts.needs_reset();
 }
 
 #[cfg(test)]

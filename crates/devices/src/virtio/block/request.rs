@@ -1,7 +1,10 @@
 //! A driver's request, from bytes to a checked operation (5.2.6). Pure: no file is touched here.
 
 use std::fs::File;
+use std::sync::Arc;
 
+use polder_store::OpenDisk;
+use polder_store::disk::Disk as _;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::{DiskAccess, SECTOR_LEN, SERIAL_LEN};
@@ -23,10 +26,26 @@ const FLAG_UNMAP: u32 = 1;
 
 /// What is behind a virtio disk.
 pub(super) struct Disk {
-    pub file: File,
-    pub sectors: u64,
+    pub medium: Medium,
     pub access: DiskAccess,
     pub serial: [u8; SERIAL_LEN],
+}
+
+/// Where the bytes of a disk are.
+pub(super) enum Medium {
+    /// A file or block device of so many sectors.
+    File(File, u64),
+    Store(Arc<OpenDisk>),
+}
+
+impl Disk {
+    /// The size now: a disk of the store can be given another.
+    pub fn sectors(&self) -> u64 {
+        match &self.medium {
+            Medium::File(_, sectors) => *sectors,
+            Medium::Store(disk) => disk.capacity_bytes() / SECTOR_LEN,
+        }
+    }
 }
 
 /// A request's outcome as the driver reads it.
@@ -138,7 +157,7 @@ fn operation(chain: &Chain, disk: &Disk, writable_len: u64) -> Result<Operation,
 fn extent(disk: &Disk, sector: u64, len: u64) -> Result<u64, Status> {
     let sectors = len / SECTOR_LEN;
     let end = sector.checked_add(sectors).ok_or(Status::IoError)?;
-    if len == 0 || !len.is_multiple_of(SECTOR_LEN) || end > disk.sectors {
+    if len == 0 || !len.is_multiple_of(SECTOR_LEN) || end > disk.sectors() {
         return Err(Status::IoError);
     }
     Ok(sector * SECTOR_LEN)

@@ -23,7 +23,8 @@ fn scratch_file() -> File {
 
 fn block(file: &File, access: DiskAccess, engine: EngineChoice, queues: u16) -> Arc<Block> {
     let file = file.try_clone().unwrap();
-    let options = BlockOptions { file, access, serial: "polder-disk-0".to_owned(), queues, engine };
+    let options =
+        BlockOptions { medium: DiskMedium::File(file), access, serial: "polder-disk-0".to_owned(), queues, engine };
     Arc::new(Block::new(options).unwrap())
 }
 
@@ -242,8 +243,13 @@ fn a_reset_with_requests_in_flight_waits_for_them() {
 fn files_that_cannot_be_disks_are_refused() {
     let short = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).unwrap());
     short.set_len(511).unwrap();
-    let options =
-        |file, access| BlockOptions { file, access, serial: String::new(), queues: 1, engine: EngineChoice::Auto };
+    let options = |file, access| BlockOptions {
+        medium: DiskMedium::File(file),
+        access,
+        serial: String::new(),
+        queues: 1,
+        engine: EngineChoice::Auto,
+    };
     assert!(matches!(Block::new(options(short, DiskAccess::ReadWrite)), Err(BlockError::TooSmall { len: 511 })));
     let read_only = File::open("/proc/self/exe").unwrap();
     assert!(matches!(Block::new(options(read_only, DiskAccess::ReadWrite)), Err(BlockError::NotWritable)));
