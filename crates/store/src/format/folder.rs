@@ -35,8 +35,8 @@ struct Walk<'a, 'b> {
     writer: Ext4Writer<'b>,
     name: &'a str,
     device: u64,
-    /// Files with several names, by inode, and the first of their names.
-    seen: HashMap<u64, Vec<u8>>,
+    /// Files with several names, by device and inode, and the first of their names.
+    seen: HashMap<(u64, u64), Vec<u8>>,
 }
 
 /// Makes an ext4 file system of a folder and everything in it: owners, permissions, times, links, devices, holes and extended
@@ -128,11 +128,11 @@ impl Walk<'_, '_> {
         };
         let kind = FileType::from_raw_mode(status.st_mode);
         if kind != FileType::Directory && status.st_nlink > 1 {
-            if let Some(first) = self.seen.get(&status.st_ino) {
+            if let Some(first) = self.seen.get(&(status.st_dev, status.st_ino)) {
                 self.writer.add(&path, &Attributes::default(), Entry::HardLink { target: first })?;
                 return Ok(None);
             }
-            self.seen.insert(status.st_ino, path.clone());
+            self.seen.insert((status.st_dev, status.st_ino), path.clone());
         }
         let by_path = || {
             let name = name.to_str().ok()?;

@@ -39,7 +39,7 @@ pub use folder::{FOLDER_DEPTH_MAX, folder_to_ext4};
 pub use import::{Imported, Packing, tar_stream_to_ext4, tar_to_ext4};
 pub use qemu_img::QemuImg;
 pub use raw::{RawSource, RawTarget};
-pub use tar::EXTENDED_LEN_MAX;
+pub use tar::{EXTENDED_LEN_MAX, GLOBAL_LEN_MAX};
 pub use vmdk::{DESCRIPTOR_LEN_MAX, Vmdk, look_at_vmdk};
 
 /// The largest virtual disk that is read or written, in bytes: 64 TiB.

@@ -6,7 +6,7 @@
 //! Files come one after the other and their content goes straight to the target. Directories, inodes and bitmaps are in memory
 //! until the end. What always holds:
 //! - A path never leaves the tree, and nothing in it is followed.
-//! - Memory: at most [`ENTRIES_MAX`] inodes of about 300 bytes with their names, 4 KiB for each 128 MiB of the disk in use,
+//! - Memory: at most [`ENTRIES_MAX`] inodes of about 200 bytes, [`NAMES_MAX`] names of at most 255, 4 KiB for each 128 MiB of the disk in use,
 //!   [`XATTR_CACHE_LEN_MAX`] of attributes, 1 MiB of content.
 //! - Nothing is written beyond the disk; when it is full, that is the error.
 //!
@@ -43,6 +43,8 @@ use xattr::XattrBlock;
 
 /// Inodes that are written, at most.
 pub const ENTRIES_MAX: usize = 2 << 20;
+/// Names in all directories together, at most: a file may have several.
+pub const NAMES_MAX: u64 = 4 << 20;
 /// Bytes of extended attributes that are kept to be shared; further ones get a block each.
 pub const XATTR_CACHE_LEN_MAX: usize = 16 << 20;
 /// Content is written in pieces of this many bytes.
@@ -135,6 +137,7 @@ pub struct Ext4Writer<'a> {
     seed: u32,
     nodes: Vec<Inode>,
     directories: HashMap<NodeIndex, Directory>,
+    names: u64,
     open: Option<OpenFile>,
     /// Blocks of extended attributes that may be shared, by place, each with its sharers; and where more may join.
     shared_xattrs: BTreeMap<u64, (Arc<XattrBlock>, u32)>,
@@ -156,6 +159,7 @@ impl<'a> Ext4Writer<'a> {
             seed,
             nodes: Vec::new(),
             directories: HashMap::new(),
+            names: 0,
             open: None,
             shared_xattrs: BTreeMap::new(),
             joinable_xattrs: HashMap::new(),
@@ -168,7 +172,7 @@ impl<'a> Ext4Writer<'a> {
             writer.nodes.push(made);
             writer.directories.insert(index, Directory { parent: ROOT, entries: BTreeMap::new() });
         }
-        writer.attach(ROOT, b"lost+found", LOST_AND_FOUND);
+        writer.attach(ROOT, b"lost+found", LOST_AND_FOUND)?;
         Ok(writer)
     }
 
@@ -261,7 +265,7 @@ impl<'a> Ext4Writer<'a> {
             self.detach(path, parent, name, present)?;
         }
         let node = self.new_node(Self::inode(kind, attributes))?;
-        self.attach(parent, name, node);
+        self.attach(parent, name, node)?;
         self.describe(node, path, attributes)?;
         match entry {
             Entry::Directory => {
@@ -292,10 +296,16 @@ impl<'a> Ext4Writer<'a> {
         Ok(self.nodes.len() as NodeIndex - 1)
     }
 
-    fn attach(&mut self, parent: NodeIndex, name: &[u8], node: NodeIndex) {
+    fn attach(&mut self, parent: NodeIndex, name: &[u8], node: NodeIndex) -> Result<(), FormatError> {
+        self.names += 1;
+        if self.names > NAMES_MAX {
+            let (what, value) = ("the number of names", self.names);
+            return Err(FormatError::TooLarge { file: self.origin.clone(), what, value, limit: NAMES_MAX });
+        }
         let directory = self.directories.get_mut(&parent).expect("a parent is a directory");
         directory.entries.insert(name.into(), node);
         self.nodes[node as usize].links += 1;
+        Ok(())
     }
 
     /// Takes away what has a name, so that something else can have it.
@@ -310,6 +320,7 @@ impl<'a> Ext4Writer<'a> {
             self.directories.remove(&node);
         }
         self.directories.get_mut(&parent).expect("a parent is a directory").entries.remove(name);
+        self.names -= 1;
         let inode = &mut self.nodes[node as usize];
         inode.links -= 1;
         if inode.links == 0 {
@@ -334,8 +345,7 @@ impl<'a> Ext4Writer<'a> {
         if self.nodes[node as usize].links >= LINKS_MAX {
             return Err(self.wrong(path, format!("its target has {LINKS_MAX} names already")));
         }
-        self.attach(parent, name, node);
-        Ok(())
+        self.attach(parent, name, node)
     }
 
     /// The inode of a path that is there.
@@ -366,7 +376,7 @@ impl<'a> Ext4Writer<'a> {
                 }
                 None => {
                     let made = self.new_node(self.implied_directory(0o755))?;
-                    self.attach(node, part, made);
+                    self.attach(node, part, made)?;
                     self.directories.insert(made, Directory { parent: node, entries: BTreeMap::new() });
                     made
                 }

@@ -84,12 +84,34 @@ fn numbers_that_cannot_be_are_refused() {
     is_refused(bad_sum, "entry 0: its checksum is wrong");
     is_refused(
         new().header(&Fields { kind: b'x', ..Fields::default() }, 2 << 20),
-        "the length of an extended header in bytes is",
+        "the length of extended headers in bytes is 2097152",
     );
     is_refused(
         new().header(&Fields { kind: b'L', ..Fields::default() }, 0o77777777777),
-        "the length of an extended header",
+        "the length of extended headers",
     );
+}
+
+#[test]
+fn extended_headers_cannot_pile_up() {
+    let pile = |kind: u8, count: usize, key: &str| {
+        let mut archive = Archive::default();
+        for index in 0..count {
+            let key = format!("SCHILY.xattr.user.{key}{index:05}");
+            let record = format!("{} {key}={}\n", key.len() + 1007, "x".repeat(1000));
+            let header = Fields { kind, ..Fields::default() };
+            archive.header(&header, record.len() as u64).content(record.as_bytes());
+        }
+        archive.file("f", b"").end()
+    };
+    assert!(
+        refused(&pile(b'x', 300, "a"))
+            .contains("record 0 of its extended header says nothing sensible of SCHILY.xattr")
+    );
+    assert!(refused(&pile(b'g', 20, "a")).contains("the length of extended headers in bytes is"));
+    let mut names = Archive::default();
+    (0..1100).for_each(|_| _ = names.header(&Fields { kind: b'K', ..Fields::default() }, 1000).content(&[b'x'; 1000]));
+    is_refused(&mut names, "the length of extended headers in bytes is 1049000");
 }
 
 #[test]

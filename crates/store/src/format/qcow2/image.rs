@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// The length of an L1 table in bytes, at most, as in QEMU: with clusters of 64 KiB enough for 2 PiB, with clusters of 512
 /// bytes for 128 GiB.
 pub const L1_LEN_MAX: u64 = 32 << 20;
+/// The length of a refcount table in bytes, at most, as in QEMU.
+pub const REFCOUNT_TABLE_LEN_MAX: u64 = 8 << 20;
 /// Bytes of L2 tables that an image keeps in memory.
 pub const L2_CACHE_LEN_MAX: usize = 8 << 20;
 
@@ -232,6 +234,11 @@ impl Qcow2 {
     fn refcount_table(&self) -> Result<Range<u64>, FormatError> {
         let start = self.header.refcount_table_offset;
         let len = u64::from(self.header.refcount_table_clusters) << self.header.cluster_bits;
+        if len > REFCOUNT_TABLE_LEN_MAX {
+            let what = "the length of the refcount table in bytes";
+            let (file, value, limit) = (self.file.name().to_owned(), len, REFCOUNT_TABLE_LEN_MAX);
+            return Err(FormatError::TooLarge { file, what, value, limit });
+        }
         match start.checked_add(len) {
             Some(end) if end <= self.file.len() && start.is_multiple_of(self.header.cluster_len()) => Ok(start..end),
             _ => {

@@ -31,7 +31,7 @@ pub use chain::{CHAIN_LEN_MAX, OpenOptions, OtherFiles};
 pub use compression::Compression;
 pub use header::{Header, OtherFile};
 pub use host_map::HOST_MAP_LEN_MAX;
-pub use image::{L1_LEN_MAX, L2_CACHE_LEN_MAX, Qcow2};
+pub use image::{L1_LEN_MAX, L2_CACHE_LEN_MAX, Qcow2, REFCOUNT_TABLE_LEN_MAX};
 pub use snapshot::{SNAPSHOT_TABLE_LEN_MAX, Snapshot};
 #[cfg(test)]
 pub(crate) use tests::Random;

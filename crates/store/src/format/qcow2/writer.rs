@@ -8,12 +8,12 @@
 //!   and the block lies in its region: it is written when the next region begins.
 
 use super::super::error::{FormatError, file_name};
+use super::super::raw::write_file;
 use super::super::{Target, VIRTUAL_LEN_MAX, is_zero};
 use super::compression::{Compression, Deflater};
 use super::deflate_pool::{DeflatePool, Packed};
 use std::fs::File;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const CLUSTER_BITS: u32 = 16;
@@ -109,9 +109,7 @@ impl Qcow2Writer {
     }
 
     fn write_file(&self, offset: u64, bytes: &[u8]) -> Result<(), FormatError> {
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|error| FormatError::io(&self.name, format!("write {} bytes at {offset:#x}", bytes.len()), error))
+        write_file(&self.file, &self.name, offset, bytes)
     }
 
     /// Begins a region whose first `before` clusters are in use, and puts its block of refcounts behind them.

@@ -15,8 +15,10 @@ use pax::Records;
 use sparse::SparseMap;
 use std::io::{self, Read};
 
-/// Bytes of extended headers or of a long name that are read for one entry, at most.
+/// Bytes of extended headers and long names that are read for one entry, at most.
 pub const EXTENDED_LEN_MAX: u64 = 1 << 20;
+/// Bytes of extended headers for all entries that follow, at most: each entry gets a copy.
+pub const GLOBAL_LEN_MAX: u64 = 16 << 10;
 /// Content is handed on in pieces of this many bytes.
 const PIECE_LEN: usize = 256 << 10;
 
@@ -50,6 +52,9 @@ pub(super) struct TarReader<R> {
     /// Entries so far, for errors.
     index: u64,
     global: Records,
+    global_len: u64,
+    /// Bytes of extended headers that the entry in work has so far.
+    extended_len: u64,
     /// What is left to skip before the next header.
     left: u64,
     padding: u64,
@@ -57,7 +62,16 @@ pub(super) struct TarReader<R> {
 
 impl<R: Read> TarReader<R> {
     pub(super) fn new(input: R, name: &str) -> Self {
-        TarReader { input, name: name.to_owned(), index: 0, global: Records::default(), left: 0, padding: 0 }
+        TarReader {
+            input,
+            name: name.to_owned(),
+            index: 0,
+            global: Records::default(),
+            global_len: 0,
+            extended_len: 0,
+            left: 0,
+            padding: 0,
+        }
     }
 
     fn wrong(&self, path: &[u8], problem: impl Into<String>) -> FormatError {
@@ -91,9 +105,14 @@ impl<R: Read> TarReader<R> {
 
     /// The content of an extended header or of a long name, in memory.
     fn small_content(&mut self, header: &Header) -> Result<Vec<u8>, FormatError> {
-        if header.len > EXTENDED_LEN_MAX {
-            let (what, limit) = ("the length of an extended header in bytes", EXTENDED_LEN_MAX);
-            return Err(FormatError::TooLarge { file: self.name.clone(), what, value: header.len, limit });
+        let (len, limit) = match header.kind {
+            b'g' => (&mut self.global_len, GLOBAL_LEN_MAX),
+            _ => (&mut self.extended_len, EXTENDED_LEN_MAX),
+        };
+        *len = len.saturating_add(header.len);
+        if *len > limit {
+            let what = "the length of extended headers in bytes";
+            return Err(FormatError::TooLarge { file: self.name.clone(), what, value: *len, limit });
         }
         let mut content = vec![0; header.len as usize];
         self.fill(&mut content)?;
@@ -107,6 +126,7 @@ impl<R: Read> TarReader<R> {
         self.skip(left)?;
         self.skip(padding)?;
         let mut records = self.global.clone();
+        self.extended_len = 0;
         let (mut long_path, mut long_link) = (None, None);
         loop {
             let mut record = [0; RECORD_LEN];

@@ -3,6 +3,9 @@
 use super::super::ext4::Time;
 use super::sparse::SparseMap;
 
+/// Extended attributes of one entry, at most: more than a block of ext4 has room for.
+const XATTRS_MAX: usize = 256;
+
 /// What extended headers say of one entry.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Records {
@@ -111,6 +114,9 @@ impl Records {
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.retain(|(present, _)| present != name);
+                    if self.xattrs.len() >= XATTRS_MAX {
+                        return None;
+                    }
                     self.xattrs.push((name.to_vec(), value.to_vec()));
                 }
             }

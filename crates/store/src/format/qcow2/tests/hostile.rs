@@ -94,8 +94,6 @@ fn headers_out_of_bounds_are_refused() {
         Image::new().put32(20, bits).is_refused_with("header, field cluster_bits");
     }
     Image::new().put64(24, (64 << 40) + 1).is_refused_with("the size of the virtual disk in bytes is 70368744177665");
-    Image::new().put32(32, 1).is_refused_with("uses AES encryption");
-    Image::new().put32(32, 9).is_refused_with("uses encryption method 9");
     for len in [0, 96, 103, 105, 4104, u32::MAX] {
         Image::new().put32(100, len).is_refused_with("header, field header_length");
     }
@@ -113,6 +111,14 @@ fn headers_out_of_bounds_are_refused() {
         image.refused();
         image = Image::new();
     }
+}
+
+#[test]
+fn what_is_encrypted_is_refused_by_name() {
+    // Not by qemu-img: it cannot make such an image on a host with other work.
+    Image::new().put32(32, 1).is_refused_with("uses AES encryption");
+    Image::new().put32(32, 2).is_refused_with("uses LUKS encryption");
+    Image::new().put32(32, 9).is_refused_with("uses encryption method 9");
 }
 
 #[test]
@@ -135,7 +141,7 @@ fn l1_tables_out_of_bounds_are_refused() {
     twice.put64(24, 4 << 20).put32(36, 2).put64(L1 + 8, L2);
     twice.is_refused_with("L1 table, entry 1: it points at 0x2000, where L2 table 0 lies");
     Image::new().put64(48, 1 << 60).is_refused_with("refcount table: its 0x1000 bytes are said to lie at");
-    Image::new().put32(56, u32::MAX).is_refused_with("refcount table");
+    Image::new().put32(56, u32::MAX).is_refused_with("the length of the refcount table in bytes is 17592186040320");
 }
 
 #[test]

@@ -143,13 +143,3 @@ fn an_external_data_file_is_read_where_the_caller_allows_it() {
         assert!(read_all(&Qcow2::open(&folder.path("image"), &in_folder()).unwrap()) == disk, "{raw}");
     }
 }
-
-#[test]
-fn what_is_encrypted_is_refused_by_name() {
-    let folder = TestFolder::new("qcow2-encrypted");
-    let secret = "--object secret,id=key,data=secret";
-    let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
-    qemu_img(&folder, &format!("create -q {secret} -f qcow2 -o {options} image 1M"));
-    let refused = Qcow2::open(&folder.path("image"), &OpenOptions::default()).unwrap_err();
-    assert!(refused.to_string().contains("uses LUKS encryption"), "{refused}");
-}
