@@ -35,6 +35,7 @@ const TABLES: &str = "
         chunk_len INTEGER NOT NULL, domain INTEGER NOT NULL, capacity INTEGER NOT NULL, root BLOB, node BLOB,
         UNIQUE (volume, name)
     ) STRICT;
+    CREATE TABLE removed_snapshot (id BLOB PRIMARY KEY, volume BLOB NOT NULL) STRICT;
     CREATE INDEX snapshot_in_order ON snapshot (volume, created_ns);
     CREATE TABLE image (name TEXT PRIMARY KEY, created_ns INTEGER NOT NULL, node BLOB NOT NULL) STRICT, WITHOUT ROWID;
 ";
@@ -271,6 +272,7 @@ impl Catalog {
         self.change(|transaction| {
             keep_for_clones(transaction, "volume", id)?;
             transaction.execute("DELETE FROM snapshot WHERE volume = ?1", [id])?;
+            transaction.execute("DELETE FROM removed_snapshot WHERE volume = ?1", [id])?;
             transaction.execute("DELETE FROM volume WHERE id = ?1", [id])?;
             Ok(())
         })
@@ -303,10 +305,33 @@ impl Catalog {
         exists(added, "snapshot", &snapshot.name)
     }
 
-    /// The content of snapshots is in the store now. Those that the catalog does not know yet are added.
+    /// A snapshot that was found in its volume's log is there, unless it was removed since. Whether it is.
+    pub fn restore_snapshot(&self, snapshot: &SnapshotRow) -> Result<bool> {
+        let connection = self.quick();
+        let restore = !was_removed(&connection, snapshot.id)?;
+        if restore {
+            exists(insert_snapshot(&connection, snapshot), "snapshot", &snapshot.name)?;
+        }
+        Ok(restore)
+    }
+
+    /// The volume's log holds no record any more of snapshots that were removed.
+    pub fn forget_removed_snapshots(&self, volume: Id) -> Result<()> {
+        let connection = self.quick();
+        let mut some = connection.prepare_cached("SELECT 1 FROM removed_snapshot WHERE volume = ?1")?;
+        if some.exists([volume])? {
+            connection.execute("DELETE FROM removed_snapshot WHERE volume = ?1", [volume])?;
+        }
+        Ok(())
+    }
+
+    /// The content of snapshots is in the store now. Those that the catalog does not know yet are added, but for those that were removed.
     pub fn set_snapshot_roots(&self, roots: &[(SnapshotRow, Root, Name)]) -> Result<()> {
         self.change(|transaction| {
             for (snapshot, root, node) in roots {
+                if was_removed(transaction, snapshot.id)? {
+                    continue;
+                }
                 let snapshot = SnapshotRow { root: Some(*root), node: Some(*node), ..snapshot.clone() };
                 insert_snapshot(transaction, &snapshot)?;
             }
@@ -349,6 +374,11 @@ impl Catalog {
     pub fn remove_snapshot(&self, id: Id) -> Result<()> {
         self.change(|transaction| {
             keep_for_clones(transaction, "id", id)?;
+            // Its record may still be in the volume's log.
+            transaction.execute(
+                "INSERT OR IGNORE INTO removed_snapshot SELECT id, volume FROM snapshot WHERE id = ?1",
+                [id],
+            )?;
             transaction.execute("DELETE FROM snapshot WHERE id = ?1", [id])?;
             Ok(())
         })
@@ -464,6 +494,10 @@ fn insert_snapshot(connection: &Connection, snapshot: &SnapshotRow) -> Result<()
         snapshot.node
     ])?;
     Ok(())
+}
+
+fn was_removed(connection: &Connection, snapshot: Id) -> Result<bool> {
+    Ok(connection.prepare_cached("SELECT 1 FROM removed_snapshot WHERE id = ?1")?.exists([snapshot])?)
 }
 
 fn next_generation(transaction: &Transaction<'_>) -> Result<()> {

@@ -255,7 +255,7 @@ impl Copier<'_> {
             }
             let target = match &mut self.target {
                 Some(target) => target,
-                none => none.insert(SegmentWriter::create(self.store.segments(), self.store.catalog().new_segment()?)?),
+                none => none.insert(self.store.new_segment()?),
             };
             target.append(&header, packed)?;
             total += header.record_len() as u64;
@@ -267,10 +267,22 @@ impl Copier<'_> {
 
     /// Ends the segment that is being written: from now on its copies are found.
     fn finish(&mut self) -> Result<()> {
-        let Some(target) = self.target.take() else { return Ok(()) };
+        let Some(target) = &mut self.target else { return Ok(()) };
         if target.seal(|summary| self.store.catalog().add_segment(summary))?.is_some() {
             self.store.index().refresh_segments(self.store.catalog())?;
         }
+        self.target = None;
         Ok(())
+    }
+}
+
+impl Drop for Copier<'_> {
+    fn drop(&mut self) {
+        // Copies that nobody knows are of no use, and the disk may be full.
+        if let Some(target) = self.target.take_if(|target| !target.is_published())
+            && let Err(error) = target.remove()
+        {
+            tracing::warn!(%error, "a segment that was not finished cannot be removed");
+        }
     }
 }

@@ -128,7 +128,8 @@ impl Mover<'_> {
             return;
         }
         let Some(number) = self.core.file_to_make() else { return };
-        match log::make_ready(&self.core.folder, self.core.row.id, number, self.spares.pop()) {
+        let len = self.core.options.log_file_len();
+        match log::make_ready(&self.core.folder, self.core.row.id, number, len, self.spares.pop()) {
             Ok(file) => self.core.file_is_ready(Some(file)),
             Err(error) => {
                 tracing::warn!(volume = self.core.row.name, %error, "the next file of the log cannot be made yet");
@@ -148,6 +149,7 @@ impl Mover<'_> {
         let before = self.head.state;
         self.head.write(State { root, capacity_bytes: frozen.capacity_bytes, position: frozen.end, ..before })?;
         drop(batch);
+        self.core.store.catalog().forget_removed_snapshots(self.core.row.id)?;
         tracing::debug!(volume = self.core.row.name, ?added, "moved what was written into the store");
         self.retired.extend(self.core.thaw(&frozen, root, before.position.place));
         drop(frozen);
@@ -227,7 +229,7 @@ impl<'a> Making<'a> {
         self.parent = self.core.store.catalog().newest_node(self.core.row.id)?;
         let mut extents = ExtentMap::default();
         for record in records {
-            lay(&mut extents, record.change, record.place, record.payload_len);
+            lay(&mut extents, record.change, record.place, record.payload_len, self.capacity_bytes);
             if cut(record.change) {
                 self.apply(&extents)?;
                 extents = ExtentMap::default();

@@ -93,7 +93,7 @@ fn serve(listener: &UnixListener, core: &Arc<Core>, stop: &AtomicBool) {
     }
 }
 
-fn answer(core: &Core, mut stream: &UnixStream) -> io::Result<()> {
+fn answer(core: &Arc<Core>, mut stream: &UnixStream) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut line = String::new();

@@ -104,6 +104,7 @@ fn to_bytes(generation: u64, state: &State) -> [u8; CONTENT_LEN] {
     bytes[56..64].copy_from_slice(&state.position.place.0.to_le_bytes());
     bytes[64..72].copy_from_slice(&state.position.sequence.to_le_bytes());
     bytes[72..72 + Root::LEN].copy_from_slice(&state.root.to_bytes());
+    bytes[108..112].copy_from_slice(&state.position.epoch.to_le_bytes());
     let checksum = crc32c::crc32c(&bytes[..CONTENT_LEN - 4]);
     bytes[CONTENT_LEN - 4..].copy_from_slice(&checksum.to_le_bytes());
     bytes
@@ -140,7 +141,7 @@ fn read(file: &File, path: &Path) -> Result<Option<(u64, State)>> {
             epoch: word(20),
             root: Root::from_bytes(&bytes[72..72 + Root::LEN]).ok_or_else(damaged)?,
             capacity_bytes: long(48),
-            position: Position { place: LogPlace(long(56)), sequence: long(64) },
+            position: Position { place: LogPlace(long(56)), sequence: long(64), epoch: word(108) },
         };
         if newest.is_none_or(|(generation, _)| generation < long(24)) {
             newest = Some((long(24), state));
@@ -160,7 +161,7 @@ mod tests {
             epoch,
             root: Root { name: Namer::open().name(Kind::Tree, &epoch.to_le_bytes()), levels: 3 },
             capacity_bytes: 1 << 33,
-            position: Position { place: LogPlace::new(4, 8192), sequence: 99 },
+            position: Position { place: LogPlace::new(4, 8192), sequence: 99, epoch },
         }
     }
 

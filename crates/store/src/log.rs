@@ -1,9 +1,10 @@
 //! A volume's log: every change of the volume in order, before it is in the tree.
 //!
-//! The log is a row of files of equal length, `log-N`. A record is a header of 64 bytes and its payload; the first record after
-//! a flush begins at a page of its own, so that no page with promised records is ever written again. A record counts if it is whole,
-//! carries the number that comes next, and was not written by an earlier process than the one before it: what a crash left behind a
-//! hole never does.
+//! The log is a row of files of equal length, `log-N`. A record is a header of 64 bytes and its payload, padded to 64; the first record
+//! after a flush begins at a page of its own, so that no page with promised records is ever written again. A record counts if it is
+//! whole, carries the number that comes next, and was not written by an earlier process than the one before it: what a crash left
+//! behind a hole never does. Each record says up to where records were promised when it was written: so a record that was promised and
+//! is not whole any more is told from one that a crash tore.
 //!
 //! Files whose content is in the tree are used again: their blocks are allocated and written already, so that a flush writes the records
 //! and nothing else.
@@ -19,9 +20,12 @@ use rustix::fs::FallocateFlags;
 use crate::error::{Result, StoreError};
 use crate::extent_map::LogPlace;
 use crate::id::Id;
+use crate::segment::read_up_to;
 
-/// Bytes of a log file.
-pub(crate) const FILE_LEN: u64 = 32 << 20;
+/// Bytes of a log file, unless another size is asked for.
+pub(crate) const FILE_LEN_DEFAULT: u64 = 32 << 20;
+/// The shortest that takes the longest record, and the longest.
+pub(crate) const FILE_LEN_RANGE: (u64, u64) = (2 << 20, 1 << 30);
 /// The longest payload of a record.
 pub(crate) const PAYLOAD_LEN_MAX: usize = 1 << 20;
 const HEADER_LEN: usize = 64;
@@ -51,6 +55,8 @@ struct Header {
     sequence: u64,
     epoch: u32,
     checksum: u32,
+    /// Records before this sequence number were stable when it was written.
+    promised: u64,
 }
 
 impl Header {
@@ -71,6 +77,7 @@ impl Header {
         bytes[32..40].copy_from_slice(&len.to_le_bytes());
         bytes[40..44].copy_from_slice(&self.payload_len.to_le_bytes());
         bytes[44..48].copy_from_slice(&self.checksum.to_le_bytes());
+        bytes[48..56].copy_from_slice(&self.promised.to_le_bytes());
         let checksum = crc32c::crc32c(&bytes[..60]);
         bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
         bytes
@@ -92,6 +99,7 @@ impl Header {
             sequence: long(16),
             epoch: word(12),
             checksum: word(44),
+            promised: long(48),
         };
         (known && header.payload_len as usize <= PAYLOAD_LEN_MAX).then_some(header)
     }
@@ -116,6 +124,8 @@ pub(crate) struct Position {
     pub place: LogPlace,
     /// Of the next record.
     pub sequence: u64,
+    /// No record from here on was written under an earlier epoch: those that lie here were dropped by a recovery.
+    pub epoch: u32,
 }
 
 /// A record that was appended or found.
@@ -133,26 +143,30 @@ pub(crate) struct LogWriter {
     folder: PathBuf,
     volume: u32,
     epoch: u32,
+    file_len: u64,
     file: Arc<LogFile>,
     offset: u64,
     sequence: u64,
     /// The next record begins at a page of its own.
     fresh_page: bool,
-    /// Files with records that may not be stable.
-    unsynced: Vec<Arc<LogFile>>,
+    /// Files with records that may not be stable, each with the sequence number behind its last one.
+    unsynced: Vec<(Arc<LogFile>, u64)>,
+    /// Records before this sequence number are stable.
+    promised: u64,
     broken: bool,
 }
 
 impl LogWriter {
     /// Where the next record would begin.
     pub fn position(&self) -> Position {
-        Position { place: LogPlace::new(self.file.number, self.offset as u32), sequence: self.sequence }
+        let place = LogPlace::new(self.file.number, self.offset as u32);
+        Position { place, sequence: self.sequence, epoch: self.epoch }
     }
 
     /// Whether a record with that payload fits into the file.
     pub fn fits(&self, payload_len: usize) -> bool {
         let offset = if self.fresh_page { self.offset.next_multiple_of(PAGE_LEN) } else { self.offset };
-        offset + HEADER_LEN as u64 + payload_len as u64 <= FILE_LEN
+        offset + HEADER_LEN as u64 + payload_len as u64 <= self.file_len
     }
 
     /// Goes on in the next file, which somebody may have made ready.
@@ -161,7 +175,7 @@ impl LogWriter {
         let number = self.file.number + 1;
         let file = match ready.filter(|file| file.number == number) {
             Some(file) => file,
-            None => make_file(&self.folder, number, self.volume, None)?,
+            None => make_file(&self.folder, number, self.volume, self.file_len, None)?,
         };
         self.file = Arc::new(file);
         self.offset = PAGE_LEN;
@@ -176,18 +190,27 @@ impl LogWriter {
             self.offset = self.offset.next_multiple_of(PAGE_LEN);
             self.fresh_page = false;
         }
-        let header =
-            Header { change, payload_len: payload.len() as u32, sequence: self.sequence, epoch: self.epoch, checksum };
+        let header = Header {
+            change,
+            payload_len: payload.len() as u32,
+            sequence: self.sequence,
+            epoch: self.epoch,
+            checksum,
+            promised: self.promised,
+        };
         let header = header.to_bytes(self.volume);
         if let Err(error) = write_both(&self.file.file, &header, payload, self.offset) {
-            self.broken = true;
-            return Err(StoreError::file("write", &self.file.path)(error));
+            let error = StoreError::file("write", &self.file.path)(error);
+            // A file system that copies on write can be full even so; what is written next takes the place of a part of a record.
+            self.broken = !error.is_no_space();
+            return Err(error);
         }
         let place = LogPlace::new(self.file.number, (self.offset as usize + HEADER_LEN) as u32);
-        self.offset += (HEADER_LEN + payload.len()) as u64;
+        self.offset += record_len(payload.len());
         self.sequence += 1;
-        if !self.unsynced.last().is_some_and(|last| Arc::ptr_eq(last, &self.file)) {
-            self.unsynced.push(self.file.clone());
+        match self.unsynced.last_mut() {
+            Some((last, end)) if Arc::ptr_eq(last, &self.file) => *end = self.sequence,
+            _ => self.unsynced.push((self.file.clone(), self.sequence)),
         }
         Ok(Appended { change, place, payload_len: payload.len() as u32, end: self.position() })
     }
@@ -196,22 +219,23 @@ impl LogWriter {
     pub fn begin_flush(&mut self) -> Result<Flush> {
         self.check()?;
         self.fresh_page = true;
-        Ok(Flush { files: self.unsynced.clone(), sequence: self.sequence })
+        Ok(Flush { files: self.unsynced.iter().map(|(file, _)| file.clone()).collect(), sequence: self.sequence })
     }
 
-    /// A flush came to its end: files other than the one that is written need no further one.
+    /// A flush came to its end. A file that got records since it began needs another one, even if the log went on in the next.
     pub fn end_flush(&mut self, flush: &Flush, result: &io::Result<()>) {
         if result.is_err() {
             // What the host dropped it does not report twice: nothing after it can be promised.
             self.broken = true;
             return;
         }
-        let current = &self.file;
-        self.unsynced
-            .retain(|file| !flush.files.iter().any(|synced| Arc::ptr_eq(synced, file)) || Arc::ptr_eq(file, current));
-        if self.sequence == flush.sequence {
-            self.unsynced.clear();
-        }
+        self.promised = self.promised.max(flush.sequence);
+        self.unsynced.retain(|(_, end)| *end > flush.sequence);
+    }
+
+    /// The file whose failure means that nothing can be promised any more.
+    pub fn broken(&self) -> Option<PathBuf> {
+        self.broken.then(|| self.file.path.clone())
     }
 
     fn check(&self) -> Result<()> {
@@ -230,6 +254,11 @@ impl Flush {
     pub fn run(&self) -> io::Result<()> {
         self.files.iter().try_for_each(|file| file.file.sync_data())
     }
+}
+
+/// Bytes of a record with its padding.
+fn record_len(payload_len: usize) -> u64 {
+    ((HEADER_LEN + payload_len) as u64).next_multiple_of(HEADER_LEN as u64)
 }
 
 /// Writes header and payload, whole.
@@ -270,17 +299,20 @@ fn file_header(number: u32, volume: u32) -> [u8; HEADER_LEN] {
 }
 
 /// A file of the log under its number: one that was used before, or a new one whose blocks are allocated.
-fn make_file(folder: &Path, number: u32, volume: u32, used_before: Option<Spare>) -> Result<LogFile> {
+fn make_file(folder: &Path, number: u32, volume: u32, len: u64, used_before: Option<Spare>) -> Result<LogFile> {
     let path = path_of(folder, number);
     let made = (|| {
         let file = match used_before {
             Some(spare) => {
+                if spare.file.metadata()?.len() < len {
+                    allocate(&spare.file, len)?;
+                }
                 std::fs::rename(&spare.path, &path)?;
                 spare.file
             }
             None => {
                 let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
-                allocate(&file)?;
+                allocate(&file, len)?;
                 file
             }
         };
@@ -294,17 +326,20 @@ fn make_file(folder: &Path, number: u32, volume: u32, used_before: Option<Spare>
 }
 
 /// Takes the room for a whole file, so that a record is never refused for want of it.
-fn allocate(file: &File) -> io::Result<()> {
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, FILE_LEN) {
+fn allocate(file: &File, len: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, len) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file),
+        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, len),
         Err(error) => Err(error.into()),
     }
 }
 
-fn write_zeros(file: &File) -> io::Result<()> {
+fn write_zeros(file: &File, len: u64) -> io::Result<()> {
     let zeros = vec![0; 1 << 20];
-    (0..FILE_LEN).step_by(zeros.len()).try_for_each(|offset| file.write_all_at(&zeros, offset))
+    (0..len).step_by(zeros.len()).try_for_each(|offset| {
+        let part = zeros.len().min((len - offset) as usize);
+        file.write_all_at(&zeros[..part], offset)
+    })
 }
 
 /// A file whose content is of no use any more, and that is to be written again.
@@ -315,11 +350,11 @@ pub(crate) struct Spare {
 
 impl Spare {
     /// A new one, written with zeros so that flushes find its blocks written.
-    fn make(folder: &Path) -> Result<Spare> {
+    fn make(folder: &Path, len: u64) -> Result<Spare> {
         let path = folder.join(format!("spare-{}", Id::random()));
         let made = (|| {
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-            write_zeros(&file)?;
+            write_zeros(&file, len)?;
             file.sync_all()?;
             Ok(file)
         })();
@@ -343,12 +378,12 @@ impl Spare {
 }
 
 /// Makes the file of that number ready, so that the log goes on in it without waiting. For a thread that may wait.
-pub(crate) fn make_ready(folder: &Path, id: Id, number: u32, spare: Option<Spare>) -> Result<LogFile> {
+pub(crate) fn make_ready(folder: &Path, id: Id, number: u32, len: u64, spare: Option<Spare>) -> Result<LogFile> {
     let spare = match spare {
         Some(spare) => spare,
-        None => Spare::make(folder)?,
+        None => Spare::make(folder, len)?,
     };
-    make_file(folder, number, volume_tag(id), Some(spare))
+    make_file(folder, number, volume_tag(id), len, Some(spare))
 }
 
 pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
@@ -369,23 +404,26 @@ pub(crate) fn recover(
     id: Id,
     epoch: u32,
     start: Position,
+    file_len: u64,
     mut found: impl FnMut(Appended, &[u8]),
 ) -> Result<Recovered> {
     let volume = volume_tag(id);
-    let mut files = Vec::new();
+    let mut files: Vec<Arc<LogFile>> = Vec::new();
     let mut at = start;
-    let mut last_epoch = 0;
     let mut payload = Vec::new();
     while let Some(file) = open_file(folder, at.place.file(), volume)? {
         let file = Arc::new(file);
         files.push(file.clone());
         let reading = StoreError::file("read", &file.path);
         let end = (|| {
-            while let Some((header, offset)) = next_record(&file.file, &at, volume, last_epoch, &mut payload)? {
-                last_epoch = header.epoch;
+            settle(&file.file)?;
+            while let Some((header, offset)) = next_record(&file.file, &at, volume, &mut payload)? {
                 let begin = LogPlace::new(file.number, (offset + HEADER_LEN as u64) as u32);
-                at.sequence += 1;
-                at.place = LogPlace(begin.0 + payload.len() as u64);
+                at = Position {
+                    place: LogPlace::new(file.number, (offset + record_len(payload.len())) as u32),
+                    sequence: at.sequence + 1,
+                    epoch: header.epoch,
+                };
                 let appended =
                     Appended { change: header.change, place: begin, payload_len: payload.len() as u32, end: at };
                 found(appended, &payload);
@@ -395,8 +433,16 @@ pub(crate) fn recover(
         at = end.map_err(reading)?;
         // The next file counts if it begins with the record that comes next.
         let next = Position { place: LogPlace::new(file.number + 1, PAGE_LEN as u32), ..at };
-        let Some(file) = open_file(folder, next.place.file(), volume)? else { break };
-        let begins = next_record(&file.file, &next, volume, last_epoch, &mut payload);
+        let follower = open_file(folder, next.place.file(), volume)?;
+        if let Some(offset) = promised_behind(&file, follower.as_ref(), &at, volume)? {
+            return Err(StoreError::Damaged {
+                path: file.path.clone(),
+                offset,
+                what: format!("record {} of the log was promised and is not whole any more", at.sequence),
+            });
+        }
+        let Some(file) = follower else { break };
+        let begins = next_record(&file.file, &next, volume, &mut payload);
         if begins.map_err(StoreError::file("read", &file.path))?.is_none() {
             break;
         }
@@ -406,7 +452,7 @@ pub(crate) fn recover(
         Some(file) => file.clone(),
         None => {
             let number = at.place.file();
-            let file = Arc::new(make_file(folder, number, volume, None)?);
+            let file = Arc::new(make_file(folder, number, volume, file_len, None)?);
             at.place = LogPlace::new(number, PAGE_LEN as u32);
             files.push(file.clone());
             file
@@ -416,25 +462,80 @@ pub(crate) fn recover(
         folder: folder.to_path_buf(),
         volume,
         epoch,
+        file_len,
         offset: at.place.offset(),
         sequence: at.sequence,
         fresh_page: true,
-        // What a process left in the host's cache when it died is read back, and not stable.
-        unsynced: files.clone(),
+        // The names of the files may not be stable, and not every host forgets what it could not write.
+        unsynced: files.iter().map(|file| (file.clone(), at.sequence)).collect(),
+        promised: 0,
         file,
         broken: false,
     };
     Ok(Recovered { writer, files })
 }
 
+/// Sees to it that what is read from a file is what the host's disk holds. After a sync that failed the host's cache holds what
+/// never came there, as if it had.
+pub(crate) fn settle(file: &File) -> io::Result<()> {
+    file.sync_data()?;
+    match rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed) {
+        // A file system without a cache has none to forget.
+        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Where a record that should be at a position was damaged, if one was: records behind it say that it was promised. One record is as
+/// long as a megabyte, so the one that follows it begins not far behind, or in the next file.
+fn promised_behind(file: &LogFile, follower: Option<&LogFile>, at: &Position, volume: u32) -> Result<Option<u64>> {
+    let reading = |file: &LogFile| {
+        let path = file.path.clone();
+        move |error| StoreError::file("read", &path)(error)
+    };
+    let start = at.place.offset();
+    let mut window = vec![0; 2 * PAYLOAD_LEN_MAX];
+    let len = read_up_to(&file.file, &mut window, start).map_err(reading(file))?;
+    let follows = |header: &Header| header.sequence > at.sequence && header.epoch >= at.epoch;
+    let mut payload = Vec::new();
+    let mut promises = |file: &LogFile, offset: u64, header: &Header| -> io::Result<bool> {
+        let begin = LogPlace::new(file.number, offset as u32);
+        let mut next = Position { place: begin, sequence: header.sequence, epoch: at.epoch };
+        while let Some((header, offset)) = next_record(&file.file, &next, volume, &mut payload)? {
+            if header.promised > at.sequence {
+                return Ok(true);
+            }
+            let end = offset + record_len(payload.len());
+            let place = LogPlace::new(file.number, end as u32);
+            next = Position { place, sequence: header.sequence + 1, epoch: header.epoch };
+        }
+        Ok(false)
+    };
+    for from in (0..len.saturating_sub(HEADER_LEN - 1)).step_by(HEADER_LEN) {
+        let Some(header) = header_at(&window[from..], volume).filter(&follows) else { continue };
+        if promises(file, start + from as u64, &header).map_err(reading(file))? {
+            return Ok(Some(start));
+        }
+        break;
+    }
+    if let Some(follower) = follower {
+        let mut bytes = [0; HEADER_LEN];
+        if read_whole(&follower.file, &mut bytes, PAGE_LEN).map_err(reading(follower))?
+            && let Some(header) = header_at(&bytes, volume).filter(&follows)
+            && promises(follower, PAGE_LEN, &header).map_err(reading(follower))?
+        {
+            return Ok(Some(start));
+        }
+    }
+    Ok(None)
+}
+
+fn header_at(bytes: &[u8], volume: u32) -> Option<Header> {
+    Header::from_bytes(bytes.first_chunk()?, volume)
+}
+
 /// The record at a position, or at the page behind it, if one counts. Its payload is left in `payload`.
-fn next_record(
-    file: &File,
-    at: &Position,
-    volume: u32,
-    last_epoch: u32,
-    payload: &mut Vec<u8>,
-) -> io::Result<Option<(Header, u64)>> {
+fn next_record(file: &File, at: &Position, volume: u32, payload: &mut Vec<u8>) -> io::Result<Option<(Header, u64)>> {
     let offset = at.place.offset();
     let mut places = vec![offset, offset.next_multiple_of(PAGE_LEN)];
     places.dedup();
@@ -444,7 +545,7 @@ fn next_record(
             continue;
         }
         let Some(header) = Header::from_bytes(&bytes, volume) else { continue };
-        if header.sequence != at.sequence || header.epoch < last_epoch {
+        if header.sequence != at.sequence || header.epoch < at.epoch {
             continue;
         }
         payload.resize(header.payload_len as usize, 0);
@@ -511,3 +612,7 @@ pub(crate) fn remove_before(folder: &Path, number: u32) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "log_tests.rs"]
+mod tests;

@@ -16,14 +16,14 @@ use rustix::io::ReadWriteFlags;
 
 use crate::disk::{Buffer, Completion, DiskError, Durability, Operation, Queue};
 use crate::extent_map::BLOCK_LEN;
-use crate::log::{Flush, LogFile};
+use crate::log::LogFile;
 use crate::name::Name;
 use crate::open_disk::{OpenDisk, View};
 use crate::segment::Location;
 use crate::tree::{self, Root, TreeNode};
 use crate::volume::Piece;
 
-/// Reads and syncs that the ring holds; more wait for the next round.
+/// Reads that the ring holds; more wait for the next round.
 const RING_ENTRIES: u32 = 128;
 
 /// A queue of a disk of the store.
@@ -59,8 +59,6 @@ struct Request<B> {
     outstanding: usize,
     /// Something did not go as planned: a worker thread does all of it again.
     again: bool,
-    flush: Option<Flush>,
-    failure: Option<io::Error>,
 }
 
 /// A call in the ring.
@@ -72,22 +70,9 @@ struct Call {
 
 enum Act {
     /// Bytes of a log, for the buffer at `at`.
-    Log {
-        _file: Arc<LogFile>,
-        at: usize,
-    },
+    Log { _file: Arc<LogFile>, at: usize },
     /// A record, of which `len` bytes from `from` on are for the buffer at `at`.
-    Record {
-        _file: Arc<File>,
-        name: Name,
-        location: Location,
-        at: usize,
-        from: usize,
-        len: usize,
-    },
-    Sync {
-        _file: Arc<LogFile>,
-    },
+    Record { _file: Arc<File>, name: Name, location: Location, at: usize, from: usize, len: usize },
 }
 
 /// Things with a number.
@@ -210,12 +195,10 @@ impl<B: Buffer> DiskQueue<B> {
             offset,
             outstanding: reads.len(),
             again: false,
-            flush: None,
-            failure: None,
         });
         for (act, offset, len) in reads {
             let file = match &act {
-                Act::Log { _file, .. } | Act::Sync { _file } => _file.file.as_raw_fd(),
+                Act::Log { _file, .. } => _file.file.as_raw_fd(),
                 Act::Record { _file, .. } => _file.as_raw_fd(),
             };
             let call = self.calls.insert(Call { request, bytes: vec![0; len], act });
@@ -337,19 +320,23 @@ impl<B: Buffer> DiskQueue<B> {
 
     /// Has a worker thread carry out an operation.
     fn by_worker(&mut self, token: u64, act: impl FnOnce() -> (Option<B>, Result<(), DiskError>) + Send + 'static) {
-        let (mailbox, signal) = (self.mailbox.clone(), self.signal.clone());
-        self.at_workers += 1;
+        let deliver = self.deliverer();
         self.view.store().workers().run(move || {
             let (buffer, result) = act();
-            mailbox.done.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(Completion {
-                token,
-                buffer,
-                result,
-            });
+            deliver(Completion { token, buffer, result });
+        });
+    }
+
+    /// What brings the completion of an operation back that another thread carries out.
+    fn deliverer(&mut self) -> impl FnOnce(Completion<B>) + Send + 'static {
+        let (mailbox, signal) = (self.mailbox.clone(), self.signal.clone());
+        self.at_workers += 1;
+        move |completion| {
+            mailbox.done.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(completion);
             mailbox.len.fetch_add(1, Ordering::Release);
             // A counter of 2^64 - 1 events cannot overflow.
             let _ = rustix::io::write(&*signal, &1u64.to_ne_bytes());
-        });
+        }
     }
 
     // Writing
@@ -415,33 +402,13 @@ impl<B: Buffer> DiskQueue<B> {
             // Nothing of a disk that never changes can be lost.
             Err(_) => return self.complete(token, buffer, Ok(())),
         };
-        if self.ring.is_none() {
-            return self.by_worker(token, move || (buffer, core.flush().map_err(DiskError::from)));
+        if core.all_is_stable() {
+            return self.complete(token, buffer, Ok(()));
         }
-        let flush = match core.begin_flush() {
-            Ok(Some(flush)) => flush,
-            Ok(None) => return self.complete(token, buffer, Ok(())),
-            Err(error) => return self.complete(token, buffer, Err(error.into())),
-        };
-        let files = flush.files.clone();
-        let request = self.requests.insert(Request {
-            token,
-            buffer,
-            offset: 0,
-            outstanding: files.len(),
-            again: false,
-            flush: Some(flush),
-            failure: None,
+        let deliver = self.deliverer();
+        core.flush_then(move |result| {
+            deliver(Completion { token, buffer, result: result.map_err(DiskError::from) });
         });
-        if files.is_empty() {
-            return self.end_request(request);
-        }
-        for file in files {
-            let fd = types::Fd(file.file.as_raw_fd());
-            let call = self.calls.insert(Call { request, bytes: Vec::new(), act: Act::Sync { _file: file } });
-            let entry = opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
-            self.push(&entry.user_data(call as u64));
-        }
     }
 
     // The ring
@@ -482,11 +449,6 @@ impl<B: Buffer> DiskQueue<B> {
         let Some(request) = self.requests.get(call.request) else { return };
         let bytes = call.bytes.get(..result.max(0) as usize).unwrap_or_default();
         match call.act {
-            Act::Sync { .. } => {
-                if result < 0 {
-                    request.failure = Some(io::Error::from_raw_os_error(-result));
-                }
-            }
             Act::Log { at, .. } => match (&mut request.buffer, bytes.len() == call.bytes.len()) {
                 (Some(buffer), true) => buffer.put(at, bytes),
                 _ => request.again = true,
@@ -509,13 +471,6 @@ impl<B: Buffer> DiskQueue<B> {
 
     fn end_request(&mut self, request: usize) {
         let Some(request) = self.requests.take(request) else { return };
-        if let Some(flush) = &request.flush {
-            let result = request.failure.map_or(Ok(()), Err);
-            if let Ok(core) = self.view.volume() {
-                core.end_flush(flush, &result);
-            }
-            return self.complete(request.token, request.buffer, result.map_err(DiskError::Io));
-        }
         match request.buffer {
             Some(buffer) if request.again => self.read_by_worker(request.token, request.offset, buffer),
             buffer => self.complete(request.token, buffer, Ok(())),

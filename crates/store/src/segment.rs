@@ -7,11 +7,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Result, StoreError};
+use crate::log::{settle, sync_folder};
 use crate::name::Name;
 use crate::record::{self, HEADER_LEN, Header};
 
@@ -186,18 +187,29 @@ pub(crate) struct SegmentWriter {
     buffer: Vec<u8>,
     entries: Vec<Entry>,
     synced: bool,
-    /// A write or sync failed: what the file holds is not known.
+    /// The file's name is stable.
+    named: bool,
+    /// It has its table, and may be known: nothing is appended any more.
+    ended: bool,
+    /// A sync failed: what the file holds is not known.
     broken: bool,
 }
 
 impl SegmentWriter {
-    /// A new segment. Its number must never have been used.
-    pub fn create(folder: &SegmentFolder, number: SegmentNumber) -> Result<Self> {
+    /// A new segment. Its number must never have been used. None if somebody took it for one whose process died, before it was locked.
+    pub fn create(folder: &SegmentFolder, number: SegmentNumber) -> Result<Option<Self>> {
         let path = folder.open(number);
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(StoreError::file("make", &path))?;
-        lock(&file).map_err(StoreError::file("lock", &path))?;
-        Ok(SegmentWriter {
+        match lock(&file) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => return Err(StoreError::file("lock", &path)(error)),
+        }
+        if file.metadata().map_err(StoreError::file("look at", &path))?.nlink() == 0 {
+            return Ok(None);
+        }
+        Ok(Some(SegmentWriter {
             folder: folder.clone(),
             number,
             file: Arc::new(file),
@@ -205,8 +217,10 @@ impl SegmentWriter {
             buffer: file_header(number).to_vec(),
             entries: Vec::new(),
             synced: false,
+            named: false,
+            ended: false,
             broken: false,
-        })
+        }))
     }
 
     pub fn number(&self) -> SegmentNumber {
@@ -223,30 +237,38 @@ impl SegmentWriter {
     }
 
     pub fn is_full(&self) -> bool {
-        self.len() >= SEGMENT_LEN
+        self.ended || self.len() >= SEGMENT_LEN
     }
 
-    /// Appends a record.
+    /// Whether it may be known to the catalog.
+    pub fn is_published(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether nothing more comes of it.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Appends a record. One that fails, as where the disk is full, can be tried again.
     pub fn append(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
+        self.check()?;
+        if self.buffer.len() >= BUFFER_LEN {
+            self.flush()?;
+        }
         let location = Location::new(self.number, self.len(), header.record_len());
         self.buffer.extend_from_slice(&header.to_bytes());
         self.buffer.extend_from_slice(packed);
         self.buffer.resize(self.buffer.len().next_multiple_of(HEADER_LEN), 0);
         self.entries.push(Entry { prefix: header.name.prefix(), location });
         self.synced = false;
-        if self.buffer.len() >= BUFFER_LEN {
-            self.flush()?;
-        }
         Ok(location)
     }
 
     /// Hands everything to the host, so that it can be read from the file.
     pub fn flush(&mut self) -> Result<()> {
         self.check()?;
-        if let Err(error) = self.file.write_all_at(&self.buffer, self.written) {
-            self.broken = true;
-            return Err(StoreError::file("write", &self.path())(error));
-        }
+        self.file.write_all_at(&self.buffer, self.written).map_err(StoreError::file("write", &self.path()))?;
         self.written += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
@@ -257,6 +279,10 @@ impl SegmentWriter {
         self.flush()?;
         if self.synced {
             return Ok(());
+        }
+        if !self.named {
+            sync_folder(&self.folder.0)?;
+            self.named = true;
         }
         if let Err(error) = self.file.sync_data() {
             self.broken = true;
@@ -275,16 +301,30 @@ impl SegmentWriter {
     }
 
     /// Ends the segment: stable, with its table, made known by `publish`, then under its final name. One without records is removed;
-    /// then there is no summary.
-    pub fn seal(mut self, publish: impl FnOnce(&Summary) -> Result<()>) -> Result<Option<Summary>> {
+    /// then there is no summary. Unless it broke, it can be tried again.
+    pub fn seal(&mut self, publish: impl FnOnce(&Summary) -> Result<()>) -> Result<Option<Summary>> {
         if self.entries.is_empty() {
-            let path = self.path();
-            std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
+            self.remove()?;
             return Ok(None);
         }
         self.flush()?;
-        let entries = std::mem::take(&mut self.entries);
-        finish(&self.folder, self.number, &self.file, self.written, entries, publish).map(Some)
+        let (path, end) = (self.path(), self.written);
+        let summary = write_table(self.number, &self.file, end, self.entries.clone());
+        let summary = summary.map_err(StoreError::file("finish", &path))?;
+        if let Err(error) = self.file.sync_all() {
+            self.broken = true;
+            return Err(StoreError::file("finish", &path)(error));
+        }
+        self.ended = true;
+        publish(&summary)?;
+        name_sealed(&self.folder, self.number);
+        Ok(Some(summary))
+    }
+
+    /// Removes the file of a segment of which nothing is needed.
+    pub fn remove(&self) -> Result<()> {
+        let path = self.path();
+        std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))
     }
 }
 
@@ -301,18 +341,9 @@ fn lock(file: &File) -> io::Result<()> {
     Ok(rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?)
 }
 
-/// Writes the table behind the records and gives the segment its final name. Whoever misses the open file knows that it was
-/// published before.
-fn finish(
-    folder: &SegmentFolder,
-    number: SegmentNumber,
-    file: &File,
-    end: u64,
-    mut entries: Vec<Entry>,
-    publish: impl FnOnce(&Summary) -> Result<()>,
-) -> Result<Summary> {
+/// Writes the table behind the records.
+fn write_table(number: SegmentNumber, file: &File, end: u64, mut entries: Vec<Entry>) -> io::Result<Summary> {
     entries.sort_unstable();
-    let path = folder.open(number);
     let mut bytes = Vec::with_capacity(entries.len() * Entry::LEN + HEADER_LEN);
     for entry in &entries {
         bytes.extend_from_slice(&entry.to_bytes());
@@ -328,18 +359,18 @@ fn finish(
     let checksum = crc32c::crc32c(&trailer[..60]);
     trailer[60..].copy_from_slice(&checksum.to_le_bytes());
     bytes.extend_from_slice(&trailer);
-    (|| {
-        file.write_all_at(&bytes, end)?;
-        file.set_len(end + bytes.len() as u64)?;
-        file.sync_all()
-    })()
-    .map_err(StoreError::file("finish", &path))?;
-    let summary = Summary { number, records: entries.len() as u32, bytes: end };
-    publish(&summary)?;
-    std::fs::rename(&path, folder.sealed(number))
-        .and_then(|()| File::open(&folder.0)?.sync_all())
-        .map_err(StoreError::file("rename", &path))?;
-    Ok(summary)
+    file.write_all_at(&bytes, end)?;
+    file.set_len(end + bytes.len() as u64)?;
+    Ok(Summary { number, records: entries.len() as u32, bytes: end })
+}
+
+/// Gives a segment that was published its final name. Without it, it is found under the other until somebody finishes it.
+fn name_sealed(folder: &SegmentFolder, number: SegmentNumber) {
+    let named =
+        std::fs::rename(folder.open(number), folder.sealed(number)).and_then(|()| File::open(&folder.0)?.sync_all());
+    if let Err(error) = named {
+        tracing::warn!(segment = number.0, %error, "a segment keeps the name of one that is written");
+    }
 }
 
 /// Reads what a sealed segment says of itself.
@@ -422,26 +453,41 @@ pub(crate) fn adopt(
     if lock(&file).is_err() || !path.exists() {
         return Ok(());
     }
+    settle(&file).map_err(StoreError::file("read", &path))?;
     let len = file.metadata().map_err(StoreError::file("read", &path))?.len().min(SEGMENT_LEN_MAX);
+    let header = match check_file_header(&file, &path) {
+        // A later release knows what to do with it.
+        Err(StoreError::UnknownFormat { .. }) => return Ok(()),
+        Err(error @ StoreError::File { .. }) => return Err(error),
+        other => other,
+    };
+    let mut records = Vec::new();
+    scan(&file, number, 0, len, |found| records.push(found)).map_err(StoreError::file("read", &path))?;
     let mut entries = Vec::new();
     let mut end = HEADER_LEN as u64;
-    if check_file_header(&file, &path).is_ok() {
-        let mut records = Vec::new();
-        scan(&file, number, 0, len, |found| records.push(found)).map_err(StoreError::file("read", &path))?;
-        for found in records {
-            // Headers can be stable where contents are not.
-            let content = read_record(&file, found.location).map_err(StoreError::file("read", &path))?;
-            if content.is_err() {
-                break;
-            }
-            end = found.location.offset() + found.header.record_len() as u64;
-            entries.push(found.entry());
+    for found in records {
+        // Headers can be stable where contents are not.
+        let content = read_record(&file, found.location).map_err(StoreError::file("read", &path))?;
+        if content.is_err() {
+            break;
         }
+        end = found.location.offset() + found.header.record_len() as u64;
+        entries.push(found.entry());
     }
     if entries.is_empty() {
         return std::fs::remove_file(&path).map_err(StoreError::file("remove", &path));
     }
-    finish(folder, number, &file, end, entries, publish).map(drop)
+    let finish = || {
+        if header.is_err() {
+            file.write_all_at(&file_header(number), 0)?;
+        }
+        let summary = write_table(number, &file, end, entries)?;
+        file.sync_all()?;
+        Ok(summary)
+    };
+    publish(&finish().map_err(StoreError::file("finish", &path))?)?;
+    name_sealed(folder, number);
+    Ok(())
 }
 
 /// Reads a record whole: its header and packed bytes, checksums compared; or what is wrong with it.

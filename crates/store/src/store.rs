@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -17,6 +19,7 @@ use crate::catalog::Catalog;
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::index::{Index, IndexFigures};
+use crate::log::sync_folder;
 use crate::name::{Kind, Name, Namer};
 use crate::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
 use crate::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
@@ -25,6 +28,10 @@ use crate::workers::Workers;
 
 /// Files of segments that are kept open for reading.
 const OPEN_FILES_MAX: usize = 200;
+/// How long batches are kept from beginning at a time, while those that run end.
+const GATE_TIME: Duration = Duration::from_millis(500);
+/// How soon a lock is looked at again.
+const LOCK_LOOK: Duration = Duration::from_millis(1);
 /// Memory of a node in the cache: names and locations.
 const NODE_WEIGHT: usize = NODE_LEN + 128 * 8;
 
@@ -53,6 +60,8 @@ pub struct Store {
     namer: Namer,
     /// The segment that this process writes.
     writer: Mutex<Option<SegmentWriter>>,
+    /// Segments of this process that could not be made stable.
+    failures: AtomicU64,
     files: Mutex<VecDeque<(SegmentNumber, Arc<File>)>>,
     chunks: Cache<Arc<[u8]>>,
     nodes: Cache<Arc<TreeNode>>,
@@ -64,8 +73,15 @@ impl Store {
     pub fn open(folder: &Path, options: StoreOptions) -> Result<Arc<Self>> {
         let segments = SegmentFolder(folder.join("segments"));
         let index_folder = folder.join("index");
-        for path in [folder, &segments.0, &index_folder, &folder.join("volumes")] {
+        let volumes = folder.join("volumes");
+        let is_new = !volumes.exists();
+        for path in [folder, &segments.0, &index_folder, &volumes] {
             std::fs::create_dir_all(path).map_err(StoreError::file("make", path))?;
+        }
+        if is_new {
+            // What is promised in a folder is lost with its name.
+            sync_folder(folder)?;
+            sync_folder(&folder.join(".."))?;
         }
         let catalog = Catalog::open(&folder.join("catalog.db"))?;
         let store = Store {
@@ -76,6 +92,7 @@ impl Store {
             segments,
             namer: Namer::open(),
             writer: Mutex::default(),
+            failures: AtomicU64::new(0),
             files: Mutex::default(),
             chunks: Cache::new(options.chunk_cache_bytes),
             nodes: Cache::new(options.node_cache_bytes),
@@ -140,10 +157,21 @@ impl Store {
         self.lock_file("batch.lock", FlockOperation::LockShared)
     }
 
-    /// The lock that keeps batches out; waits for those that run.
+    /// The lock that keeps batches out; waits for those that run. Others do not wait for it for long: who has a batch may need another
+    /// before it ends.
     pub(crate) fn lock_out_batches(&self) -> Result<File> {
-        let _gate = self.lock_file("gate.lock", FlockOperation::LockExclusive)?;
-        self.lock_file("batch.lock", FlockOperation::LockExclusive)
+        loop {
+            let gate = self.lock_file("gate.lock", FlockOperation::LockExclusive)?;
+            let begin = Instant::now();
+            while begin.elapsed() < GATE_TIME {
+                if let Some(lock) = self.try_lock("batch.lock")? {
+                    return Ok(lock);
+                }
+                std::thread::sleep(LOCK_LOOK);
+            }
+            drop(gate);
+            std::thread::sleep(GATE_TIME);
+        }
     }
 
     /// A lock that one process at most has. It ends with the file, and so with the process.
@@ -173,7 +201,8 @@ impl Store {
         let lock = self.batch_lock()?;
         // What a collection removed before we had the lock is not to be used again.
         self.index.refresh_segments(&self.catalog)?;
-        Ok(Batch { _lock: lock, store: self.clone(), added: Added::default(), packer: Packer::default() })
+        let failures = self.failures.load(Ordering::SeqCst);
+        Ok(Batch { _lock: lock, store: self.clone(), failures, added: Added::default(), packer: Packer::default() })
     }
 
     /// Merges the index where it has many parts, and writes the catalog's log back. For a thread that may wait.
@@ -191,20 +220,38 @@ impl Store {
     }
 
     fn seal_segment(&self, writer: &mut Option<SegmentWriter>) -> Result<()> {
-        let Some(segment) = writer.take() else { return Ok(()) };
+        let Some(segment) = writer else { return Ok(()) };
         let number = segment.number();
-        // The file's name changes, not what is open.
-        let file = segment.file().clone();
-        match segment.seal(|summary| self.catalog.add_segment(summary)) {
-            Ok(Some(summary)) => {
-                self.index.sealed(&summary, self.catalog.generation()?)?;
-                self.keep_file(number, file);
-                Ok(())
-            }
-            Ok(None) => Ok(()),
-            Err(error) => {
-                self.index.forget_ours(number);
-                Err(error)
+        let sealed = segment.seal(|summary| self.catalog.add_segment(summary));
+        let sealed = sealed.inspect_err(|_| self.drop_broken(writer))?;
+        // The file's name changed, not what is open.
+        let file = writer.take().map(|segment| segment.file().clone());
+        if let (Some(summary), Some(file)) = (sealed, file) {
+            self.index.sealed(&summary, self.catalog.generation()?)?;
+            self.keep_file(number, file);
+        }
+        Ok(())
+    }
+
+    /// The file of the segment that is being written.
+    #[cfg(test)]
+    pub(crate) fn writing_file(&self) -> Option<Arc<File>> {
+        self.writer().as_ref().map(|segment| segment.file().clone())
+    }
+
+    /// Gives up a segment whose sync failed. Batches that run may have built on it, and fail.
+    fn drop_broken(&self, writer: &mut Option<SegmentWriter>) {
+        if let Some(segment) = writer.take_if(|segment| segment.is_broken()) {
+            self.index.forget_ours(segment.number());
+            self.failures.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// A new segment, of a number that was never used.
+    pub(crate) fn new_segment(&self) -> Result<SegmentWriter> {
+        loop {
+            if let Some(segment) = SegmentWriter::create(&self.segments, self.catalog.new_segment()?)? {
+                return Ok(segment);
             }
         }
     }
@@ -217,7 +264,7 @@ impl Store {
         }
         let segment = match &mut *writer {
             Some(segment) => segment,
-            none => none.insert(SegmentWriter::create(&self.segments, self.catalog.new_segment()?)?),
+            none => none.insert(self.new_segment()?),
         };
         let location = segment.append(header, packed)?;
         self.index.add_ours(&header.name, location);
@@ -411,6 +458,8 @@ pub struct Added {
 pub(crate) struct Batch {
     _lock: File,
     store: Arc<Store>,
+    /// Of the store when the batch began.
+    failures: u64,
     added: Added,
     packer: Packer,
 }
@@ -464,13 +513,12 @@ impl Batch {
     /// that needs the records is stable too.
     pub fn sync(&mut self) -> Result<Added> {
         let mut writer = self.store.writer();
-        if let Some(segment) = &mut *writer
-            && let Err(error) = segment.sync()
-        {
-            let number = segment.number();
-            self.store.index.forget_ours(number);
-            *writer = None;
-            return Err(error);
+        let synced = writer.as_mut().map_or(Ok(()), SegmentWriter::sync);
+        synced.inspect_err(|_| self.store.drop_broken(&mut writer))?;
+        if self.store.failures.load(Ordering::SeqCst) != self.failures {
+            return Err(StoreError::Refused(
+                "the host's disk failed to keep what was added to the store meanwhile".to_owned(),
+            ));
         }
         Ok(self.added)
     }

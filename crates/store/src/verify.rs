@@ -9,7 +9,6 @@ use crate::error::{Result, StoreError};
 use crate::mark::{Lost, Marks};
 use crate::name::{Kind, Name};
 use crate::record::{self, HEADER_LEN, Header};
-use crate::segment::SegmentWriter;
 use crate::store::Store;
 
 /// A record that is not what its name says.
@@ -172,7 +171,7 @@ impl Store {
         let path = self.segments().sealed(row.number);
         let bytes = std::fs::read(&path).unwrap_or_default();
         let end = (row.bytes as usize).min(bytes.len());
-        let mut target = SegmentWriter::create(self.segments(), self.catalog().new_segment()?)?;
+        let mut target = self.new_segment()?;
         for at in (HEADER_LEN..end).step_by(HEADER_LEN) {
             let Ok((header, packed)) = record::split(&bytes[at..end]) else { continue };
             if self.check(&header, &bytes[at..end.min(at + header.record_len())]).is_ok() {

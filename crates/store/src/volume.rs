@@ -5,6 +5,7 @@
 //! is being moved. Reads look into both, then into the tree. A snapshot is a record of the log: its content is what the records before
 //! it say, and becomes a tree of its own when the thread comes by.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -41,11 +42,25 @@ pub struct VolumeOptions {
     pub log_bytes_start: u64,
     /// Without writes for that long, what there is is moved.
     pub settle: Duration,
+    /// Bytes of a file of the log, from 2 MiB to 1 GiB.
+    pub log_file_bytes: u64,
 }
 
 impl Default for VolumeOptions {
     fn default() -> Self {
-        VolumeOptions { log_bytes_max: 1 << 30, log_bytes_start: 256 << 20, settle: Duration::from_secs(5) }
+        VolumeOptions {
+            log_bytes_max: 1 << 30,
+            log_bytes_start: 256 << 20,
+            settle: Duration::from_secs(5),
+            log_file_bytes: log::FILE_LEN_DEFAULT,
+        }
+    }
+}
+
+impl VolumeOptions {
+    pub(crate) fn log_file_len(&self) -> u64 {
+        let (least, most) = log::FILE_LEN_RANGE;
+        self.log_file_bytes.clamp(least, most).next_multiple_of(BLOCK_LEN)
     }
 }
 
@@ -128,6 +143,18 @@ pub(crate) struct Work {
     pub making_ready: bool,
 }
 
+/// Syncs of the log come one after the other, and who asks while one runs is covered by the next: that needs fewer of them, and an error
+/// that the host reports to one of them cannot be missed by another that runs beside it.
+#[derive(Default)]
+struct Syncs {
+    running: bool,
+    /// Who hears of it when everything before a sequence number is stable, or will never be.
+    waiting: Vec<(u64, FlushEnd)>,
+}
+
+/// What hears of a flush's end.
+type FlushEnd = Box<dyn FnOnce(Result<()>) + Send>;
+
 /// What front ends, the thread and the control of a volume share.
 pub(crate) struct Core {
     pub store: Arc<Store>,
@@ -136,8 +163,9 @@ pub(crate) struct Core {
     pub folder: PathBuf,
     log: Mutex<LogWriter>,
     layers: RwLock<Layers>,
-    /// Syncs come one after the other: who waits for one is covered by the next.
-    sync: Mutex<()>,
+    syncs: Mutex<Syncs>,
+    /// A sync came to its end.
+    synced: Condvar,
     /// Records up to this sequence number are stable.
     stable: AtomicU64,
     /// Bytes of log that are not in the tree.
@@ -146,7 +174,8 @@ pub(crate) struct Core {
     pub wake: Condvar,
     /// The thread got on.
     pub progress: Condvar,
-    snapshots: Mutex<()>,
+    /// Names of snapshots in the log; whoever makes one has them meanwhile.
+    pending_names: Mutex<BTreeSet<String>>,
 }
 
 /// A volume that is open for writing. One process at a time has it.
@@ -200,7 +229,11 @@ impl Volume {
         let folder = store.volume_folder(row.id);
         std::fs::create_dir_all(&folder).map_err(StoreError::file("make", &folder))?;
         let lock = super::volumes::lock(&folder, "volume", name)?;
-        let row = store.resolve_origin(row)?;
+        // It may have been removed before we had the lock.
+        let row = store.catalog().volume(name).and_then(|now| match now.id == row.id {
+            true => store.resolve_origin(now),
+            false => Err(StoreError::NotFound { what: "volume", name: name.to_owned() }),
+        })?;
         let mut head = open_head(&folder, &row)?;
         // From here on nothing counts that an earlier process still appends.
         head.write(State { epoch: head.state.epoch + 1, ..head.state })?;
@@ -302,6 +335,10 @@ fn open_head(folder: &std::path::Path, row: &VolumeRow) -> Result<Head> {
         }
         return Ok(head);
     }
+    // The folder is new: what is promised in it is lost with its name.
+    if let Some(volumes) = folder.parent() {
+        log::sync_folder(volumes)?;
+    }
     if !log::list(folder)?.0.is_empty() {
         return Err(StoreError::Damaged {
             path: folder.join("head"),
@@ -314,7 +351,7 @@ fn open_head(folder: &std::path::Path, row: &VolumeRow) -> Result<Head> {
         epoch: 0,
         root: row.root,
         capacity_bytes: row.capacity_bytes,
-        position: Position { place: LogPlace::new(1, 4096), sequence: 1 },
+        position: Position { place: LogPlace::new(1, 4096), sequence: 1, epoch: 0 },
     };
     Head::create(folder, state)
 }
@@ -330,7 +367,10 @@ impl Core {
     ) -> Result<(Core, Head)> {
         let state = head.state;
         let start = state.position.place;
-        if start.offset() > 4096 && !log::list(&folder)?.0.contains(&start.file()) {
+        // A volume that was never written or was rolled back has no file yet, and none behind that either.
+        let files = log::list(&folder)?.0;
+        let begun = start.offset() > 4096 || files.iter().any(|&file| file > start.file());
+        if begun && !files.contains(&start.file()) {
             return Err(StoreError::Damaged {
                 path: folder.join("head"),
                 offset: 0,
@@ -345,7 +385,9 @@ impl Core {
         let mut capacity_bytes = state.capacity_bytes;
         let mut snapshots = Vec::new();
         let mut damage = None;
-        let recovered = log::recover(&folder, row.id, state.epoch, state.position, |appended, payload| {
+        let file_len = options.log_file_len();
+        let recovered = log::recover(&folder, row.id, state.epoch, state.position, file_len, |appended, payload| {
+            let old_capacity = capacity_bytes;
             let snapshot = match appended.change {
                 Change::Snapshot => match decode_snapshot(payload, &row, capacity_bytes) {
                     Some(snapshot) => Some(Box::new(snapshot)),
@@ -361,7 +403,7 @@ impl Core {
                 _ => None,
             };
             snapshots.extend(snapshot.as_deref().cloned());
-            active.add(&appended, snapshot);
+            active.add(&appended, snapshot, old_capacity);
         })?;
         if let Some(place) = damage {
             return Err(StoreError::Damaged {
@@ -370,12 +412,13 @@ impl Core {
                 what: "a snapshot that cannot be read".to_owned(),
             });
         }
-        for snapshot in &snapshots {
-            if store.catalog().snapshot_by_id(snapshot.id)?.is_none() {
-                store.catalog().add_snapshot(snapshot)?;
+        let mut pending_names = BTreeSet::new();
+        for snapshot in snapshots {
+            if store.catalog().restore_snapshot(&snapshot)? {
+                pending_names.insert(snapshot.name);
             }
         }
-        let backlog = backlog(state.position.place, recovered.writer.position().place);
+        let backlog = backlog(file_len, state.position.place, recovered.writer.position().place);
         let work = Work { done: state.position.sequence, ..Work::default() };
         let core = Core {
             store: store.clone(),
@@ -391,13 +434,14 @@ impl Core {
                 root_capacity: state.capacity_bytes,
                 capacity_bytes,
             }),
-            sync: Mutex::new(()),
+            syncs: Mutex::default(),
+            synced: Condvar::new(),
             stable: AtomicU64::new(0),
             backlog: AtomicU64::new(backlog),
             work: Mutex::new(work),
             wake: Condvar::new(),
             progress: Condvar::new(),
-            snapshots: Mutex::new(()),
+            pending_names: Mutex::new(pending_names),
         };
         Ok((core, head))
     }
@@ -609,9 +653,14 @@ impl Core {
     fn try_append(&self, change: Change, payload: &[u8], unchanged: Option<&dyn Fn() -> bool>) -> Result<bool> {
         let checksum = crc32c::crc32c(payload);
         let mut log = self.log();
-        if let Change::Write { offset } = change {
+        let range = match change {
+            Change::Write { offset } => Some((offset, payload.len() as u64)),
+            Change::Zeros { offset, len } => Some((offset, len)),
+            Change::Snapshot | Change::Resize { .. } => None,
+        };
+        if let Some((offset, len)) = range {
             // It may have shrunk since it was looked at.
-            check_range(offset, payload.len() as u64, self.capacity_bytes().next_multiple_of(BLOCK_LEN))?;
+            check_range(offset, len, self.capacity_bytes().next_multiple_of(BLOCK_LEN))?;
         }
         if unchanged.is_some_and(|unchanged| !unchanged()) {
             return Ok(false);
@@ -656,12 +705,13 @@ impl Core {
         let appended = log.append(change, payload, checksum)?;
         {
             let mut layers = self.layers_mut();
-            layers.active.add(&appended, snapshot);
+            let old_capacity = layers.capacity_bytes;
+            layers.active.add(&appended, snapshot, old_capacity);
             if let Change::Resize { capacity_bytes } = change {
                 layers.capacity_bytes = capacity_bytes;
             }
         }
-        let more = backlog(before, appended.end.place);
+        let more = backlog(self.options.log_file_len(), before, appended.end.place);
         let had = self.backlog.fetch_add(more, Ordering::Relaxed);
         if had == 0 || had < self.options.log_bytes_start && had + more >= self.options.log_bytes_start {
             self.wake.notify_all();
@@ -671,44 +721,111 @@ impl Core {
 
     // Flushing
 
-    pub fn flush(&self) -> Result<()> {
+    fn syncs(&self) -> MutexGuard<'_, Syncs> {
+        self.syncs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn is_stable(&self, sequence: u64) -> bool {
+        self.stable.load(Ordering::Acquire) >= sequence
+    }
+
+    /// Makes everything stable that was appended before, on this thread.
+    pub fn flush(self: &Arc<Self>) -> Result<()> {
         let wanted = self.log().position().sequence;
-        if self.stable.load(Ordering::Acquire) >= wanted {
-            return Ok(());
+        let mut syncs = self.syncs();
+        loop {
+            if self.is_stable(wanted) {
+                return Ok(());
+            }
+            if !syncs.running {
+                break;
+            }
+            syncs = self.synced.wait(syncs).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
-        let _turn = self.sync.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if self.stable.load(Ordering::Acquire) >= wanted {
-            return Ok(());
+        syncs.running = true;
+        drop(syncs);
+        let result = self.sync();
+        if self.end_sync() {
+            self.hand_over_syncs();
         }
+        result
+    }
+
+    /// As [`flush`](Self::flush), for threads that do not wait: `end` is called on this thread or another.
+    pub fn flush_then(self: &Arc<Self>, end: impl FnOnce(Result<()>) + Send + 'static) {
+        let wanted = self.log().position().sequence;
+        let mut syncs = self.syncs();
+        if self.is_stable(wanted) {
+            drop(syncs);
+            return end(Ok(()));
+        }
+        syncs.waiting.push((wanted, Box::new(end)));
+        if !syncs.running {
+            syncs.running = true;
+            drop(syncs);
+            self.hand_over_syncs();
+        }
+    }
+
+    /// Whether a flush has nothing to wait for.
+    pub fn all_is_stable(&self) -> bool {
+        let wanted = self.log().position().sequence;
+        self.is_stable(wanted)
+    }
+
+    /// Has a worker thread sync for those who wait. The turn goes with it.
+    fn hand_over_syncs(self: &Arc<Self>) {
+        let core = self.clone();
+        self.store.workers().run(move || {
+            loop {
+                // Those who wait hear of an error from the log.
+                let _ = core.sync();
+                if !core.end_sync() {
+                    return;
+                }
+            }
+        });
+    }
+
+    fn sync(&self) -> Result<()> {
         let flush = self.log().begin_flush()?;
         let result = flush.run();
-        self.end_flush(&flush, &result);
-        result.map_err(StoreError::file("write", &self.folder))
+        self.log().end_flush(&flush, &result);
+        result.map_err(StoreError::file("write", &self.folder))?;
+        self.stable.fetch_max(flush.sequence, Ordering::AcqRel);
+        Ok(())
     }
 
-    /// The files to sync so that everything stable that was appended; none if everything is.
-    pub fn begin_flush(&self) -> Result<Option<log::Flush>> {
-        let mut log = self.log();
-        if self.stable.load(Ordering::Acquire) >= log.position().sequence {
-            return Ok(None);
+    /// Tells those who wait what came of a sync. Whether others do, whose records came later: then the turn stays taken for them.
+    fn end_sync(&self) -> bool {
+        let broken = self.log().broken();
+        let (ended, more) = {
+            let mut syncs = self.syncs();
+            let waiting = std::mem::take(&mut syncs.waiting);
+            let (ended, rest): (Vec<_>, Vec<_>) =
+                waiting.into_iter().partition(|(wanted, _)| broken.is_some() || self.is_stable(*wanted));
+            syncs.waiting = rest;
+            syncs.running = !syncs.waiting.is_empty();
+            (ended, syncs.running)
+        };
+        self.synced.notify_all();
+        for (wanted, end) in ended {
+            match &broken {
+                Some(path) if !self.is_stable(wanted) => end(Err(StoreError::Broken { path: path.clone() })),
+                _ => end(Ok(())),
+            }
         }
-        log.begin_flush().map(Some)
-    }
-
-    pub fn end_flush(&self, flush: &log::Flush, result: &std::io::Result<()>) {
-        self.log().end_flush(flush, result);
-        if result.is_ok() {
-            self.stable.fetch_max(flush.sequence, Ordering::AcqRel);
-        }
+        more
     }
 
     // Snapshots and size
 
-    pub fn snapshot(&self, name: &str) -> Result<SnapshotRow> {
+    pub fn snapshot(self: &Arc<Self>, name: &str) -> Result<SnapshotRow> {
         check_name("snapshot", name)?;
-        // Nobody else makes snapshots of this volume: who has the turn knows which names are taken.
-        let _turn = self.snapshots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if self.store.catalog().snapshot(self.row.id, name).is_ok() {
+        // Nobody else makes snapshots of this volume: who has the turn knows which names are taken. A name that is in the log and did
+        // not get into the catalog gets there later.
+        let mut pending = self.pending_names();
+        if pending.contains(name) || self.store.catalog().snapshot(self.row.id, name).is_ok() {
             return Err(StoreError::Exists { what: "snapshot", name: name.to_owned() });
         }
         let mut snapshot = SnapshotRow {
@@ -728,37 +845,34 @@ impl Core {
             snapshot.capacity_bytes = self.capacity_bytes();
             let checksum = crc32c::crc32c(&payload);
             self.append_locked(&mut log, Change::Snapshot, &payload, checksum, Some(Box::new(snapshot.clone())))?;
+            pending.insert(name.to_owned());
         }
         self.flush()?;
         self.store.catalog().add_snapshot(&snapshot)?;
         Ok(snapshot)
     }
 
-    pub fn resize(&self, capacity_bytes: u64) -> Result<()> {
+    fn pending_names(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.pending_names.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn resize(self: &Arc<Self>, capacity_bytes: u64) -> Result<()> {
         check_capacity(capacity_bytes)?;
+        let old = self.capacity_bytes();
+        if capacity_bytes > old && !old.is_multiple_of(BLOCK_LEN) {
+            self.clear_tail(old)?;
+        }
         {
             let mut log = self.log();
             if self.capacity_bytes() == capacity_bytes {
                 return Ok(());
             }
-            let old = self.capacity_bytes();
-            if capacity_bytes < old {
-                // What lies beyond is zeros should the volume grow again: in the tree by the record of the new size, and here.
-                let (first, end) = (capacity_bytes.next_multiple_of(BLOCK_LEN), old.next_multiple_of(BLOCK_LEN));
-                if first < end {
-                    let zeros = Change::Zeros { offset: first, len: end - first };
-                    self.append_locked(&mut log, zeros, &[], crc32c::crc32c(&[]), None)?;
-                }
-            }
             self.append_locked(&mut log, Change::Resize { capacity_bytes }, &[], crc32c::crc32c(&[]), None)?;
-        }
-        if !capacity_bytes.is_multiple_of(BLOCK_LEN) {
-            self.clear_tail(capacity_bytes)?;
         }
         self.flush()
     }
 
-    /// Zeros behind the end of a volume whose last block is not whole.
+    /// Zeros behind the end of a volume whose last block is not whole, before it grows.
     fn clear_tail(&self, capacity_bytes: u64) -> Result<()> {
         let block = capacity_bytes / BLOCK_LEN * BLOCK_LEN;
         let mut tail = vec![0; (capacity_bytes - block) as usize];
@@ -819,7 +933,14 @@ impl Core {
         drop(layers);
         // Large maps take their time to go, and readers do not wait for it.
         drop(done);
-        self.backlog.fetch_sub(backlog(moved_from, frozen.end.place), Ordering::Relaxed);
+        let moved = backlog(self.options.log_file_len(), moved_from, frozen.end.place);
+        self.backlog.fetch_sub(moved, Ordering::Relaxed);
+        let snapshots = frozen.generation.records.iter().filter_map(|record| record.snapshot.as_deref());
+        let names: Vec<&str> = snapshots.map(|snapshot| snapshot.name.as_str()).collect();
+        if !names.is_empty() {
+            let mut pending = self.pending_names();
+            pending.retain(|name| !names.contains(&name.as_str()));
+        }
         old
     }
 
@@ -844,16 +965,17 @@ impl Core {
 }
 
 impl Generation {
-    fn add(&mut self, appended: &Appended, snapshot: Option<Box<SnapshotRow>>) {
+    /// Adds a record that was appended to a volume of `capacity_bytes`.
+    fn add(&mut self, appended: &Appended, snapshot: Option<Box<SnapshotRow>>, capacity_bytes: u64) {
         let change = appended.change;
-        lay(&mut self.extents, change, appended.place, appended.payload_len);
+        lay(&mut self.extents, change, appended.place, appended.payload_len, capacity_bytes);
         let pending = Pending { change, place: appended.place, payload_len: appended.payload_len, snapshot };
         self.records.push(pending);
     }
 }
 
-/// Lays a change over what was there.
-pub(crate) fn lay(extents: &mut ExtentMap, change: Change, place: LogPlace, payload_len: u32) {
+/// Lays a change of a volume of `capacity_bytes` over what was there.
+pub(crate) fn lay(extents: &mut ExtentMap, change: Change, place: LogPlace, payload_len: u32, capacity_bytes: u64) {
     match change {
         Change::Write { offset } => {
             let block = offset / BLOCK_LEN;
@@ -862,13 +984,17 @@ pub(crate) fn lay(extents: &mut ExtentMap, change: Change, place: LogPlace, payl
         Change::Zeros { offset, len } => {
             extents.insert(offset / BLOCK_LEN..(offset + len) / BLOCK_LEN, Place::Zeros);
         }
+        // What lies behind the end of a smaller volume is zeros should it grow again.
+        Change::Resize { capacity_bytes: new } if new < capacity_bytes => {
+            extents.insert(new.div_ceil(BLOCK_LEN)..capacity_bytes.div_ceil(BLOCK_LEN), Place::Zeros);
+        }
         Change::Snapshot | Change::Resize { .. } => {}
     }
 }
 
 /// Bytes of log between two places, as if its files followed one another without a gap.
-fn backlog(from: LogPlace, to: LogPlace) -> u64 {
-    let linear = |place: LogPlace| u64::from(place.file()) * log::FILE_LEN + place.offset();
+fn backlog(file_len: u64, from: LogPlace, to: LogPlace) -> u64 {
+    let linear = |place: LogPlace| u64::from(place.file()) * file_len + place.offset();
     linear(to).saturating_sub(linear(from))
 }
 

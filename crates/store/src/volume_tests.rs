@@ -223,3 +223,195 @@ fn writers_and_the_log_are_bounded() {
     let files = log::list(&volume.core().folder).unwrap();
     assert!(files.0.len() + files.1.len() <= 4, "{files:?}");
 }
+
+/// Puts another file in the place of an open one, until it is dropped.
+struct Replaced {
+    fd: std::os::fd::RawFd,
+    real: std::os::fd::OwnedFd,
+}
+
+impl Replaced {
+    /// `/dev/full` takes no bytes; `/dev/zero` takes them, and cannot be synced.
+    fn by(path: &str, fd: std::os::fd::RawFd) -> Replaced {
+        use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+        let other = std::fs::File::options().read(true).write(true).open(path).unwrap();
+        // SAFETY: both descriptors are open, and the copy is nobody else's.
+        let real = unsafe {
+            let real = OwnedFd::from_raw_fd(libc::dup(fd));
+            assert_eq!(libc::dup2(other.as_raw_fd(), fd), fd);
+            real
+        };
+        Replaced { fd, real }
+    }
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        use std::os::fd::AsRawFd;
+        // SAFETY: both descriptors are open.
+        assert_eq!(unsafe { libc::dup2(self.real.as_raw_fd(), self.fd) }, self.fd);
+    }
+}
+
+#[test]
+fn a_volume_whose_sync_failed_refuses_flushes_and_others_go_on() {
+    use std::os::fd::AsRawFd;
+    let world = world();
+    let (volume, other) = (world.volume("disk", MIB), world.volume("other", MIB));
+    volume.write_at(0, &noise(1, 4096)).unwrap();
+    volume.flush().unwrap();
+    volume.write_at(4096, &noise(2, 4096)).unwrap();
+    {
+        let fd = volume.core().layers().files.last().unwrap().file.as_raw_fd();
+        let _replaced = Replaced::by("/dev/zero", fd);
+        assert!(matches!(volume.flush(), Err(StoreError::File { .. })));
+    }
+    // Once is enough: what the host dropped it does not report again.
+    let error = volume.flush().unwrap_err().to_string();
+    assert!(error.contains("nothing after it can be promised"), "{error}");
+    assert!(matches!(volume.write_at(0, &[1; 4096]), Err(StoreError::Broken { .. })));
+    assert!(matches!(volume.snapshot("late"), Err(StoreError::Broken { .. })));
+    other.write_at(0, &noise(3, 4096)).unwrap();
+    other.flush().unwrap();
+    drop(volume);
+    let volume = world.open("disk");
+    assert_eq!(content(&volume)[..8192], [noise(1, 4096), noise(2, 4096)].concat());
+    volume.flush().unwrap();
+}
+
+#[test]
+fn flushes_that_wait_for_one_that_fails_fail_as_well() {
+    use std::os::fd::AsRawFd;
+    let world = world();
+    let volume = world.volume("disk", MIB);
+    volume.write_at(0, &noise(1, 4096)).unwrap();
+    let fd = volume.core().layers().files.last().unwrap().file.as_raw_fd();
+    let _replaced = Replaced::by("/dev/zero", fd);
+    let (send, receive) = std::sync::mpsc::channel();
+    for _ in 0..20 {
+        let send = send.clone();
+        volume.core().flush_then(move |result| send.send(result.is_err()).unwrap());
+    }
+    for _ in 0..20 {
+        assert!(receive.recv_timeout(Duration::from_secs(20)).unwrap());
+    }
+}
+
+#[test]
+fn a_batch_fails_if_what_it_built_on_did_not_become_stable() {
+    use std::os::fd::AsRawFd;
+    let world = world();
+    let bytes = noise(1, 16_384);
+    let mut one = world.store.batch().unwrap();
+    let mut two = world.store.batch().unwrap();
+    let (name, _) = one.put(crate::Kind::Data, &bytes).unwrap();
+    assert_eq!(two.put(crate::Kind::Data, &bytes).unwrap().0, name);
+    {
+        let fd = world.store.writing_file().unwrap().as_raw_fd();
+        let _replaced = Replaced::by("/dev/zero", fd);
+        assert!(one.sync().is_err());
+    }
+    assert!(two.sync().is_err(), "it found a record that is lost");
+    let mut three = world.store.batch().unwrap();
+    three.put(crate::Kind::Data, &bytes).unwrap();
+    assert_eq!(three.sync().unwrap().reused, 0);
+}
+
+#[test]
+fn a_store_that_found_the_disk_full_goes_on_when_there_is_room() {
+    use std::os::fd::AsRawFd;
+    let world = world();
+    let volume = world.volume("disk", 64 * MIB);
+    volume.write_at(0, &noise(1, 16_384)).unwrap();
+    volume.compact().unwrap();
+    volume.write_at(MIB, &noise(2, 24 << 20)).unwrap();
+    {
+        let fd = world.store.writing_file().unwrap().as_raw_fd();
+        let _replaced = Replaced::by("/dev/full", fd);
+        let error = volume.compact().unwrap_err().to_string();
+        assert!(error.contains("No space left"), "{error}");
+        volume.write_at(0, &noise(3, 4096)).unwrap();
+        volume.flush().unwrap();
+        assert!(volume.compact().is_err());
+    }
+    volume.compact().unwrap();
+    let mut expected = noise(1, 16_384);
+    expected[..4096].copy_from_slice(&noise(3, 4096));
+    assert!(content(&volume)[..16_384] == expected);
+    volume.close().unwrap();
+    let verified = world.store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+}
+
+#[test]
+fn a_snapshot_that_was_removed_stays_removed_whatever_the_log_still_says() {
+    let world = world();
+    let volume = world.volume("disk", MIB);
+    volume.write_at(0, &noise(1, 4096)).unwrap();
+    volume.snapshot("one").unwrap();
+    volume.flush().unwrap();
+    let head = volume.core().folder.join("head");
+    let before = std::fs::read(&head).unwrap();
+    volume.compact().unwrap();
+    drop(volume);
+    // A crash after the catalog had the snapshot's tree and before the head said so.
+    std::fs::write(&head, before).unwrap();
+    world.store.remove_snapshot("disk", "one").unwrap();
+    let names = || -> Vec<String> {
+        world.store.snapshots("disk").unwrap().into_iter().map(|snapshot| snapshot.name).collect()
+    };
+    let volume = world.open("disk");
+    assert_eq!(names(), [""; 0]);
+    volume.write_at(4096, &noise(2, 4096)).unwrap();
+    volume.snapshot("one").unwrap();
+    volume.close().unwrap();
+    assert_eq!(names(), ["one"]);
+    let snapshot = world.store.snapshot("disk", "one").unwrap();
+    world.store.create_volume("clone", &Content::Snapshot(&snapshot)).unwrap();
+    assert_eq!(content(&world.open("clone"))[..8192], [noise(1, 4096), noise(2, 4096)].concat());
+}
+
+#[test]
+fn a_log_whose_file_is_missing_is_named() {
+    let world = world();
+    let options = VolumeOptions { log_file_bytes: 2 << 20, ..VolumeOptions::default() };
+    let open = || Volume::open(&world.store, "disk", options);
+    world.store.create_volume("disk", &Content::Zeros { capacity_bytes: 16 * MIB, chunk_len: 4096 }).unwrap();
+    let volume = open().unwrap();
+    let folder = volume.core().folder.clone();
+    volume.write_at(0, &noise(1, 5 << 20)).unwrap();
+    volume.flush().unwrap();
+    drop(volume);
+    let first = folder.join("log-00000001");
+    std::fs::rename(&first, folder.join("aside")).unwrap();
+    match open() {
+        Err(StoreError::Damaged { what, .. }) => assert!(what.contains("file 1 of the log is missing"), "{what}"),
+        other => panic!("{:?}", other.map(drop)),
+    }
+    std::fs::rename(folder.join("aside"), &first).unwrap();
+    assert!(content(&open().unwrap())[..5 << 20] == noise(1, 5 << 20));
+}
+
+#[test]
+fn a_smaller_size_that_failed_cuts_nothing_off() {
+    use std::os::fd::AsRawFd;
+    let world = world();
+    let volume = world.volume("disk", 2 * MIB);
+    let bytes = noise(1, 2 << 20);
+    volume.write_at(0, &bytes).unwrap();
+    volume.flush().unwrap();
+    {
+        let fd = volume.core().layers().files.last().unwrap().file.as_raw_fd();
+        let _replaced = Replaced::by("/dev/full", fd);
+        assert!(volume.resize(MIB).is_err());
+    }
+    assert_eq!(volume.capacity_bytes(), 2 * MIB);
+    assert!(content(&volume) == bytes);
+    volume.resize(MIB + 512).unwrap();
+    volume.close().unwrap();
+    let volume = world.open("disk");
+    volume.resize(2 * MIB).unwrap();
+    let mut expected = bytes[..(1 << 20) + 512].to_vec();
+    expected.resize(2 << 20, 0);
+    assert!(content(&volume) == expected);
+}

@@ -236,15 +236,10 @@ impl Store {
         };
         let files = log::list(&folder)?.0;
         let next = files.last().copied().unwrap_or(0).max(head.state.position.place.file()) + 1;
-        let position =
-            Position { place: LogPlace::new(next, 4096), sequence: head.state.position.sequence + (1 << 32) };
-        head.write(State {
-            root,
-            capacity_bytes: snapshot.capacity_bytes,
-            position,
-            epoch: head.state.epoch + 1,
-            ..head.state
-        })?;
+        let epoch = head.state.epoch + 1;
+        let sequence = head.state.position.sequence + (1 << 32);
+        let position = Position { place: LogPlace::new(next, 4096), sequence, epoch };
+        head.write(State { root, capacity_bytes: snapshot.capacity_bytes, position, epoch, ..head.state })?;
         log::remove_before(&folder, next)
     }
 
