@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::catalog::{ImageRow, Replace, check_name};
 use crate::collect::{Step, Watcher};
+use crate::disk::SECTOR_LEN;
 use crate::error::{Result, StoreError};
 use crate::format::{self, Extent, FormatError, Source};
 use crate::name::Name;
@@ -63,11 +64,12 @@ impl Store {
 }
 
 impl NewNode {
-    /// Adds a disk.
+    /// Adds a disk. One whose last sector is not whole gets zeros behind it.
     pub fn add_disk(&mut self, name: &str, source: &dyn Source, watcher: Watcher<'_>) -> Result<()> {
-        check_capacity(source.len())?;
+        let len_bytes = source.len().next_multiple_of(SECTOR_LEN);
+        check_capacity(len_bytes)?;
         let tree = self.import(name, source, CHUNK_LEN_DEFAULT, watcher)?;
-        self.node.disks.push(tree);
+        self.node.disks.push(Tree { len_bytes, ..tree });
         Ok(())
     }
 
@@ -94,6 +96,8 @@ impl NewNode {
         self.batch.sync()?;
         let row = ImageRow { name: name.to_owned(), created_ns: self.node.created_ns, node };
         self.store.catalog().add_image(&row, replace)?;
+        drop(self.batch);
+        self.store.tidy()?;
         Ok(row)
     }
 

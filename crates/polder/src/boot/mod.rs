@@ -19,12 +19,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueHint};
 use polder_basics::{ByteSize, SystemClock};
 use polder_vmm::{
-    CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskConfig, EngineChoice, GdbConfig, Identity,
-    MachineConfig, Measurements, NetConfig, Outcome, PerfMap, ResetPolicy, TestDevices, Translation, may_not_answer,
+    CPU_MODEL_NEWEST, CPUS_MAX, Console, ConsolePort, Control, DiskAccess, DiskConfig, DiskSource, EngineChoice,
+    GdbConfig, Identity, MachineConfig, Measurements, NetConfig, Outcome, PerfMap, ResetPolicy, TestDevices,
+    Translation, VolumeEnding, may_not_answer,
 };
 
+use crate::state_folder::StateFolder;
 use crate::watched::{Hold, Orders, say_what_is_left};
-use options::{CODE_CACHE_DEFAULT, parse_address, parse_code_cache, parse_disk, parse_net};
+use options::{CODE_CACHE_DEFAULT, parse_address, parse_code_cache, parse_disk, parse_net, parse_volume};
 use stats_file::StatsFile;
 
 pub use input::{Escapes, Keys, Typed};
@@ -64,6 +66,9 @@ pub struct BootArguments {
     /// Raw disk image or block device; ",ro" makes it read-only; may be repeated
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
     disks: Vec<DiskConfig>,
+    /// Volume of the store; ",ro" makes it read-only; may be repeated, and comes after the disks
+    #[arg(long = "volume", value_name = "NAME[,ro]", value_parser = parse_volume)]
+    volumes: Vec<(String, DiskAccess)>,
     /// Number of vCPUs, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=CPUS_MAX as i64))]
     cpus: u32,
@@ -122,7 +127,11 @@ impl BootArguments {
     /// is read from.
     pub fn hold(&self) -> Hold {
         let mut read_once = [self.kernel.as_path()].into_iter().chain(self.initrd.as_deref());
-        if !self.disks.is_empty() || read_once.any(may_not_answer) { Hold::Possible } else { Hold::Never }
+        if !self.disks.is_empty() || !self.volumes.is_empty() || read_once.any(may_not_answer) {
+            Hold::Possible
+        } else {
+            Hold::Never
+        }
     }
 
     /// What is logged to standard error for these arguments even if nobody asks for a log.
@@ -193,11 +202,20 @@ impl EngineName {
 
 impl BootArguments {
     fn config(&self) -> Result<MachineConfig> {
+        let mut disks = self.disks.clone();
+        if !self.volumes.is_empty() {
+            let store = StateFolder::open()?.store();
+            disks.extend(self.volumes.iter().map(|(name, access)| {
+                let source =
+                    DiskSource::Volume { store: store.clone(), name: name.clone(), ending: VolumeEnding::Settle };
+                DiskConfig { source, access: *access }
+            }));
+        }
         Ok(MachineConfig {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             append: self.append.clone(),
-            disks: self.disks.clone(),
+            disks,
             cpus: self.cpus,
             ram_bytes: self.memory.0,
             engine: self.engine.choice(),

@@ -23,6 +23,16 @@ pub fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     Ok(DiskConfig { source: DiskSource::File(PathBuf::from(path)), access })
 }
 
+/// `NAME` or `NAME,ro`.
+pub fn parse_volume(text: &str) -> Result<(String, DiskAccess), String> {
+    match text.strip_suffix(",ro") {
+        Some("") => Err("a volume is NAME or NAME,ro".to_owned()),
+        Some(name) => Ok((name.to_owned(), DiskAccess::ReadOnly)),
+        None if text.is_empty() => Err("a volume is NAME or NAME,ro".to_owned()),
+        None => Ok((text.to_owned(), DiskAccess::ReadWrite)),
+    }
+}
+
 /// A size that a machine's memory can have.
 pub fn parse_memory(text: &str) -> Result<ByteSize, String> {
     let size: ByteSize = text.parse().map_err(|error: polder_basics::ParseSizeError| error.to_string())?;

@@ -4,6 +4,7 @@
 //! `mke2fs -d` makes an ext4 disk of it without mounting anything.
 
 use super::record::{ImageRecord, Parts};
+use super::work_folder::WorkFolder;
 use super::{customize, tools};
 use crate::state_folder::StateFolder;
 use anyhow::{Context, Result, bail};
@@ -65,16 +66,6 @@ impl KernelFlavour {
     }
 }
 
-/// A folder in the making: gone when dropped.
-struct WorkFolder(PathBuf);
-
-impl Drop for WorkFolder {
-    fn drop(&mut self) {
-        // Nothing to do about a folder that cannot be removed; the next build tries again.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// Makes the image.
 pub fn build(state: &StateFolder, store: &Arc<Store>, arguments: &BuildArguments) -> Result<()> {
     polder_store::check_name("image", &arguments.name)?;
@@ -90,19 +81,15 @@ pub fn build(state: &StateFolder, store: &Arc<Store>, arguments: &BuildArguments
     }
     tools::check()?;
     let agent = find_agent(arguments.agent.as_deref())?;
-    std::fs::create_dir_all(state.images()).with_context(|| format!("cannot make {}", state.images().display()))?;
-    remove_leftovers(&state.images());
-    check_free_space(&state.images())?;
-
-    let work = WorkFolder(state.images().join(format!(".{}.building-{}", arguments.name, std::process::id())));
-    std::fs::create_dir_all(&work.0).with_context(|| format!("cannot make {}", work.0.display()))?;
+    let work = WorkFolder::make(state, &arguments.name)?;
+    check_free_space(work.path())?;
     eprintln!("Making a Debian {SUITE} root file system from its packages; this takes a minute or more.");
-    make_root_file_system(arguments, &agent, &work.0)?;
-    let kernel_package = take_kernel(&work.0)?;
+    make_root_file_system(arguments, &agent, work.path())?;
+    let kernel_package = take_kernel(work.path())?;
     let parts = Parts {
-        disk: &RawSource::open(&work.0.join("disk.raw"))?,
-        kernel: Some(&work.0.join("kernel")),
-        initrd: Some(&work.0.join("initrd")),
+        disk: &RawSource::open(&work.path().join("disk.raw"))?,
+        kernel: Some(&work.path().join("kernel")),
+        initrd: Some(&work.path().join("initrd")),
         kernel_package: &kernel_package,
         command_line: customize::COMMAND_LINE,
     };
@@ -208,20 +195,6 @@ fn find_agent(given: Option<&Path>) -> Result<PathBuf> {
         );
     }
     path.canonicalize().with_context(|| format!("cannot reach {}", path.display()))
-}
-
-/// Removes what builds that were killed left behind: their process is gone.
-fn remove_leftovers(images: &Path) {
-    let Ok(entries) = std::fs::read_dir(images) else { return };
-    for path in entries.filter_map(|entry| entry.ok().map(|entry| entry.path())) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let Some((_, process)) = name.split_once(".building-").or_else(|| name.split_once(".removing-")) else {
-            continue;
-        };
-        if !Path::new("/proc").join(process).exists() {
-            let _ = std::fs::remove_dir_all(&path);
-        }
-    }
 }
 
 fn check_free_space(folder: &Path) -> Result<()> {

@@ -1,17 +1,18 @@
 //! `polder image export`: an image's disk, or a volume's, as a file for other programs.
 
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use polder_store::format::qcow2::{Compression, Qcow2Writer};
-use polder_store::format::{self, Format, RawTarget, Target};
+use polder_store::format::{Format, QemuImg, RawTarget, Target, copy};
 use polder_store::{Step, Store, Tree, TreeSource};
 
-use super::import::parse_format;
 use super::record::ImageRecord;
+use super::work_folder::WorkFolder;
+use crate::state_folder::StateFolder;
 use crate::store::Progress;
 use crate::volume::DiskName;
 
@@ -22,8 +23,8 @@ pub struct ExportArguments {
     name: DiskName,
     /// The file, which must not exist
     file: PathBuf,
-    /// What it becomes: raw, qcow2
-    #[arg(long, default_value = "raw", value_parser = parse_format)]
+    /// What it becomes: raw, qcow2, vmdk, vhdx, vdi or vpc
+    #[arg(long, default_value = "raw")]
     format: Format,
     /// Compress the clusters of a qcow2
     #[arg(long, value_enum)]
@@ -50,31 +51,44 @@ enum Part {
 }
 
 /// Carries out `polder image export`.
-pub fn export(store: &Arc<Store>, arguments: &ExportArguments) -> Result<()> {
+pub fn export(state: &StateFolder, store: &Arc<Store>, arguments: &ExportArguments) -> Result<()> {
     let tree = tree(store, arguments)?;
-    let threads = std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
     let compression = arguments.compress.map(|name| match name {
         CompressionName::Zlib => Compression::Zlib,
         CompressionName::Zstd => Compression::Zstd,
     });
-    let mut target: Box<dyn Target> = match arguments.format {
-        Format::Raw if compression.is_some() => bail!("a raw file cannot be compressed: --format qcow2 can"),
-        Format::Raw => Box::new(RawTarget::create(&arguments.file, tree.len_bytes)?),
-        Format::Qcow2 => Box::new(Qcow2Writer::create(&arguments.file, tree.len_bytes, compression, threads)?),
-        other => bail!("{other} images cannot be written yet: `qemu-img convert` makes them of qcow2"),
+    if compression.is_some() && arguments.format != Format::Qcow2 {
+        bail!("{} files are not compressed here: --format qcow2 can be", arguments.format);
+    }
+    let write = || match arguments.format {
+        Format::Raw | Format::Qcow2 => write(store, &tree, &arguments.file, arguments.format, compression),
+        foreign => {
+            let work = WorkFolder::make(state, "export")?;
+            let raw = work.path().join("disk.raw");
+            write(store, &tree, &raw, Format::Raw, None)?;
+            Ok(QemuImg::default().from_raw(&raw, &arguments.file, foreign)?)
+        }
+    };
+    write().with_context(|| format!("cannot export to {}", arguments.file.display()))
+}
+
+fn write(store: &Arc<Store>, tree: &Tree, file: &Path, format: Format, compression: Option<Compression>) -> Result<()> {
+    let threads = std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
+    let mut target: Box<dyn Target> = match format {
+        Format::Qcow2 => Box::new(Qcow2Writer::create(file, tree.len_bytes, compression, threads)?),
+        _ => Box::new(RawTarget::create(file, tree.len_bytes)?),
     };
     let mut progress = Progress::new();
     let mut show = |done| {
         // A bar that cannot be drawn is no reason to stop.
         let _ = progress.show(Step { what: "exporting", done, total: tree.len_bytes });
     };
-    let copied =
-        format::copy(&TreeSource::new(store, &tree), &mut *target, threads, &mut show).and_then(|()| target.finish());
+    let copied = copy(&TreeSource::new(store, tree), &mut *target, threads, &mut show).and_then(|()| target.finish());
     if copied.is_err() {
         // Half an image is none; the error that is reported is the one that matters.
-        let _ = std::fs::remove_file(&arguments.file);
+        let _ = std::fs::remove_file(file);
     }
-    copied.with_context(|| format!("cannot export to {}", arguments.file.display()))
+    Ok(copied?)
 }
 
 fn tree(store: &Arc<Store>, arguments: &ExportArguments) -> Result<Tree> {

@@ -1,30 +1,43 @@
-//! `polder image import`: a disk image of another program becomes an image.
+//! `polder image import`: a disk image of another program, an archive or a folder becomes an image.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use polder_basics::ByteSize;
+use polder_store::format::ext4::Ext4Options;
 use polder_store::format::qcow2::{OpenOptions, OtherFiles, Qcow2};
-use polder_store::format::{Format, RawSource, Source};
-use polder_store::{Replace, Store};
+use polder_store::format::{
+    Format, Packing, QemuImg, RawSource, RawTarget, Source, Target, folder_to_ext4, looks_like, tar_to_ext4,
+};
+use polder_store::{Kind, Namer, Replace, Store, check_name};
 
 use super::record::{ImageRecord, Parts};
+use super::work_folder::WorkFolder;
+use crate::state_folder::StateFolder;
 
-/// Bring a disk image into the store
+/// Bring a disk image, an archive or a folder into the store
 ///
 /// The format is what --format says: a guest can have written anything into a raw disk, so that its content decides nothing.
+/// An archive or folder becomes an ext4 file system of --size bytes, with owners, permissions, times and links as they are.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct ImportArguments {
-    /// The disk image
+    /// The disk image, archive or folder
     file: PathBuf,
     /// Name of the image
     name: String,
-    /// What the file is: raw, qcow2
-    #[arg(long, required = true, value_parser = parse_format)]
-    format: Option<Format>,
-    /// Follow the names of backing files in the image's folder; only for images that no guest could write
+    /// What it is: raw, qcow2, vmdk, vhdx, vdi, vpc, tar, tar.gz, tar.zst, tar.xz or folder
+    #[arg(long)]
+    format: Option<ImportFormat>,
+    /// Size of the file system that an archive or folder becomes
+    #[arg(long)]
+    size: Option<ByteSize>,
+    /// Follow the names of backing files in a qcow2 image's folder; only for images that no guest could write
     #[arg(long)]
     follow_backing_files: bool,
     /// The snapshot inside a qcow2 image to take, by name or id
@@ -37,22 +50,49 @@ pub struct ImportArguments {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
     /// Its command line
-    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0 root=/dev/vda")]
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "root=/dev/vda rw console=ttyS0,115200")]
     append: String,
     /// Replace an image of the same name
     #[arg(long)]
     force: bool,
 }
 
-pub fn parse_format(text: &str) -> Result<Format, String> {
-    text.parse()
+/// What is imported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ImportFormat {
+    Disk(Format),
+    Tar(Packing),
+    Folder,
+}
+
+impl FromStr for ImportFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "tar" => ImportFormat::Tar(Packing::Plain),
+            "tar.gz" => ImportFormat::Tar(Packing::Gzip),
+            "tar.zst" => ImportFormat::Tar(Packing::Zstd),
+            "tar.xz" => ImportFormat::Tar(Packing::Xz),
+            "folder" => ImportFormat::Folder,
+            _ => ImportFormat::Disk(
+                text.parse()
+                    .map_err(|error| format!("{error}; tar, tar.gz, tar.zst, tar.xz and folder are there too"))?,
+            ),
+        })
+    }
 }
 
 /// Carries out `polder image import`.
-pub fn import(store: &Arc<Store>, arguments: &ImportArguments) -> Result<()> {
-    let Some(format) = arguments.format else { bail!("say what the file is with --format") };
-    let disk = open(&arguments.file, format, arguments)
-        .with_context(|| format!("cannot import {}", arguments.file.display()))?;
+pub fn import(state: &StateFolder, store: &Arc<Store>, arguments: &ImportArguments) -> Result<()> {
+    check_name("image", &arguments.name)?;
+    let Some(format) = arguments.format else {
+        let looks = looks_like(&arguments.file);
+        let looks = looks.map(|format| format!(" (it looks like {format})")).unwrap_or_default();
+        bail!("say with --format what {} is{looks}: its content decides nothing", arguments.file.display());
+    };
+    let work = WorkFolder::make(state, &arguments.name)?;
+    let disk = open(&work, format, arguments).with_context(|| format!("cannot import {}", arguments.file.display()))?;
     let parts = Parts {
         disk: &*disk,
         kernel: arguments.kernel.as_deref(),
@@ -66,14 +106,43 @@ pub fn import(store: &Arc<Store>, arguments: &ImportArguments) -> Result<()> {
     Ok(())
 }
 
-fn open(file: &Path, format: Format, arguments: &ImportArguments) -> Result<Box<dyn Source>> {
-    Ok(match format {
-        Format::Raw => Box::new(RawSource::open(file)?),
-        Format::Qcow2 => {
+/// The disk to import; what is no disk yet becomes one in the work folder.
+fn open(work: &WorkFolder, format: ImportFormat, arguments: &ImportArguments) -> Result<Box<dyn Source>> {
+    let file = &arguments.file;
+    let raw = work.path().join("disk.raw");
+    match format {
+        ImportFormat::Disk(Format::Raw) => return Ok(Box::new(RawSource::open(file)?)),
+        ImportFormat::Disk(Format::Qcow2) => {
             let other_files = if arguments.follow_backing_files { OtherFiles::InFolder } else { OtherFiles::default() };
             let options = OpenOptions { snapshot: arguments.snapshot.clone(), other_files, ..OpenOptions::default() };
-            Box::new(Qcow2::open(file, &options)?)
+            return Ok(Box::new(Qcow2::open(file, &options)?));
         }
-        other => bail!("{other} images cannot be read yet: `qemu-img convert` makes qcow2 of them"),
-    })
+        ImportFormat::Disk(foreign) => QemuImg::default().to_raw(file, foreign, &raw)?,
+        ImportFormat::Tar(_) | ImportFormat::Folder => {
+            let Some(size) = arguments.size else { bail!("say with --size how large the file system is to be") };
+            let mut target = RawTarget::create(&raw, size.0)?;
+            let options = ext4_options(file, &arguments.name)?;
+            let imported = match format {
+                ImportFormat::Tar(packing) => tar_to_ext4(file, packing, &mut target, options)?,
+                _ => folder_to_ext4(file, &mut target, options)?,
+            };
+            target.finish()?;
+            if imported.access_lists_left_out > 0 {
+                eprintln!(
+                    "polder: access control lists of {} entries were left out: the archive has them in words of another machine",
+                    imported.access_lists_left_out
+                );
+            }
+        }
+    }
+    Ok(Box::new(RawSource::open(&raw)?))
+}
+
+/// The same archive makes the same file system under the same name, and so is stored once.
+fn ext4_options(file: &Path, name: &str) -> Result<Ext4Options> {
+    let changed = File::open(file)?.metadata()?.modified()?;
+    let time_s = changed.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs().min(u32::MAX.into()) as u32);
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&Namer::open().name(Kind::Data, name.as_bytes()).0[..16]);
+    Ok(Ext4Options { uuid, time_s, ..Ext4Options::default() })
 }

@@ -9,6 +9,7 @@ mod export;
 mod import;
 mod record;
 mod tools;
+mod work_folder;
 
 use std::sync::Arc;
 
@@ -73,8 +74,8 @@ pub fn image(arguments: ImageArguments) -> Result<()> {
     let store = open_store(&state)?;
     match arguments.command {
         ImageCommand::Build { system: System::Debian(arguments) } => build::build(&state, &store, &arguments),
-        ImageCommand::Import(arguments) => import::import(&store, &arguments),
-        ImageCommand::Export(arguments) => export::export(&store, &arguments),
+        ImageCommand::Import(arguments) => import::import(&state, &store, &arguments),
+        ImageCommand::Export(arguments) => export::export(&state, &store, &arguments),
         ImageCommand::Ls { json } => list(&store, json),
         ImageCommand::Inspect { name } => inspect(&store, &name),
         ImageCommand::Rm { names } => names.iter().try_for_each(|name| remove(&state, &store, name)),

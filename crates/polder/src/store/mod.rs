@@ -1,6 +1,7 @@
 //! `polder store`: what the store holds, giving room back, and whether everything in it is whole.
 
 mod progress;
+mod transfer;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -47,6 +48,11 @@ enum StoreCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Put an image or snapshot into another host's store; only what is missing there travels
+    Push(transfer::TransferArguments),
+    /// Get an image or snapshot of another host's store
+    Pull(transfer::TransferArguments),
+    Serve(transfer::ServeArguments),
     /// Make the best of a damaged store: exit status 3 if something is lost
     Repair {
         /// As JSON
@@ -68,6 +74,9 @@ pub fn store(arguments: &StoreArguments) -> Result<ExitCode> {
         StoreCommand::Gc { rate, json } => collect(&store, *rate, *json),
         StoreCommand::Verify { json } => verify(&store, *json),
         StoreCommand::Repair { json } => repair(&store, *json),
+        StoreCommand::Push(arguments) => transfer::push(&store, arguments),
+        StoreCommand::Pull(arguments) => transfer::pull(&store, arguments),
+        StoreCommand::Serve(arguments) => transfer::serve(&store, arguments),
     }
 }
 
