@@ -16,6 +16,7 @@ use crate::head::{Head, State};
 use crate::log::{self, Change, LogFile, Spare};
 use crate::name::Name;
 use crate::node::{Node, Tree};
+use crate::pace::Pace;
 use crate::store::{Batch, is_zero};
 use crate::tree::{self, Root};
 use crate::volume::{Core, Frozen, TreeReader, lay};
@@ -28,6 +29,13 @@ const SPARES_MAX: usize = 2;
 const CHANGES_MAX: usize = 16 << 10;
 /// Niceness of the thread: what it does can wait.
 const NICENESS: i32 = 10;
+/// Beside writers the log is moved at most so fast, until it is three quarters full: what is moved is written a second time, and flushes
+/// wait for the host's disk.
+const BYTES_PER_SECOND_BESIDE_WRITERS: u64 = 64 << 20;
+/// Bytes of chunks after which the thread looks around.
+const STEP_LEN: u64 = 1 << 20;
+/// Writers that were seen so recently are still there.
+const WRITERS_SEEN: Duration = Duration::from_millis(300);
 
 /// What the thread does until the volume is closed.
 pub(crate) fn run(core: &Arc<Core>, head: Head) {
@@ -49,6 +57,11 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
             Ok(()) => {
                 work.done = mover.head.state.position.sequence;
                 work.failure = None;
+                core.progress.notify_all();
+            }
+            // The log keeps what was not moved.
+            Err(_) if work.stop => {
+                work.failure = Some("the volume is being closed".to_owned());
                 core.progress.notify_all();
             }
             Err(error) => {
@@ -103,11 +116,12 @@ impl Mover<'_> {
         }
         let settled = self.quiet.since.map(|since| since + options.settle);
         let work = self.core.work();
-        if work.wanted > work.done && work.failure.is_none() || backlog_bytes >= options.log_bytes_start {
-            return if work.stop && work.wanted <= work.done { Next::Stop } else { Next::Move };
-        }
-        if work.stop {
+        let waited_for = work.wanted > work.done && work.failure.is_none();
+        if work.stop && !waited_for {
             return Next::Stop;
+        }
+        if waited_for || backlog_bytes >= options.log_bytes_start {
+            return Next::Move;
         }
         if work.failure.is_some() || backlog_bytes > 0 && settled.is_some_and(|settled| settled <= now) {
             return Next::Move;
@@ -190,6 +204,55 @@ struct Made {
     snapshots: Vec<(SnapshotRow, Root, Name)>,
 }
 
+/// Keeps the thread from being in the way of those who write and flush.
+struct Manners {
+    /// Bytes of chunks since the last look.
+    bytes: u64,
+    /// Where the log ended then.
+    sequence: u64,
+    writers_seen: Option<Instant>,
+    pace: Pace,
+}
+
+impl Manners {
+    fn new(core: &Core) -> Self {
+        Manners {
+            bytes: 0,
+            sequence: core.sequence(),
+            writers_seen: None,
+            pace: Pace::new(BYTES_PER_SECOND_BESIDE_WRITERS),
+        }
+    }
+
+    /// Hears of a chunk that was stored.
+    fn stored(&mut self, core: &Core, batch: &mut Batch, bytes: u64) -> Result<()> {
+        self.bytes += bytes;
+        if self.bytes < STEP_LEN {
+            return Ok(());
+        }
+        if core.is_given_up() {
+            return Err(StoreError::Refused("the volume is being closed".to_owned()));
+        }
+        let moved = std::mem::take(&mut self.bytes);
+        let sequence = core.sequence();
+        let now = Instant::now();
+        if std::mem::replace(&mut self.sequence, sequence) != sequence {
+            if self.writers_seen.is_none() {
+                self.pace = Pace::new(BYTES_PER_SECOND_BESIDE_WRITERS);
+            }
+            self.writers_seen = Some(now);
+        }
+        self.writers_seen = self.writers_seen.filter(|seen| now - *seen < WRITERS_SEEN);
+        let urgent = core.backlog_bytes() >= core.options.log_bytes_max / 4 * 3 || core.is_waited_for();
+        if self.writers_seen.is_some() && !urgent {
+            // In small steps, so that the host's disk has no long row of our writes before a flush of theirs.
+            batch.sync()?;
+            self.pace.spend(moved);
+        }
+        Ok(())
+    }
+}
+
 /// A tree in the making, from what a generation says.
 struct Making<'a> {
     core: &'a Core,
@@ -199,6 +262,7 @@ struct Making<'a> {
     capacity_bytes: u64,
     changes: Vec<(u64, Name)>,
     chunk: Vec<u8>,
+    manners: Manners,
     parent: Option<Name>,
     nodes: Vec<(SnapshotRow, Root, Name)>,
 }
@@ -213,6 +277,7 @@ impl<'a> Making<'a> {
             capacity_bytes: frozen.root_capacity,
             changes: Vec::new(),
             chunk: vec![0; core.chunk_len()],
+            manners: Manners::new(core),
             parent: None,
             nodes: Vec::new(),
         }
@@ -328,6 +393,7 @@ impl<'a> Making<'a> {
         }
         let name = if is_zero(&self.chunk) { Name::NONE } else { self.batch.put_chunk(&self.chunk)? };
         self.changes.push((index, name));
+        self.manners.stored(self.core, self.batch, self.chunk.len() as u64)?;
         if self.changes.len() >= CHANGES_MAX {
             self.flush_changes()?;
         }

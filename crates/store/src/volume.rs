@@ -50,7 +50,7 @@ impl Default for VolumeOptions {
     fn default() -> Self {
         VolumeOptions {
             log_bytes_max: 1 << 30,
-            log_bytes_start: 256 << 20,
+            log_bytes_start: 512 << 20,
             settle: Duration::from_secs(5),
             log_file_bytes: log::FILE_LEN_DEFAULT,
         }
@@ -464,6 +464,23 @@ impl Core {
 
     pub fn chunk_len(&self) -> usize {
         self.row.chunk_len as usize
+    }
+
+    /// The number of the next record.
+    pub fn sequence(&self) -> u64 {
+        self.log().position().sequence
+    }
+
+    /// Whether somebody waits for the log to be moved, or for the thread to end.
+    pub fn is_waited_for(&self) -> bool {
+        let work = self.work();
+        work.stop || work.wanted > work.done
+    }
+
+    /// Whether the volume ends and nobody waits for what the thread does.
+    pub fn is_given_up(&self) -> bool {
+        let work = self.work();
+        work.stop && work.wanted <= work.done
     }
 
     /// Bytes of log that are not in the tree.
