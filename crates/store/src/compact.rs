@@ -13,7 +13,7 @@ use crate::catalog::SnapshotRow;
 use crate::error::{Result, StoreError};
 use crate::extent_map::{BLOCK_LEN, ExtentMap, Place};
 use crate::head::{Head, State};
-use crate::log::{self, Change, LogFile, Spare};
+use crate::log::{Change, LogFile, Spare};
 use crate::name::Name;
 use crate::node::{Node, Tree};
 use crate::pace::Pace;
@@ -24,7 +24,7 @@ use crate::volume::{Core, Frozen, TreeReader, lay};
 /// How soon a failed move is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// Files kept to be written again.
-const SPARES_MAX: usize = 2;
+const SPARES_MAX: usize = 8;
 /// Chunks that are put into the tree at a time.
 const CHANGES_MAX: usize = 16 << 10;
 /// Niceness of the thread: what it does can wait.
@@ -43,9 +43,9 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
     if unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::gettid() as libc::id_t, NICENESS) } != 0 {
         tracing::debug!("the priority of a volume's thread cannot be lowered");
     }
-    let mut mover = Mover { core, head, retired: Vec::new(), spares: Vec::new(), quiet: Quiet::default() };
+    let mut mover = Mover { core, head, retired: Vec::new(), quiet: Quiet::default() };
     loop {
-        mover.make_ready();
+        mover.make_spare();
         match mover.wait() {
             Next::Stop => break,
             Next::Look => continue,
@@ -75,7 +75,8 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
             }
         }
     }
-    for spare in mover.spares.drain(..) {
+    let spares = std::mem::take(&mut core.work().spares);
+    for spare in spares {
         if let Err(error) = spare.remove() {
             tracing::warn!(%error, "a file of a volume's log cannot be removed");
         }
@@ -101,7 +102,6 @@ struct Mover<'a> {
     head: Head,
     /// Files that readers may still hold.
     retired: Vec<Arc<LogFile>>,
-    spares: Vec<Spare>,
     quiet: Quiet,
 }
 
@@ -135,19 +135,15 @@ impl Mover<'_> {
         Next::Look
     }
 
-    /// Sees to it that the log can go on in another file without waiting.
-    fn make_ready(&mut self) {
-        // A volume that was not written needs none.
-        if self.core.backlog_bytes() == 0 {
+    /// Sees to it that the log can go on in a file whose blocks are written already.
+    fn make_spare(&self) {
+        if !self.core.wants_spare() {
             return;
         }
-        let Some(number) = self.core.file_to_make() else { return };
-        let len = self.core.options.log_file_len();
-        match log::make_ready(&self.core.folder, self.core.row.id, number, len, self.spares.pop()) {
-            Ok(file) => self.core.file_is_ready(Some(file)),
+        match Spare::make(&self.core.folder, self.core.options.log_file_len()) {
+            Ok(spare) => self.core.work().spares.push(spare),
             Err(error) => {
-                tracing::warn!(volume = self.core.row.name, %error, "the next file of the log cannot be made yet");
-                self.core.file_is_ready(None);
+                tracing::debug!(volume = self.core.row.name, %error, "no spare file can be made for the log");
             }
         }
     }
@@ -181,15 +177,15 @@ impl Mover<'_> {
                     continue;
                 }
             };
-            let spare = Spare::of(file);
-            let kept = match spare {
-                Ok(spare) if self.spares.len() < SPARES_MAX => {
-                    self.spares.push(spare);
-                    Ok(())
+            let kept = Spare::of(file).and_then(|spare| {
+                let mut work = self.core.work();
+                if work.spares.len() < SPARES_MAX {
+                    work.spares.push(spare);
+                    return Ok(());
                 }
-                Ok(spare) => spare.remove(),
-                Err(error) => Err(error),
-            };
+                drop(work);
+                spare.remove()
+            });
             if let Err(error) = kept {
                 tracing::warn!(%error, "a file of a volume's log cannot be used again");
             }

@@ -153,6 +153,9 @@ pub(crate) struct LogWriter {
     unsynced: Vec<(Arc<LogFile>, u64)>,
     /// Records before this sequence number are stable.
     promised: u64,
+    /// Names of files that the folder got, and how many of them are stable.
+    names: u64,
+    stable_names: u64,
     broken: bool,
 }
 
@@ -169,14 +172,11 @@ impl LogWriter {
         offset + HEADER_LEN as u64 + payload_len as u64 <= self.file_len
     }
 
-    /// Goes on in the next file, which somebody may have made ready.
-    pub fn next_file(&mut self, ready: Option<LogFile>) -> Result<Arc<LogFile>> {
+    /// Goes on in the next file. Its name is stable with the next flush.
+    pub fn next_file(&mut self, spare: Option<Spare>) -> Result<Arc<LogFile>> {
         self.check()?;
-        let number = self.file.number + 1;
-        let file = match ready.filter(|file| file.number == number) {
-            Some(file) => file,
-            None => make_file(&self.folder, number, self.volume, self.file_len, None)?,
-        };
+        let file = make_file(&self.folder, self.file.number + 1, self.volume, self.file_len, spare)?;
+        self.names += 1;
         self.file = Arc::new(file);
         self.offset = PAGE_LEN;
         self.fresh_page = false;
@@ -219,7 +219,12 @@ impl LogWriter {
     pub fn begin_flush(&mut self) -> Result<Flush> {
         self.check()?;
         self.fresh_page = true;
-        Ok(Flush { files: self.unsynced.iter().map(|(file, _)| file.clone()).collect(), sequence: self.sequence })
+        Ok(Flush {
+            files: self.unsynced.iter().map(|(file, _)| file.clone()).collect(),
+            folder: (self.names > self.stable_names).then(|| self.folder.clone()),
+            names: self.names,
+            sequence: self.sequence,
+        })
     }
 
     /// A flush came to its end. A file that got records since it began needs another one, even if the log went on in the next.
@@ -230,6 +235,7 @@ impl LogWriter {
             return;
         }
         self.promised = self.promised.max(flush.sequence);
+        self.stable_names = self.stable_names.max(flush.names);
         self.unsynced.retain(|(_, end)| *end > flush.sequence);
     }
 
@@ -246,13 +252,17 @@ impl LogWriter {
 /// What has to be synced for a flush.
 pub(crate) struct Flush {
     pub files: Vec<Arc<LogFile>>,
+    /// The folder, if it got names since the last flush.
+    folder: Option<PathBuf>,
+    names: u64,
     pub sequence: u64,
 }
 
 impl Flush {
     /// Carries it out, on this thread.
     pub fn run(&self) -> io::Result<()> {
-        self.files.iter().try_for_each(|file| file.file.sync_data())
+        self.files.iter().try_for_each(|file| file.file.sync_data())?;
+        self.folder.as_ref().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
     }
 }
 
@@ -298,7 +308,8 @@ fn file_header(number: u32, volume: u32) -> [u8; HEADER_LEN] {
     bytes
 }
 
-/// A file of the log under its number: one that was used before, or a new one whose blocks are allocated.
+/// A file of the log under its number: one that was used before, or a new one whose blocks are allocated. Neither its name nor its header
+/// is stable.
 fn make_file(folder: &Path, number: u32, volume: u32, len: u64, used_before: Option<Spare>) -> Result<LogFile> {
     let path = path_of(folder, number);
     let made = (|| {
@@ -317,11 +328,9 @@ fn make_file(folder: &Path, number: u32, volume: u32, len: u64, used_before: Opt
             }
         };
         file.write_all_at(&file_header(number, volume), 0)?;
-        file.sync_data()?;
         Ok(file)
     })();
     let file = made.map_err(StoreError::file("make", &path))?;
-    sync_folder(folder)?;
     Ok(LogFile { number, file, path })
 }
 
@@ -350,7 +359,7 @@ pub(crate) struct Spare {
 
 impl Spare {
     /// A new one, written with zeros so that flushes find its blocks written.
-    fn make(folder: &Path, len: u64) -> Result<Spare> {
+    pub fn make(folder: &Path, len: u64) -> Result<Spare> {
         let path = folder.join(format!("spare-{}", Id::random()));
         let made = (|| {
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;
@@ -375,15 +384,6 @@ impl Spare {
     pub fn remove(self) -> Result<()> {
         std::fs::remove_file(&self.path).map_err(StoreError::file("remove", &self.path))
     }
-}
-
-/// Makes the file of that number ready, so that the log goes on in it without waiting. For a thread that may wait.
-pub(crate) fn make_ready(folder: &Path, id: Id, number: u32, len: u64, spare: Option<Spare>) -> Result<LogFile> {
-    let spare = match spare {
-        Some(spare) => spare,
-        None => Spare::make(folder, len)?,
-    };
-    make_file(folder, number, volume_tag(id), len, Some(spare))
 }
 
 pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
@@ -469,6 +469,8 @@ pub(crate) fn recover(
         // The names of the files may not be stable, and not every host forgets what it could not write.
         unsynced: files.iter().map(|file| (file.clone(), at.sequence)).collect(),
         promised: 0,
+        names: 1,
+        stable_names: 0,
         file,
         broken: false,
     };

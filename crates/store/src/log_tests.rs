@@ -120,7 +120,7 @@ fn a_record_that_a_recovery_dropped_never_comes_back() {
 }
 
 #[test]
-fn a_recovery_goes_on_in_the_next_file_and_not_in_one_that_was_only_made_ready() {
+fn a_recovery_goes_on_in_the_next_file_and_not_in_one_that_was_only_begun() {
     let folder = tempfile::tempdir().unwrap();
     let (_, mut log) = open(folder.path(), 1, START).unwrap();
     let mut expected = Vec::new();
@@ -133,8 +133,7 @@ fn a_recovery_goes_on_in_the_next_file_and_not_in_one_that_was_only_made_ready()
             // As if what was in it had been moved into the tree: its records are older, and it is used again.
             flush(&mut log);
         }
-        let ready = make_ready(folder.path(), ID, log.position().place.file() + 1, FILE_LEN, None).unwrap();
-        log.next_file(Some(ready)).unwrap();
+        log.next_file(Some(Spare::make(folder.path(), FILE_LEN).unwrap())).unwrap();
     }
     for epoch in 2..5 {
         let (found, log) = open(folder.path(), epoch, START).unwrap();
@@ -155,15 +154,12 @@ fn a_file_that_is_used_again_holds_nothing_of_what_was_in_it() {
     append(&mut log, 4096);
     let first = open_file(folder.path(), 1, volume_tag(ID)).unwrap().unwrap();
     let spare = Spare::of(first).unwrap();
-    let ready = make_ready(folder.path(), ID, 3, FILE_LEN, Some(spare)).unwrap();
-    drop(ready);
     let (found, mut log) = open(folder.path(), 2, end).unwrap();
     assert_eq!(found, [write(4096)]);
     while log.fits(4096) {
         append(&mut log, 8192);
     }
-    let ready = open_file(folder.path(), 3, volume_tag(ID)).unwrap();
-    log.next_file(ready).unwrap();
+    log.next_file(Some(spare)).unwrap();
     append(&mut log, 12_288);
     let (found, _) = open(folder.path(), 3, end).unwrap();
     assert_eq!((found[0], found[found.len() - 1]), (write(4096), write(12_288)));

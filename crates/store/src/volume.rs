@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
@@ -23,7 +23,7 @@ use crate::error::{Result, StoreError};
 use crate::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
 use crate::head::{Head, State};
 use crate::id::Id;
-use crate::log::{self, Appended, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX, Position};
+use crate::log::{self, Appended, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX, Position, Spare};
 use crate::store::Store;
 use crate::tree::{self, Root, TreeNode};
 
@@ -32,6 +32,9 @@ pub const CAPACITY_BYTES_MAX: u64 = 64 << 40;
 
 /// How soon a full disk is looked at again.
 const SPACE_LOOK: Duration = Duration::from_millis(200);
+
+/// A log that needed its last file longer ago than that is written slowly.
+const SLOW_ROTATION: Duration = Duration::from_secs(1);
 
 /// How a volume's log is used.
 #[derive(Debug, Clone, Copy)]
@@ -139,8 +142,9 @@ pub(crate) struct Work {
     /// Why the last attempt failed; it is repeated.
     pub failure: Option<String>,
     /// The file that the log goes on in.
-    pub ready: Option<LogFile>,
-    pub making_ready: bool,
+    pub spares: Vec<Spare>,
+    /// When the log went on in another file last.
+    pub last_rotation: Option<Instant>,
 }
 
 /// Syncs of the log come one after the other, and who asks while one runs is covered by the next: that needs fewer of them, and an error
@@ -640,7 +644,7 @@ impl Core {
 
     /// Whether a write need not wait: the log has room, and a file to go on in.
     pub fn has_room_now(&self, len: usize) -> bool {
-        self.backlog_bytes() < self.options.log_bytes_max && (self.log().fits(len) || self.work().ready.is_some())
+        self.backlog_bytes() < self.options.log_bytes_max && (self.log().fits(len) || !self.work().spares.is_empty())
     }
 
     /// Waits while the log is as long as it may be.
@@ -708,14 +712,12 @@ impl Core {
     ) -> Result<()> {
         let before = log.position().place;
         if !log.fits(payload.len()) {
-            let ready = {
+            let spare = {
                 let mut work = self.work();
-                while work.making_ready {
-                    work = self.progress.wait(work).unwrap_or_else(|poisoned| poisoned.into_inner());
-                }
-                work.ready.take()
+                work.last_rotation = Some(Instant::now());
+                work.spares.pop()
             };
-            let file = log.next_file(ready)?;
+            let file = log.next_file(spare)?;
             self.layers_mut().files.push(file);
             self.wake.notify_all();
         }
@@ -730,7 +732,12 @@ impl Core {
         }
         let more = backlog(self.options.log_file_len(), before, appended.end.place);
         let had = self.backlog.fetch_add(more, Ordering::Relaxed);
-        if had == 0 || had < self.options.log_bytes_start && had + more >= self.options.log_bytes_start {
+        let half = self.options.log_file_len() / 2;
+        let crossed = |mark: u64, before: u64, after: u64| before < mark && after >= mark;
+        if had == 0
+            || crossed(self.options.log_bytes_start, had, had + more)
+            || crossed(half, before.offset(), appended.end.place.offset())
+        {
             self.wake.notify_all();
         }
         Ok(())
@@ -961,23 +968,12 @@ impl Core {
         old
     }
 
-    /// The number of the file behind the one that is written, if somebody has to make it. Whoever asked does, and says so with
-    /// [`file_is_ready`](Self::file_is_ready).
-    pub fn file_to_make(&self) -> Option<u32> {
-        let log = self.log();
-        let mut work = self.work();
-        if work.ready.is_some() || work.making_ready {
-            return None;
-        }
-        work.making_ready = true;
-        Some(log.position().place.file() + 1)
-    }
-
-    pub fn file_is_ready(&self, file: Option<LogFile>) {
-        let mut work = self.work();
-        work.ready = file;
-        work.making_ready = false;
-        self.progress.notify_all();
+    /// Whether a spare is worth making now: the log is about to need one, and is written slowly enough for its flushes to matter.
+    pub fn wants_spare(&self) -> bool {
+        let offset = self.log().position().place.offset();
+        let work = self.work();
+        let slow = work.last_rotation.is_none_or(|last| last.elapsed() > SLOW_ROTATION);
+        work.spares.is_empty() && slow && offset >= self.options.log_file_len() / 2
     }
 }
 
