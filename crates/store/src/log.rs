@@ -28,6 +28,8 @@ pub(crate) const FILE_LEN_DEFAULT: u64 = 32 << 20;
 pub(crate) const FILE_LEN_RANGE: (u64, u64) = (2 << 20, 1 << 30);
 /// The longest payload of a record.
 pub(crate) const PAYLOAD_LEN_MAX: usize = 1 << 20;
+/// Bytes of a new file whose room is taken at a time: a volume that is hardly written takes little.
+const ALLOCATION_LEN: u64 = 2 << 20;
 const HEADER_LEN: usize = 64;
 const PAGE_LEN: u64 = 4096;
 const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
@@ -149,6 +151,8 @@ pub(crate) struct LogWriter {
     sequence: u64,
     /// The next record begins at a page of its own.
     fresh_page: bool,
+    /// Bytes of the file whose room is taken.
+    allocated: u64,
     /// Files with records that may not be stable, each with the sequence number behind its last one.
     unsynced: Vec<(Arc<LogFile>, u64)>,
     /// Records before this sequence number are stable.
@@ -175,9 +179,11 @@ impl LogWriter {
     /// Goes on in the next file. Its name is stable with the next flush.
     pub fn next_file(&mut self, spare: Option<Spare>) -> Result<Arc<LogFile>> {
         self.check()?;
+        let used_before = spare.is_some();
         let file = make_file(&self.folder, self.file.number + 1, self.volume, self.file_len, spare)?;
         self.names += 1;
         self.file = Arc::new(file);
+        self.allocated = if used_before { self.file_len } else { 0 };
         self.offset = PAGE_LEN;
         self.fresh_page = false;
         Ok(self.file.clone())
@@ -190,6 +196,7 @@ impl LogWriter {
             self.offset = self.offset.next_multiple_of(PAGE_LEN);
             self.fresh_page = false;
         }
+        self.take_room(self.offset + record_len(payload.len()))?;
         let header = Header {
             change,
             payload_len: payload.len() as u32,
@@ -213,6 +220,20 @@ impl LogWriter {
             _ => self.unsynced.push((self.file.clone(), self.sequence)),
         }
         Ok(Appended { change, place, payload_len: payload.len() as u32, end: self.position() })
+    }
+
+    /// Takes the room for what is about to be written, a step ahead: a record that was accepted is never refused for want of it. Takes
+    /// little time, and none in files that were used before.
+    fn take_room(&mut self, end: u64) -> Result<()> {
+        if end <= self.allocated {
+            return Ok(());
+        }
+        let end = (end + ALLOCATION_LEN).min(self.file_len.max(end));
+        // What lies before is records.
+        let start = self.allocated.max(self.offset);
+        allocate(&self.file.file, start, end).map_err(StoreError::file("take room for", &self.file.path))?;
+        self.allocated = end;
+        Ok(())
     }
 
     /// Begins a flush: what to sync, and the sequence number up to which everything is stable then.
@@ -308,25 +329,19 @@ fn file_header(number: u32, volume: u32) -> [u8; HEADER_LEN] {
     bytes
 }
 
-/// A file of the log under its number: one that was used before, or a new one whose blocks are allocated. Neither its name nor its header
-/// is stable.
+/// A file of the log under its number: one that was used before, or a new one. Neither its name nor its header is stable.
 fn make_file(folder: &Path, number: u32, volume: u32, len: u64, used_before: Option<Spare>) -> Result<LogFile> {
     let path = path_of(folder, number);
     let made = (|| {
         let file = match used_before {
             Some(spare) => {
-                if spare.file.metadata()?.len() < len {
-                    allocate(&spare.file, len)?;
-                }
                 std::fs::rename(&spare.path, &path)?;
                 spare.file
             }
-            None => {
-                let file = File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
-                allocate(&file, len)?;
-                file
-            }
+            None => File::options().read(true).write(true).create(true).truncate(true).open(&path)?,
         };
+        // Its length does not change any more, so that a flush need not write it.
+        file.set_len(len)?;
         file.write_all_at(&file_header(number, volume), 0)?;
         Ok(file)
     })();
@@ -334,19 +349,19 @@ fn make_file(folder: &Path, number: u32, volume: u32, len: u64, used_before: Opt
     Ok(LogFile { number, file, path })
 }
 
-/// Takes the room for a whole file, so that a record is never refused for want of it.
-fn allocate(file: &File, len: u64) -> io::Result<()> {
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, len) {
+/// Takes the room for a range of a file, which holds nothing yet.
+fn allocate(file: &File, start: u64, end: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), start, end - start) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, len),
+        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, start, end),
         Err(error) => Err(error.into()),
     }
 }
 
-fn write_zeros(file: &File, len: u64) -> io::Result<()> {
+fn write_zeros(file: &File, start: u64, end: u64) -> io::Result<()> {
     let zeros = vec![0; 1 << 20];
-    (0..len).step_by(zeros.len()).try_for_each(|offset| {
-        let part = zeros.len().min((len - offset) as usize);
+    (start..end).step_by(zeros.len()).try_for_each(|offset| {
+        let part = zeros.len().min((end - offset) as usize);
         file.write_all_at(&zeros[..part], offset)
     })
 }
@@ -363,7 +378,7 @@ impl Spare {
         let path = folder.join(format!("spare-{}", Id::random()));
         let made = (|| {
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-            write_zeros(&file, len)?;
+            write_zeros(&file, 0, len)?;
             file.sync_all()?;
             Ok(file)
         })();
@@ -466,6 +481,7 @@ pub(crate) fn recover(
         offset: at.place.offset(),
         sequence: at.sequence,
         fresh_page: true,
+        allocated: 0,
         // The names of the files may not be stable, and not every host forgets what it could not write.
         unsynced: files.iter().map(|file| (file.clone(), at.sequence)).collect(),
         promised: 0,

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -76,7 +77,9 @@ impl Store {
         let volumes = folder.join("volumes");
         let is_new = !volumes.exists();
         for path in [folder, &segments.0, &index_folder, &volumes] {
-            std::fs::create_dir_all(path).map_err(StoreError::file("make", path))?;
+            // What guests have on their disks is nobody else's business.
+            let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+            made.map_err(StoreError::file("make", path))?;
         }
         if is_new {
             // What is promised in a folder is lost with its name.

@@ -43,6 +43,22 @@ fn collect(store: &Arc<Store>) -> crate::Collected {
 }
 
 #[test]
+fn only_its_owner_enters_a_store_and_a_volume_that_is_hardly_written_takes_little() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("deep/store");
+    let store = Store::open(&path, StoreOptions::default()).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+    let disk = volume(&store, "disk", 64 * MIB);
+    disk.write_at(0, &noise(1, 4096)).unwrap();
+    disk.flush().unwrap();
+    let volumes = std::fs::read_dir(path.join("volumes")).unwrap();
+    let files = volumes.flat_map(|volume| std::fs::read_dir(volume.unwrap().path()).unwrap());
+    let blocks: u64 = files.map(|file| file.unwrap().metadata().unwrap().blocks()).sum();
+    assert!(blocks * 512 < 4 * MIB, "{blocks} blocks");
+}
+
+#[test]
 fn a_collection_frees_what_nothing_needs_and_nothing_else() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder);
