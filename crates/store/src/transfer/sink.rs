@@ -32,6 +32,9 @@ const AHEAD: usize = 64;
 /// Names of nodes that are remembered. Beyond, some may be looked at twice.
 const NAMES_MAX: usize = 2 << 20;
 
+/// Bytes of records after which the index is looked after: a look-up asks each of its parts.
+const TIDY_BYTES: u64 = 128 << 20;
+
 type NameSet = HashSet<Name, BuildHasherDefault<NameHasher>>;
 
 /// A record that will come.
@@ -403,8 +406,12 @@ impl<'a, S: Read + Write> Sink<'a, S> {
         let Transferred { records, record_bytes, .. } = &mut self.link.transferred;
         *records += 1;
         *record_bytes += len;
+        let tidy = *record_bytes / TIDY_BYTES != (*record_bytes - len) / TIDY_BYTES;
         if *record_bytes > self.record_bytes_max {
             return Err(StoreError::Refused(format!("more than {} bytes", self.record_bytes_max)).into());
+        }
+        if tidy {
+            self.store.tidy()?;
         }
         match expected.what {
             What::Node => {

@@ -3,13 +3,17 @@
 //! It gives out what the other side points at: children of nodes that it gave out before, and nothing else of the store.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::sync::Arc;
 
 use super::wire::{Incoming, Link, Message, Want};
 use super::{Offered, TransferError};
 use crate::collect::{Step, Watcher};
+use crate::error::Result;
 use crate::name::Name;
+use crate::record::{self, HEADER_LEN, Header};
+use crate::segment::read_up_to;
 use crate::store::Store;
 use crate::tree::{NodeSource, Root, TreeNode};
 
@@ -61,12 +65,13 @@ pub(super) struct Source<'a, S> {
     offered: &'a Offered,
     open: HashMap<u32, Open>,
     next_handle: u32,
+    ahead: Ahead,
 }
 
 impl<'a, S: Read + Write> Source<'a, S> {
     pub fn new(store: &'a Arc<Store>, link: &'a mut Link<S>, offered: &'a Offered) -> Self {
         let open = HashMap::from([(0, Open::Offer(offered.name))]);
-        Source { store, link, offered, open, next_handle: 1 }
+        Source { store, link, offered, open, next_handle: 1, ahead: Ahead::default() }
     }
 
     /// Serves the other side until it has everything.
@@ -102,8 +107,22 @@ impl<'a, S: Read + Write> Source<'a, S> {
             let open = self.open.get(&want.handle).ok_or_else(|| protocol("it points at a node that is not open"))?;
             let child = open.child(index).ok_or_else(|| protocol("it asks for a child that is not there"))?;
             if !want.open_only {
-                let (header, packed) = self.store.read_packed(&child.name())?;
-                self.link.send(&Message::Record(&header.to_bytes(), &packed))?;
+                let name = child.name();
+                if !self.ahead.holds(&name) {
+                    self.ahead.go_to(self.store, &name)?;
+                }
+                let header = match self.ahead.take(&name) {
+                    Some((header, packed)) => {
+                        self.link.send(&Message::Record(&header.to_bytes(), packed))?;
+                        header
+                    }
+                    // The long way finds another copy, or says what is wrong.
+                    None => {
+                        let (header, packed) = self.store.read_packed(&name)?;
+                        self.link.send(&Message::Record(&header.to_bytes(), &packed))?;
+                        header
+                    }
+                };
                 self.link.transferred.records += 1;
                 self.link.transferred.record_bytes += header.record_len() as u64;
             }
@@ -123,6 +142,72 @@ impl<'a, S: Read + Write> Source<'a, S> {
             self.open.remove(&want.handle);
         }
         Ok(())
+    }
+}
+
+/// Bytes that are read together where records follow one another.
+const AHEAD_LEN_MAX: usize = 256 << 10;
+
+/// What lies behind the last record in its segment: most often the next one that is asked for, which then needs no look-up.
+#[derive(Default)]
+struct Ahead {
+    file: Option<Arc<File>>,
+    /// Of the file, where `bytes` begin.
+    offset: u64,
+    bytes: Vec<u8>,
+    at: usize,
+    /// Bytes to read the next time; more while records follow one another.
+    len: usize,
+}
+
+impl Ahead {
+    /// Sees to it that so many bytes are there, if the file has them.
+    fn fill(&mut self, len: usize) -> bool {
+        if self.bytes.len() - self.at >= len {
+            return true;
+        }
+        let Some(file) = &self.file else { return false };
+        self.offset += self.at as u64;
+        self.at = 0;
+        self.len = (self.len * 2).clamp(len, AHEAD_LEN_MAX);
+        self.bytes.resize(self.len, 0);
+        let read = read_up_to(file, &mut self.bytes, self.offset).unwrap_or(0);
+        self.bytes.truncate(read);
+        read >= len
+    }
+
+    fn header(&mut self) -> Option<Header> {
+        self.fill(HEADER_LEN).then(|| Header::from_bytes(&self.bytes[self.at..]).ok()).flatten()
+    }
+
+    /// Whether the next record is the named one.
+    fn holds(&mut self, name: &Name) -> bool {
+        self.header().is_some_and(|header| header.name == *name)
+    }
+
+    /// Goes to where a record lies.
+    fn go_to(&mut self, store: &Store, name: &Name) -> Result<()> {
+        self.file = None;
+        self.bytes.clear();
+        self.at = 0;
+        if let Some(&location) = store.index().find(name)?.first() {
+            self.file = store.file_of(location).ok();
+            self.offset = location.offset();
+            self.len = location.read_len() / 2;
+        }
+        Ok(())
+    }
+
+    /// The next record, if it is the named one and whole.
+    fn take(&mut self, name: &Name) -> Option<(Header, &[u8])> {
+        let header = self.header().filter(|header| header.name == *name)?;
+        let len = HEADER_LEN + header.packed_len as usize;
+        if !self.fill(len) {
+            return None;
+        }
+        let start = self.at;
+        self.at = (start + header.record_len()).min(self.bytes.len());
+        record::split(&self.bytes[start..start + len]).ok()
     }
 }
 
