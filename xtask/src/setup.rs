@@ -49,6 +49,39 @@ const PACKAGES: &[Package] = &[
 const PEER_PACKAGES: &[Package] =
     &[Package { name: "qemu-system-x86", reason: "the peer that benchmarks run beside polder (-accel tcg)" }];
 
+/// Programs that tests run and nothing of the product is linked with, installed by cargo under `target/tools`.
+struct Tool {
+    name: &'static str,
+    version: &'static str,
+    /// Features of it that the tests need; without the others it builds in half the time.
+    features: &'static str,
+    reason: &'static str,
+}
+
+/// Needed by the nightly tests: building them takes half an hour of a busy machine.
+const NIGHTLY_TOOLS: &[Tool] = &[Tool {
+    name: "garage",
+    version: "2.5.0",
+    features: "bundled-libs,lmdb",
+    reason: "an object store of others (AGPL): the real server that remote stores are tested with",
+}];
+
+/// Installs the programs that only the nightly tests run.
+pub fn install_nightly_tools() -> Result<()> {
+    for tool in NIGHTLY_TOOLS {
+        let root = crate::project::target().join("tools");
+        if root.join("bin").join(tool.name).exists() {
+            continue;
+        }
+        step(&format!("cargo install {} {}: {}", tool.name, tool.version, tool.reason));
+        run(crate::command::cargo()
+            .args(["install", tool.name, "--version", tool.version, "--locked", "--no-default-features"])
+            .args(["--features", tool.features, "--root"])
+            .arg(&root))?;
+    }
+    Ok(())
+}
+
 /// Installs what building and testing need.
 pub fn install() -> Result<()> {
     ensure(PACKAGES)

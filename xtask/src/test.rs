@@ -22,6 +22,9 @@ const PRODUCT: &str = "polder-tests";
 /// Does the set-up and runs every test.
 pub fn test(arguments: &TestArguments) -> Result<()> {
     crate::setup::install()?;
+    if arguments.nightly {
+        crate::setup::install_nightly_tools()?;
+    }
     crate::guests::all()?;
     crate::build::build()?;
     crate::guests::image::build(arguments.nightly)?;

@@ -35,6 +35,8 @@ pub enum StoreError {
     Format(#[from] crate::format::FormatError),
     #[error("{0}")]
     Refused(String),
+    #[error(transparent)]
+    Remote(#[from] crate::remote::RemoteError),
     #[error("an earlier write to {path} failed, so that nothing after it can be promised", path = path.display())]
     Broken { path: PathBuf },
 }

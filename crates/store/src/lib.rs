@@ -9,6 +9,7 @@
 //! (what is needed, and whether it is whole); `disk` (what front ends and disks say to each other), `open_disk`, `queue` and
 //! `workers` (the store's side of that); `nbd` (the server for NBD clients);
 //! `transfer` (from store to store over a stream, only what is missing);
+//! `remote` (images in an object store, pushed, pulled, and used while they are still there);
 //! `format` (image formats: what is imported and exported); `memory_disk` (a disk in memory, for tests).
 
 mod cache;
@@ -34,6 +35,7 @@ mod open_disk;
 mod pace;
 mod queue;
 mod record;
+pub mod remote;
 mod run;
 mod segment;
 mod store;

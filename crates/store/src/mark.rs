@@ -9,8 +9,9 @@ use crate::cache::{NameHasher, NameMap};
 use crate::error::{Result, StoreError};
 use crate::head::Head;
 use crate::name::Name;
+use crate::remote::KnownElsewhere;
 use crate::segment::{Location, SegmentNumber};
-use crate::store::Store;
+use crate::store::{Local, Store};
 use crate::tree::{self, NodeSource, Root};
 
 /// A tree that something keeps, and what that is.
@@ -79,6 +80,7 @@ pub(crate) struct Marks {
     /// Bytes of all trees without zeros, what trees share counted for each.
     pub used_bytes: u64,
     pub lost: Vec<Lost>,
+    elsewhere: Option<KnownElsewhere>,
     sorted: bool,
 }
 
@@ -133,10 +135,12 @@ impl Marks {
         }
         visited()?;
         self.need(store, name, &kept.owner, None)?;
-        let node = match store.node(&name) {
+        let node = match Local(store).node(&name) {
             Ok(node) => node,
             Err(error) => {
-                self.lose(name, &kept.owner, None, &error);
+                if !self.is_elsewhere(store, &name)? {
+                    self.lose(name, &kept.owner, None, &error);
+                }
                 self.chunks.insert(name, 0);
                 return Ok(0);
             }
@@ -161,6 +165,9 @@ impl Marks {
         // Of several copies the oldest one in a sealed segment is kept: others may not even be stable.
         let mut found = store.index().find_all(&name)?;
         if found.is_empty() {
+            if self.is_elsewhere(store, &name)? {
+                return Ok(());
+            }
             store.index().refresh(store.catalog())?;
             found = store.index().find_all(&name)?;
         }
@@ -169,6 +176,15 @@ impl Marks {
             None => self.lose(name, owner, offset, &StoreError::Missing { name }),
         }
         Ok(())
+    }
+
+    /// Whether a record that is not here is in a remote store of which an image is attached: it is not lost.
+    pub fn is_elsewhere(&mut self, store: &Store, name: &Name) -> Result<bool> {
+        let known = match &self.elsewhere {
+            Some(known) => known,
+            None => self.elsewhere.insert(KnownElsewhere::load(store)?),
+        };
+        Ok(known.contains(name))
     }
 
     fn mark(&mut self, location: Location) {

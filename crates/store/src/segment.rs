@@ -343,9 +343,17 @@ fn lock(file: &File) -> io::Result<()> {
 
 /// Writes the table behind the records.
 fn write_table(number: SegmentNumber, file: &File, end: u64, mut entries: Vec<Entry>) -> io::Result<Summary> {
+    let bytes = table(number, end, &mut entries);
+    file.write_all_at(&bytes, end)?;
+    file.set_len(end + bytes.len() as u64)?;
+    Ok(Summary { number, records: entries.len() as u32, bytes: end })
+}
+
+/// What lies behind the records of a sealed segment: its table, and the trailer that says how long that is.
+fn table(number: SegmentNumber, end: u64, entries: &mut [Entry]) -> Vec<u8> {
     entries.sort_unstable();
     let mut bytes = Vec::with_capacity(entries.len() * Entry::LEN + HEADER_LEN);
-    for entry in &entries {
+    for entry in entries.iter() {
         bytes.extend_from_slice(&entry.to_bytes());
     }
     let table_checksum = crc32c::crc32c(&bytes);
@@ -359,9 +367,7 @@ fn write_table(number: SegmentNumber, file: &File, end: u64, mut entries: Vec<En
     let checksum = crc32c::crc32c(&trailer[..60]);
     trailer[60..].copy_from_slice(&checksum.to_le_bytes());
     bytes.extend_from_slice(&trailer);
-    file.write_all_at(&bytes, end)?;
-    file.set_len(end + bytes.len() as u64)?;
-    Ok(Summary { number, records: entries.len() as u32, bytes: end })
+    bytes
 }
 
 /// Gives a segment that was published its final name. Without it, it is found under the other until somebody finishes it.
@@ -370,6 +376,43 @@ fn name_sealed(folder: &SegmentFolder, number: SegmentNumber) {
         std::fs::rename(folder.open(number), folder.sealed(number)).and_then(|()| File::open(&folder.0)?.sync_all());
     if let Err(error) = named {
         tracing::warn!(segment = number.0, %error, "a segment keeps the name of one that is written");
+    }
+}
+
+/// A segment that is made in memory, to be kept elsewhere.
+pub(crate) struct SegmentBytes {
+    number: SegmentNumber,
+    bytes: Vec<u8>,
+    entries: Vec<Entry>,
+}
+
+impl SegmentBytes {
+    pub fn new(number: SegmentNumber) -> Self {
+        SegmentBytes { number, bytes: file_header(number).to_vec(), entries: Vec::new() }
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.bytes.len() as u64 >= SEGMENT_LEN
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Appends a record, unless the segment is full.
+    pub fn append(&mut self, header: &Header, packed: &[u8]) {
+        let location = Location::new(self.number, self.bytes.len() as u64, header.record_len());
+        self.bytes.extend_from_slice(&header.to_bytes());
+        self.bytes.extend_from_slice(packed);
+        self.bytes.resize(self.bytes.len().next_multiple_of(HEADER_LEN), 0);
+        self.entries.push(Entry { prefix: header.name.prefix(), location });
+    }
+
+    /// The sealed segment, and its entries.
+    pub fn finish(mut self) -> (Vec<u8>, Vec<Entry>) {
+        let table = table(self.number, self.bytes.len() as u64, &mut self.entries);
+        self.bytes.extend_from_slice(&table);
+        (self.bytes, self.entries)
     }
 }
 

@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
@@ -67,6 +67,22 @@ pub struct Store {
     chunks: Cache<Arc<[u8]>>,
     nodes: Cache<Arc<TreeNode>>,
     workers: Workers,
+    origins: RwLock<Vec<Arc<dyn Origin>>>,
+}
+
+/// Where records come from that are not in the store.
+pub(crate) trait Origin: Send + Sync {
+    /// Brings a record into the store, waiting for it if it must; whether it is there now.
+    fn bring(&self, store: &Store, name: &Name) -> Result<bool>;
+}
+
+/// A store's own nodes, without those that would have to come from elsewhere.
+pub(crate) struct Local<'a>(pub &'a Store);
+
+impl NodeSource for Local<'_> {
+    fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
+        self.0.node_by(name, || self.0.read_local(name))
+    }
 }
 
 impl Store {
@@ -100,6 +116,7 @@ impl Store {
             chunks: Cache::new(options.chunk_cache_bytes),
             nodes: Cache::new(options.node_cache_bytes),
             workers: Workers::default(),
+            origins: RwLock::default(),
         };
         // A collection that runs may have taken segments out of the catalog whose files are still there.
         let lock = store.batch_lock()?;
@@ -259,8 +276,9 @@ impl Store {
         }
     }
 
-    /// Appends a record to the segment that this process writes.
-    fn append(&self, header: &Header, packed: &[u8]) -> Result<Location> {
+    /// Appends a record to the segment that this process writes. Without a batch nothing keeps it from the next collection but what
+    /// needs it already.
+    pub(crate) fn append(&self, header: &Header, packed: &[u8]) -> Result<Location> {
         let mut writer = self.writer();
         if writer.as_ref().is_some_and(SegmentWriter::is_full) {
             self.seal_segment(&mut writer)?;
@@ -304,8 +322,26 @@ impl Store {
         Ok(content)
     }
 
-    /// Reads a record by its name, from whichever copy is whole.
+    /// Records that are not here are looked for there as well from now on.
+    pub(crate) fn add_origin(&self, origin: Arc<dyn Origin>) {
+        self.origins.write().unwrap_or_else(PoisonError::into_inner).push(origin);
+    }
+
+    /// Reads a record by its name, wherever it comes from.
     pub(crate) fn read(&self, name: &Name) -> Result<(Arc<[u8]>, Location)> {
+        let local = self.read_local(name);
+        let Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) = &local else { return local };
+        let origins = self.origins.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for origin in origins {
+            if origin.bring(self, name)? {
+                return self.read_local(name);
+            }
+        }
+        local
+    }
+
+    /// Reads a record by its name, from whichever copy here is whole.
+    pub(crate) fn read_local(&self, name: &Name) -> Result<(Arc<[u8]>, Location)> {
         let mut damage = None;
         for look in 0..3 {
             let locations = match look {
@@ -418,6 +454,16 @@ impl Store {
         files.retain(|(number, _)| !segments.contains(number));
     }
 
+    fn node_by(&self, name: &Name, read: impl FnOnce() -> Result<(Arc<[u8]>, Location)>) -> Result<Arc<TreeNode>> {
+        if let Some(node) = self.nodes.get(name) {
+            return Ok(node);
+        }
+        let (content, _) = read()?;
+        let node = Arc::new(TreeNode::from_bytes(&content).ok_or_else(|| not_a_node(name))?);
+        self.nodes.insert(*name, node.clone(), NODE_WEIGHT);
+        Ok(node)
+    }
+
     /// A node, if it was read not long ago.
     pub(crate) fn cached_node(&self, name: &Name) -> Option<Arc<TreeNode>> {
         self.nodes.get(name)
@@ -435,13 +481,7 @@ impl Drop for Store {
 
 impl NodeSource for Store {
     fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
-        if let Some(node) = self.nodes.get(name) {
-            return Ok(node);
-        }
-        let (content, _) = self.read(name)?;
-        let node = Arc::new(TreeNode::from_bytes(&content).ok_or_else(|| not_a_node(name))?);
-        self.nodes.insert(*name, node.clone(), NODE_WEIGHT);
-        Ok(node)
+        self.node_by(name, || self.read(name))
     }
 }
 

@@ -117,6 +117,7 @@ impl Store {
             damages.iter().filter_map(|damage| damage.name).filter(|name| self.read_whole(name).is_none()).collect();
         // Tables still lead to records whose headers are damaged.
         let headless = damages.iter().any(|damage| damage.name.is_none());
+        let elsewhere = crate::remote::KnownElsewhere::load(self)?;
         if !broken.is_empty() || headless {
             self.find_needed(&mut |name, owner, offset| {
                 let gone = match headless {
@@ -124,6 +125,7 @@ impl Store {
                     false => broken.contains(name),
                 };
                 if gone
+                    && !elsewhere.contains(name)
                     && !lost.iter().any(|known| known.name == *name && known.owner == owner && known.offset == offset)
                 {
                     let why = "no copy of it is whole".to_owned();
@@ -192,6 +194,7 @@ impl Store {
 
     /// Comes by every chunk that something keeps.
     fn find_needed(&self, found: &mut dyn FnMut(&Name, &str, Option<u64>)) -> Result<()> {
+        use crate::store::Local;
         use crate::tree::{NodeSource, Visit, walk};
         let roots = self.roots()?;
         let mut kept = roots.trees;
@@ -206,10 +209,10 @@ impl Store {
             }
         }
         for kept in kept {
-            walk(self, kept.root, &mut |visit| match visit {
+            walk(&Local(self), kept.root, &mut |visit| match visit {
                 Visit::Node(name) => {
                     found(&name, &kept.owner, None);
-                    Ok(self.node(&name).is_ok())
+                    Ok(Local(self).node(&name).is_ok())
                 }
                 Visit::Chunk(index, name) => {
                     found(&name, &kept.owner, Some(index * u64::from(kept.chunk_len)));

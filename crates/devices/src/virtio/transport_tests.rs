@@ -255,7 +255,7 @@ fn a_slow_reset_shows_in_the_status_until_it_is_done() {
     driver.set_status(0);
     driver.set_status(0xf);
     driver.write(COMMON + 0x16, Word, 1);
-    assert_eq!(lock(&probe.seen).doorbells, []);
+    assert!(lock(&probe.seen).doorbells.is_empty());
     *lock(&probe.held) = false;
     probe.released.notify_all();
     driver.msi.wait_until("the reset", || driver.status() == 0);

@@ -257,16 +257,16 @@ fn serve_pull<S: Read + Write>(
 }
 
 /// A node that a peer may have, kept while this lives.
-struct Offered {
-    name: Name,
-    node: Node,
+pub(crate) struct Offered {
+    pub name: Name,
+    pub node: Node,
     /// No collection removes what is offered, even if its image goes meanwhile.
     _batch: Batch,
     _snapshot: Option<PassingSnapshot>,
 }
 
 impl Offered {
-    fn new(store: &Arc<Store>, what: &NodeRef) -> Result<Self, StoreError> {
+    pub fn new(store: &Arc<Store>, what: &NodeRef) -> Result<Self, StoreError> {
         let mut passing = None;
         let snapshot = match what {
             NodeRef::Image(_) => None,

@@ -31,7 +31,7 @@ impl Source for Bytes {
 }
 
 /// Makes an image of one disk.
-pub(super) fn image_of(store: &Arc<Store>, name: &str, bytes: &[u8]) {
+pub(crate) fn image_of(store: &Arc<Store>, name: &str, bytes: &[u8]) {
     let mut node = store.new_node([].into()).expect("a node begins");
     node.add_disk("disk", &Bytes(bytes.to_vec()), &mut |_| Ok(())).expect("a disk is brought in");
     node.save_as_image(name, Replace::No).expect("an image is made");

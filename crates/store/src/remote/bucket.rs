@@ -1,0 +1,255 @@
+//! Objects by their paths: an S3-compatible server, asked by a thread of its own.
+//!
+//! Calls wait. What may be gone in a moment (no connection, an overloaded server) is tried again until the patience ends; wrong
+//! credentials and objects that are not there are said at once.
+
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use object_store::aws::{AmazonS3, AmazonS3Builder};
+use object_store::path::Path;
+use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::RemoteOptions;
+use super::error::RemoteError;
+
+/// The first pause before another try, and the longest.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An object as lists show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Object {
+    /// Without the folders before it.
+    pub name: String,
+    pub bytes: u64,
+    pub modified_ms: i64,
+}
+
+/// Why a call came to nothing.
+#[derive(Debug)]
+pub(super) enum BucketError {
+    NotFound,
+    Credentials(String),
+    /// It may go better another time.
+    Again(String),
+}
+
+type Outcome<T> = Result<T, BucketError>;
+
+/// Where objects are.
+pub(super) trait Bucket: Send + Sync {
+    fn put(&self, path: &str, bytes: Vec<u8>) -> Outcome<()>;
+    fn get(&self, path: &str) -> Outcome<Vec<u8>>;
+    /// Up to the object's end, if the range goes beyond.
+    fn get_range(&self, path: &str, range: Range<u64>) -> Outcome<Vec<u8>>;
+    fn remove(&self, path: &str) -> Outcome<()>;
+    /// The objects of a folder.
+    fn list(&self, folder: &str) -> Outcome<Vec<Object>>;
+}
+
+/// A bucket below a prefix, asked with patience.
+pub(super) struct Client {
+    bucket: Box<dyn Bucket>,
+    prefix: String,
+    patience: Duration,
+}
+
+impl Client {
+    pub fn new(bucket: Box<dyn Bucket>, prefix: &str, patience: Duration) -> Self {
+        let prefix = prefix.trim_matches('/');
+        let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
+        Client { bucket, prefix, patience }
+    }
+
+    fn with_patience<T>(&self, path: &str, act: impl Fn(&str) -> Outcome<T>) -> Result<T, RemoteError> {
+        let object = format!("{}{path}", self.prefix);
+        let end = Instant::now() + self.patience;
+        let mut pause = PAUSE_MIN;
+        loop {
+            match act(&object) {
+                Ok(value) => return Ok(value),
+                Err(BucketError::NotFound) => return Err(RemoteError::Missing { object }),
+                Err(BucketError::Credentials(why)) => return Err(RemoteError::Credentials { object, why }),
+                Err(BucketError::Again(why)) if Instant::now() + pause >= end => {
+                    return Err(RemoteError::Gone { object, seconds: self.patience.as_secs(), why });
+                }
+                Err(BucketError::Again(why)) => {
+                    tracing::debug!(object, why, "the remote store is asked again");
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(PAUSE_MAX);
+                }
+            }
+        }
+    }
+
+    pub fn put(&self, path: &str, bytes: &[u8]) -> Result<(), RemoteError> {
+        self.with_patience(path, |path| self.bucket.put(path, bytes.to_vec()))
+    }
+
+    pub fn get(&self, path: &str) -> Result<Vec<u8>, RemoteError> {
+        self.with_patience(path, |path| self.bucket.get(path))
+    }
+
+    /// The object, if there is one.
+    pub fn find(&self, path: &str) -> Result<Option<Vec<u8>>, RemoteError> {
+        match self.get(path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(RemoteError::Missing { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn get_range(&self, path: &str, range: Range<u64>) -> Result<Vec<u8>, RemoteError> {
+        self.with_patience(path, |path| self.bucket.get_range(path, range.clone()))
+    }
+
+    /// Removes an object; it may be gone already.
+    pub fn remove(&self, path: &str) -> Result<(), RemoteError> {
+        match self.with_patience(path, |path| self.bucket.remove(path)) {
+            Err(RemoteError::Missing { .. }) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    pub fn list(&self, folder: &str) -> Result<Vec<Object>, RemoteError> {
+        self.with_patience(folder, |folder| self.bucket.list(folder))
+    }
+}
+
+/// A bucket of an S3-compatible server.
+pub(super) struct S3 {
+    store: Arc<AmazonS3>,
+    handle: Handle,
+    /// Its end ends the thread.
+    _stop: oneshot::Sender<()>,
+}
+
+impl S3 {
+    /// The bucket, and the prefix in it, that an address names: `s3://BUCKET/PREFIX`.
+    pub fn open(options: &RemoteOptions) -> Result<(Self, String), RemoteError> {
+        let address = |what: &str| RemoteError::Address { url: options.url.clone(), what: what.to_owned() };
+        let rest = options.url.strip_prefix("s3://").ok_or_else(|| address("it begins with s3://"))?;
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(address("it names no bucket"));
+        }
+        let client = ClientOptions::new()
+            .with_allow_http(true)
+            .with_connect_timeout(CONNECT_TIMEOUT)
+            .with_timeout(options.patience.max(CONNECT_TIMEOUT));
+        let mut builder = AmazonS3Builder::new()
+            .with_bucket_name(bucket)
+            .with_region(&options.region)
+            .with_access_key_id(&options.access_key)
+            .with_secret_access_key(&options.secret_key)
+            .with_client_options(client)
+            // Trying again is ours.
+            .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() });
+        if let Some(endpoint) = &options.endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        let store = Arc::new(builder.build().map_err(|error| address(&error.to_string()))?);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| RemoteError::Refused(format!("no thread can be had for the network: {error}")))?;
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("store-remote".to_owned())
+            .spawn(move || {
+                // It ends with its sender, without a message.
+                let _ = runtime.block_on(stopped);
+                runtime.shutdown_background();
+            })
+            .map_err(|error| RemoteError::Refused(format!("no thread can be had for the network: {error}")))?;
+        Ok((S3 { store, handle, _stop: stop }, prefix.to_owned()))
+    }
+
+    /// Has the thread of the network do something, and waits.
+    fn wait<T: Send + 'static>(
+        &self,
+        act: impl Future<Output = object_store::Result<T>> + Send + 'static,
+    ) -> Outcome<T> {
+        let (send, receive) = mpsc::channel();
+        self.handle.spawn(async move {
+            // Nobody may wait any more.
+            let _ = send.send(act.await);
+        });
+        match receive.recv() {
+            Ok(outcome) => outcome.map_err(bucket_error),
+            Err(_) => Err(BucketError::Again("the thread of the network has ended".to_owned())),
+        }
+    }
+}
+
+fn bucket_error(error: object_store::Error) -> BucketError {
+    use object_store::Error;
+    match error {
+        Error::NotFound { .. } => BucketError::NotFound,
+        Error::PermissionDenied { source, .. } | Error::Unauthenticated { source, .. } => {
+            BucketError::Credentials(chain(&*source))
+        }
+        error => {
+            let why = chain(&error);
+            // Refused lists come without a kind of their own; the status is in the text only.
+            match why.contains("403 Forbidden") || why.contains("401 Unauthorized") {
+                true => BucketError::Credentials(why),
+                false => BucketError::Again(why),
+            }
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        let more = source.to_string();
+        if !text.contains(&more) {
+            text += &format!(": {more}");
+        }
+        cause = source.source();
+    }
+    text
+}
+
+impl Bucket for S3 {
+    fn put(&self, path: &str, bytes: Vec<u8>) -> Outcome<()> {
+        let (store, path) = (self.store.clone(), Path::from(path));
+        self.wait(async move { store.put(&path, bytes.into()).await.map(drop) })
+    }
+
+    fn get(&self, path: &str) -> Outcome<Vec<u8>> {
+        let (store, path) = (self.store.clone(), Path::from(path));
+        self.wait(async move { Ok(store.get(&path).await?.bytes().await?.into()) })
+    }
+
+    fn get_range(&self, path: &str, range: Range<u64>) -> Outcome<Vec<u8>> {
+        let (store, path) = (self.store.clone(), Path::from(path));
+        self.wait(async move { Ok(store.get_range(&path, range).await?.into()) })
+    }
+
+    fn remove(&self, path: &str) -> Outcome<()> {
+        let (store, path) = (self.store.clone(), Path::from(path));
+        self.wait(async move { store.delete(&path).await })
+    }
+
+    fn list(&self, folder: &str) -> Outcome<Vec<Object>> {
+        let (store, path) = (self.store.clone(), Path::from(folder));
+        let listed = self.wait(async move { store.list_with_delimiter(Some(&path)).await })?;
+        let object = |meta: object_store::ObjectMeta| {
+            Some(Object {
+                name: meta.location.filename()?.to_owned(),
+                bytes: meta.size,
+                modified_ms: meta.last_modified.timestamp_millis(),
+            })
+        };
+        Ok(listed.objects.into_iter().filter_map(object).collect())
+    }
+}
