@@ -173,6 +173,6 @@ pub trait Queue<B: Buffer> {
     fn next_completion(&mut self) -> Option<Completion<B>>;
     /// Operations whose completion was not taken yet.
     fn in_flight(&self) -> usize;
-    /// Readable (an eventfd, to be read by the caller) when a completion may be there.
+    /// Readable (an eventfd, to be read by the caller) when a completion may be there, or the disk got another size.
     fn signal(&self) -> BorrowedFd<'_>;
 }

@@ -133,10 +133,14 @@ impl<B: Buffer> DiskQueue<B> {
         });
         let ring =
             ring.inspect_err(|error| tracing::info!(%error, "io_uring is not to be had; threads read for the store"));
+        let (view, signal) = (disk.view(), Arc::new(signal));
+        if let View::Volume(core) = &view {
+            core.tell_of_sizes(&signal);
+        }
         Ok(DiskQueue {
-            view: disk.view(),
+            view,
             ring: ring.ok(),
-            signal: Arc::new(signal),
+            signal,
             ready: VecDeque::new(),
             requests: Slots::new(),
             calls: Slots::new(),

@@ -7,10 +7,11 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -180,6 +181,8 @@ pub(crate) struct Core {
     pub progress: Condvar,
     /// Names of snapshots in the log; whoever makes one has them meanwhile.
     pending_names: Mutex<BTreeSet<String>>,
+    /// Signals of queues, which hear of another size.
+    queues: Mutex<Vec<Weak<OwnedFd>>>,
 }
 
 /// A volume that is open for writing. One process at a time has it.
@@ -446,6 +449,7 @@ impl Core {
             wake: Condvar::new(),
             progress: Condvar::new(),
             pending_names: Mutex::new(pending_names),
+            queues: Mutex::default(),
         };
         Ok((core, head))
     }
@@ -893,7 +897,24 @@ impl Core {
             }
             self.append_locked(&mut log, Change::Resize { capacity_bytes }, &[], crc32c::crc32c(&[]), None)?;
         }
-        self.flush()
+        self.flush()?;
+        self.tell_queues();
+        Ok(())
+    }
+
+    /// A queue's signal is raised from now on when the volume gets another size.
+    pub fn tell_of_sizes(&self, signal: &Arc<OwnedFd>) {
+        let mut queues = self.queues.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        queues.retain(|queue| queue.strong_count() > 0);
+        queues.push(Arc::downgrade(signal));
+    }
+
+    fn tell_queues(&self) {
+        let queues = self.queues.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for signal in queues.iter().filter_map(Weak::upgrade) {
+            // A counter at its maximum wakes as well.
+            let _ = rustix::io::write(&*signal, &1u64.to_ne_bytes());
+        }
     }
 
     /// Zeros behind the end of a volume whose last block is not whole, before it grows.

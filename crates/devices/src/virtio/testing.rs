@@ -46,11 +46,16 @@ impl MsiRecorder {
         self.counts.lock().unwrap().get(&data).copied().unwrap_or(0)
     }
 
+    /// All messages so far.
+    pub(crate) fn total(&self) -> u64 {
+        self.counts.lock().unwrap().values().sum()
+    }
+
     /// Waits until a condition holds, looking again after each message.
     pub(crate) fn wait_until(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let before: u64 = self.counts.lock().unwrap().values().sum();
+            let before = self.total();
             if holds() {
                 return;
             }

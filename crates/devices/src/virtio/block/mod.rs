@@ -244,4 +244,6 @@ fn work(
 }
 
 #[cfg(test)]
+mod store_tests;
+#[cfg(test)]
 mod tests;

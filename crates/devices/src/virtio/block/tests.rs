@@ -41,7 +41,7 @@ fn put_header(driver: &Driver, address: u64, request_type: u32, sector: u64) {
 }
 
 /// Sends a request of a header, the parts, and a status byte; the status and the number of bytes written.
-fn request(driver: &mut Driver, request_type: u32, sector: u64, parts: &[(u64, u32, bool)]) -> (u8, u32) {
+pub(super) fn request(driver: &mut Driver, request_type: u32, sector: u64, parts: &[(u64, u32, bool)]) -> (u8, u32) {
     put_header(driver, DATA, request_type, sector);
     driver.put(DATA + 0x100, &[0xee]);
     let mut chain = vec![(DATA, 16, false)];

@@ -41,6 +41,8 @@ pub(super) struct QueueWorker {
     /// Indexed by token.
     slots: Vec<Option<InFlight>>,
     free: Vec<usize>,
+    /// The size that the driver knows of.
+    sectors: u64,
 }
 
 /// Requests that a queue has in flight at most.
@@ -50,7 +52,7 @@ pub(super) fn depth(queue: &Queue) -> usize {
 
 impl QueueWorker {
     pub fn new(disk: Arc<Disk>, queue: Queue, interrupts: Arc<dyn DeviceInterrupts>, signal: Arc<Signal>) -> Self {
-        let depth = depth(&queue);
+        let (depth, sectors) = (depth(&queue), disk.sectors());
         QueueWorker {
             disk,
             queue,
@@ -58,6 +60,7 @@ impl QueueWorker {
             signal,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
+            sectors,
         }
     }
 
@@ -66,6 +69,7 @@ impl QueueWorker {
         let mut broken = false;
         loop {
             self.take_completions(backend);
+            self.tell_of_size();
             let stopped = self.signal.is_stopped();
             if stopped && self.free.len() == self.slots.len() {
                 return;
@@ -92,6 +96,14 @@ impl QueueWorker {
             if !again {
                 backend.wait(&self.signal);
             }
+        }
+    }
+
+    /// Tells the driver if the disk got another size (5.2.5). Each queue does: once more does no harm.
+    fn tell_of_size(&mut self) {
+        let sectors = self.disk.sectors();
+        if std::mem::replace(&mut self.sectors, sectors) != sectors {
+            self.interrupts.config_changed();
         }
     }
 
