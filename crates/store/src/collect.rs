@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use crate::pace::Pace;
 use crate::record::{self, HEADER_LEN};
 use crate::segment::{self, Found, SegmentNumber, SegmentWriter};
 use crate::store::Store;
+use crate::volumes::lock;
 
 /// Smaller segments are joined.
 const SEGMENT_LEN_SMALL: u64 = 4 << 20;
@@ -143,6 +145,7 @@ impl Store {
         let Some(_lock) = self.try_lock("collect.lock")? else {
             return Err(StoreError::Refused("another garbage collection is running".to_owned()));
         };
+        self.remove_leftovers()?;
         // What was sealed later is not looked at: nothing in it can be old.
         let segments = self.catalog().segments()?;
         let mut marks = self.mark(watcher)?;
@@ -155,11 +158,32 @@ impl Store {
         }
         let mut collected = Collected { before, ..Collected::default() };
         let victims = self.victims(&mut marks, &segments, &options)?;
+        // What is needed of the others has to be written elsewhere first: where the disk is full, this makes the room for it.
+        let (dead, others): (Vec<_>, Vec<_>) = victims.into_iter().partition(|row| marks.needed(row.number).is_empty());
+        for victims in [dead, others] {
+            if !victims.is_empty() {
+                self.take_out(&victims, &mut marks, &options, &mut collected, watcher)?;
+            }
+        }
+        self.make_reserve();
+        self.tidy()?;
+        Ok(collected)
+    }
+
+    /// Removes segments; what is needed of them is copied first.
+    fn take_out(
+        self: &Arc<Self>,
+        victims: &[SegmentRow],
+        marks: &mut Marks,
+        options: &CollectOptions,
+        collected: &mut Collected,
+        watcher: Watcher<'_>,
+    ) -> Result<()> {
         let total = victims.iter().map(|row| row.bytes).sum();
         let mut copier =
             Copier { store: self, pace: Pace::new(options.bytes_per_second), copied: BTreeMap::new(), target: None };
         let mut done = 0;
-        for row in &victims {
+        for row in victims {
             collected.rewritten_bytes += copier.copy(row, marks.needed(row.number))?;
             done += row.bytes;
             watcher(Step { what: "rewriting", done, total })?;
@@ -171,15 +195,15 @@ impl Store {
         self.index().refresh(self.catalog())?;
         marks.add(self, &self.roots()?, &mut || Ok(()))?;
         copier.pace = Pace::new(u64::MAX);
-        for row in &victims {
+        for row in victims {
             collected.rewritten_bytes += copier.copy(row, marks.needed(row.number))?;
         }
         copier.finish()?;
         let numbers: Vec<SegmentNumber> = victims.iter().map(|row| row.number).collect();
-        let runs = self.catalog().remove_segments(&numbers)?;
+        let runs = self.with_reserve(|| self.catalog().remove_segments(&numbers))?;
         let dead = numbers.iter().map(|&number| self.bury(number)).collect::<Result<Vec<_>>>()?;
         drop(alone);
-        collected.pause = begin.elapsed();
+        collected.pause = collected.pause.max(begin.elapsed());
 
         self.index().refresh(self.catalog())?;
         self.forget_segments(&numbers);
@@ -188,9 +212,35 @@ impl Store {
             std::fs::remove_file(path).map_err(StoreError::file("remove", path))?;
             collected.freed_bytes += row.bytes;
         }
-        collected.removed_segments = victims.len() as u64;
-        self.tidy()?;
-        Ok(collected)
+        collected.removed_segments += victims.len() as u64;
+        Ok(())
+    }
+
+    /// Removes what a collection or the removal of a volume left behind when its process was killed.
+    fn remove_leftovers(&self) -> Result<()> {
+        let list = |folder: &Path| -> Result<Vec<PathBuf>> {
+            let entries = std::fs::read_dir(folder).map_err(StoreError::file("list", folder))?;
+            Ok(entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
+        };
+        for path in list(&self.segments().0)? {
+            if path.extension().is_some_and(|extension| extension == "dead") {
+                std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
+            }
+        }
+        // A volume is in the catalog before it has a folder.
+        let folders = list(&self.folder().join("volumes"))?;
+        let known: BTreeSet<PathBuf> =
+            self.catalog().volumes()?.into_iter().map(|row| self.volume_folder(row.id)).collect();
+        for folder in folders.iter().filter(|folder| !known.contains(*folder)) {
+            let lock = match lock(folder, "volume", "that was removed") {
+                Ok(lock) => lock,
+                // Somebody is still removing it.
+                Err(_) => continue,
+            };
+            std::fs::remove_dir_all(folder).map_err(StoreError::file("remove", folder))?;
+            drop(lock);
+        }
+        Ok(())
     }
 
     /// Segments that are to go.

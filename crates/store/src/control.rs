@@ -28,6 +28,7 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(600);
 /// The socket of a volume that is open.
 pub(crate) struct ControlSocket {
     stop: Arc<AtomicBool>,
+    socket: UnixListener,
     folder: std::path::PathBuf,
     thread: Option<JoinHandle<()>>,
 }
@@ -47,11 +48,12 @@ impl ControlSocket {
             let _ = std::fs::remove_file(&path);
             let listener = in_folder(&folder, |path| UnixListener::bind(path))?;
             let stop = Arc::new(AtomicBool::new(false));
+            let socket = listener.try_clone()?;
             let thread = std::thread::Builder::new().name("volume-control".to_owned()).spawn({
                 let (core, stop) = (core.clone(), stop.clone());
                 move || serve(&listener, &core, &stop)
             })?;
-            Ok(ControlSocket { stop, folder: folder.clone(), thread: Some(thread) })
+            Ok(ControlSocket { stop, socket, folder: folder.clone(), thread: Some(thread) })
         })();
         listening.map_err(StoreError::file("listen at", &path))
     }
@@ -60,8 +62,8 @@ impl ControlSocket {
 impl Drop for ControlSocket {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
-        // Wakes the thread; one that is not there has ended.
-        let _ = in_folder(&self.folder, |path| UnixStream::connect(path));
+        // Wakes the thread, even where the folder cannot be reached any more.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

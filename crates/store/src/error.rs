@@ -55,7 +55,11 @@ impl StoreError {
             StoreError::File { source, .. } => {
                 matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
             }
-            StoreError::Catalog(error) => error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
+            StoreError::Catalog(error) => error.sqlite_error().is_some_and(|error| {
+                // The catalog's shared memory is a file as well.
+                error.code == rusqlite::ErrorCode::DiskFull
+                    || error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE
+            }),
             _ => false,
         }
     }

@@ -274,6 +274,12 @@ impl SegmentWriter {
         Ok(())
     }
 
+    /// A record that was not handed to the host yet, and perhaps some behind it.
+    pub fn unwritten(&self, location: Location) -> Option<&[u8]> {
+        let from = location.offset().checked_sub(self.written)?;
+        self.buffer.get(from as usize..).filter(|_| location.segment() == self.number)
+    }
+
     /// Makes everything stable.
     pub fn sync(&mut self) -> Result<()> {
         self.flush()?;

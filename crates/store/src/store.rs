@@ -29,6 +29,9 @@ use crate::workers::Workers;
 
 /// Files of segments that are kept open for reading.
 const OPEN_FILES_MAX: usize = 200;
+/// Room that is set aside.
+const RESERVE: &str = "reserve";
+const RESERVE_LEN: u64 = 4 << 20;
 /// How long batches are kept from beginning at a time, while those that run end.
 const GATE_TIME: Duration = Duration::from_millis(500);
 /// How soon a lock is looked at again.
@@ -102,7 +105,7 @@ impl Store {
             sync_folder(folder)?;
             sync_folder(&folder.join(".."))?;
         }
-        let catalog = Catalog::open(&folder.join("catalog.db"))?;
+        let catalog = with_reserve(folder, || Catalog::open(&folder.join("catalog.db")))?;
         let store = Store {
             folder: folder.to_path_buf(),
             id: catalog.store_id()?,
@@ -123,6 +126,7 @@ impl Store {
         store.index.recover(&store.catalog)?;
         drop(lock);
         store.index.refresh(&store.catalog)?;
+        store.make_reserve();
         Ok(Arc::new(store))
     }
 
@@ -140,6 +144,28 @@ impl Store {
 
     pub fn id(&self) -> Id {
         self.id
+    }
+
+    /// Sets room aside for what makes room on a full disk.
+    pub(crate) fn make_reserve(&self) {
+        let path = self.folder.join(RESERVE);
+        let make = || {
+            let file = File::options().write(true).create_new(true).open(&path)?;
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_LEN)?;
+            io::Result::Ok(())
+        };
+        match make() {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                tracing::debug!(%error, "no room can be set aside");
+                let _ = std::fs::remove_file(&path);
+            }
+            _ => {}
+        }
+    }
+
+    /// Does what makes room; on a full disk with the room that was set aside.
+    pub(crate) fn with_reserve<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
+        with_reserve(&self.folder, act)
     }
 
     pub(crate) fn catalog(&self) -> &Catalog {
@@ -383,7 +409,15 @@ impl Store {
 
     /// Reads the record at a place, and checks that it is the one.
     pub(crate) fn read_at(&self, name: &Name, location: Location) -> Result<Arc<[u8]>> {
-        let file = self.file_of(location)?;
+        let file = match self.file_of(location) {
+            // What cannot be written is still in memory: a full disk fails no read.
+            Err(error) if error.is_no_space() => {
+                let writer = self.writer();
+                let bytes = writer.as_ref().and_then(|segment| segment.unwritten(location)).ok_or(error)?;
+                return self.content(name, location, bytes);
+            }
+            other => other?,
+        };
         let mut bytes = vec![0; location.read_len()];
         let len = segment::read_up_to(&file, &mut bytes, location.offset())
             .map_err(StoreError::file("read", &self.segment_path(location)))?;
@@ -424,7 +458,11 @@ impl Store {
         if let Some(segment) = &mut *self.writer()
             && segment.number() == number
         {
-            segment.flush()?;
+            if let Err(error) = segment.flush()
+                && segment.unwritten(location).is_some()
+            {
+                return Err(error);
+            }
             return Ok(segment.file().clone());
         }
         let sealed = self.segments.sealed(number);
@@ -482,6 +520,16 @@ impl Drop for Store {
 impl NodeSource for Store {
     fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
         self.node_by(name, || self.read(name))
+    }
+}
+
+fn with_reserve<T>(folder: &Path, act: impl Fn() -> Result<T>) -> Result<T> {
+    match act() {
+        Err(error) if error.is_no_space() => match std::fs::remove_file(folder.join(RESERVE)) {
+            Ok(()) => act(),
+            Err(_) => Err(error),
+        },
+        other => other,
     }
 }
 

@@ -415,3 +415,21 @@ fn a_smaller_size_that_failed_cuts_nothing_off() {
     expected.resize(2 << 20, 0);
     assert!(content(&volume) == expected);
 }
+
+#[test]
+fn a_volume_that_cannot_be_moved_into_the_store_can_be_left() {
+    use std::os::fd::AsRawFd;
+    let world = world();
+    world.store.create_volume("disk", &Content::Zeros { capacity_bytes: 16 * MIB, chunk_len: 4096 }).unwrap();
+    let options = VolumeOptions { log_bytes_start: MIB, ..VolumeOptions::default() };
+    let volume = Volume::open(&world.store, "disk", options).unwrap();
+    volume.write_at(0, &noise(1, 4096)).unwrap();
+    volume.compact().unwrap();
+    let fd = world.store.writing_file().unwrap().as_raw_fd();
+    let replaced = Replaced::by("/dev/full", fd);
+    volume.write_at(0, &noise(2, 8 << 20)).unwrap();
+    assert!(volume.compact().is_err());
+    drop(volume);
+    drop(replaced);
+    assert!(content(&world.open("disk"))[..8 << 20] == noise(2, 8 << 20));
+}

@@ -139,7 +139,7 @@ impl Store {
             self.settle(row.id)?;
             return self.remove_volume(name);
         }
-        self.catalog().remove_volume(row.id)?;
+        self.with_reserve(|| self.catalog().remove_volume(row.id))?;
         if folder.exists() {
             std::fs::remove_dir_all(&folder).map_err(StoreError::file("remove", &folder))?;
         }
@@ -219,7 +219,7 @@ impl Store {
         if snapshot.root.is_none() {
             self.settle(snapshot.volume)?;
         }
-        self.catalog().remove_snapshot(snapshot.id)
+        self.with_reserve(|| self.catalog().remove_snapshot(snapshot.id))
     }
 
     /// Makes a volume what it was at a snapshot. It must not be open; what was written since is gone, later snapshots stay.

@@ -1,0 +1,118 @@
+//! A full disk.
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use polder_store::{CollectOptions, Content, Volume};
+
+use super::child::Task;
+use super::model::Shared;
+use super::power_disk::{Disk, PowerDisk};
+use super::random::{Random, nightly};
+use super::workload::{open_store, options, work_on_full_disk};
+
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_works_on_a_full_disk() {
+    let Some(task) = Task::of_this_process() else { return };
+    let model = Shared::open(&task.model);
+    let store = open_store(&task.store).unwrap();
+    let volume = Volume::open(&store, "disk", options()).unwrap();
+    let error = work_on_full_disk(&store, &volume, &model, task.seed, &AtomicBool::new(false)).unwrap_err();
+    // The parent looks at it if it did not cut the power.
+    eprintln!("{error:?}");
+}
+
+#[test]
+fn a_full_disk_makes_writes_wait_and_loses_nothing_that_was_promised() {
+    let seed = Random::seed();
+    let mut random = Random::new(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let model = Shared::open(&folder.path().join("model"));
+    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let task = |mounted: &PowerDisk, seed| Task {
+        store: mounted.path(),
+        model: folder.path().join("model"),
+        seed,
+        may_fail: true,
+    };
+    task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
+    let mut disk = mounted.disk().clone();
+    drop(mounted);
+    for turn in 0..if nightly() { 300 } else { 3 } {
+        let Some(mounted) = PowerDisk::mount(disk) else { panic!("it was mounted before") };
+        let mut child = task(&mounted, random.next()).start("full::a_child_works_on_a_full_disk");
+        for _ in 0..4 {
+            std::thread::sleep(Duration::from_millis(random.below(150)));
+            let mut disk = mounted.disk();
+            disk.space = disk.used_bytes() + random.below(3 << 20);
+            drop(disk);
+            std::thread::sleep(Duration::from_millis(100 + random.below(300)));
+            mounted.disk().space = u64::MAX;
+            // It goes on by itself.
+            let before = model.promises.load(SeqCst);
+            let begin = Instant::now();
+            while model.promises.load(SeqCst) == before {
+                if begin.elapsed() > Duration::from_secs(20) {
+                    child.kill().unwrap();
+                    let output = child.wait_with_output().unwrap();
+                    let said = String::from_utf8_lossy(&output.stderr);
+                    panic!("turn {turn} of seed {seed}: nothing goes on: {said}");
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        mounted.disk().cut = true;
+        let _ = child.wait_with_output().unwrap();
+        let after = mounted.disk().after_power_loss(&mut random);
+        drop(mounted);
+        let Some(mounted) = PowerDisk::mount(after) else { panic!("it was mounted before") };
+        if let Err(what) = task(&mounted, 0).run("power::a_child_checks_a_store") {
+            panic!("after turn {turn} of seed {seed}: {what}");
+        }
+        disk = mounted.disk().clone();
+    }
+}
+
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_fills_a_store() {
+    let Some(task) = Task::of_this_process() else { return };
+    let store = open_store(&task.store).unwrap();
+    for name in ["kept", "gone"] {
+        store.create_volume(name, &Content::Zeros { capacity_bytes: 64 << 20, chunk_len: 16_384 }).unwrap();
+        let volume = Volume::open(&store, name, options()).unwrap();
+        let mut random = Random::new(name.len() as u64 + u64::from(name.as_bytes()[0]));
+        let bytes: Vec<u8> = (0..24 << 20).map(|_| random.next() as u8).collect();
+        volume.write_at(0, &bytes).unwrap();
+        volume.close().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_makes_room() {
+    let Some(task) = Task::of_this_process() else { return };
+    let store = open_store(&task.store).unwrap();
+    store.remove_volume("gone").unwrap();
+    let options = CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() };
+    let collected = store.collect(options, &mut |_| Ok(())).unwrap();
+    assert!(collected.freed_bytes > 15 << 20, "{collected:?}");
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+}
+
+#[test]
+fn a_volume_can_be_removed_and_collected_on_a_full_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let task = Task { store: mounted.path(), model: folder.path().join("model"), seed: 0, may_fail: false };
+    task.run("full::a_child_fills_a_store").unwrap();
+    {
+        let mut disk = mounted.disk();
+        disk.space = disk.used_bytes();
+    }
+    let freed_from = mounted.disk().used_bytes();
+    task.run("full::a_child_makes_room").unwrap();
+    assert!(mounted.disk().used_bytes() + (15 << 20) < freed_from);
+}

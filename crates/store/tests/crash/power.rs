@@ -1,0 +1,64 @@
+//! Power cuts: what was not synced is lost, in part and in any order.
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+use super::child::Task;
+use super::model::Shared;
+use super::power_disk::{Disk, PowerDisk};
+use super::random::{Random, nightly};
+use super::workload::{check, make};
+
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_makes_a_store() {
+    let Some(task) = Task::of_this_process() else { return };
+    make(&task.store, &Shared::open(&task.model)).unwrap();
+}
+
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_checks_a_store() {
+    let Some(task) = Task::of_this_process() else { return };
+    check(&task.store, &Shared::open(&task.model)).unwrap();
+}
+
+#[test]
+fn nothing_that_was_promised_is_lost_when_the_power_goes_at_any_moment() {
+    let seed = Random::seed();
+    let mut random = Random::new(seed);
+    let time = Duration::from_secs(if nightly() { 3600 } else { 12 });
+    let folder = tempfile::tempdir().unwrap();
+    let model = Shared::open(&folder.path().join("model"));
+    let task = |mounted: &PowerDisk, seed| Task {
+        store: mounted.path(),
+        model: folder.path().join("model"),
+        seed,
+        may_fail: true,
+    };
+    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
+    // A store that was made is promised.
+    let mut disk = mounted.disk().after_power_loss(&mut random);
+    drop(mounted);
+    let begin = Instant::now();
+    let mut cuts = 0;
+    while begin.elapsed() < time {
+        let Some(mounted) = PowerDisk::mount(disk) else { panic!("it was mounted before") };
+        mounted.disk().cut_at = 1 + random.below(if cuts % 3 == 0 { 100 } else { 3000 });
+        if let Err(what) = task(&mounted, random.next()).run("killed::a_child_works_until_it_is_killed") {
+            panic!("at cut {cuts} of seed {seed}: {what}");
+        }
+        disk = mounted.disk().after_power_loss(&mut random);
+        drop(mounted);
+        cuts += 1;
+        let Some(mounted) = PowerDisk::mount(disk) else { panic!("it was mounted before") };
+        if let Err(what) = task(&mounted, 0).run("power::a_child_checks_a_store") {
+            panic!("after cut {cuts} of seed {seed}: {what}");
+        }
+        disk = mounted.disk().clone();
+    }
+    let promises = model.promises.load(SeqCst);
+    println!("{cuts} cuts, {promises} promises");
+    assert!(cuts >= 5 && promises > 20, "{cuts} cuts, {promises} promises");
+}
