@@ -18,7 +18,6 @@ use crate::pace::Pace;
 use crate::record::{self, HEADER_LEN};
 use crate::segment::{self, Found, SegmentNumber, SegmentWriter};
 use crate::store::Store;
-use crate::volumes::lock;
 
 /// Smaller segments are joined.
 const SEGMENT_LEN_SMALL: u64 = 4 << 20;
@@ -232,13 +231,10 @@ impl Store {
         let known: BTreeSet<PathBuf> =
             self.catalog().volumes()?.into_iter().map(|row| self.volume_folder(row.id)).collect();
         for folder in folders.iter().filter(|folder| !known.contains(*folder)) {
-            let lock = match lock(folder, "volume", "that was removed") {
-                Ok(lock) => lock,
-                // Somebody is still removing it.
-                Err(_) => continue,
-            };
-            std::fs::remove_dir_all(folder).map_err(StoreError::file("remove", folder))?;
-            drop(lock);
+            // Somebody may still be removing it: who gets there first does not matter.
+            if let Err(error) = std::fs::remove_dir_all(folder) {
+                tracing::debug!(folder = %folder.display(), %error, "the folder of a removed volume is still there");
+            }
         }
         Ok(())
     }

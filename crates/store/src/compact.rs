@@ -150,6 +150,9 @@ impl Mover<'_> {
 
     fn move_generation(&mut self) -> Result<()> {
         let Some(frozen) = self.core.freeze() else { return Ok(()) };
+        // Only what is stable is moved. What a sync failed to write can be read as it was meant for a while, and then as what was there
+        // before; and a file that the head points into is to be there after a power cut.
+        self.core.flush()?;
         let mut batch = self.core.store.batch()?;
         let Made { root, snapshots } = Making::new(self.core, &frozen, &mut batch).all()?;
         let added = batch.sync()?;

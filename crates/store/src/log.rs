@@ -468,7 +468,8 @@ pub(crate) fn recover(
         None => {
             let number = at.place.file();
             let file = Arc::new(make_file(folder, number, volume, file_len, None)?);
-            at.place = LogPlace::new(number, PAGE_LEN as u32);
+            // Not before the start: the next recovery begins there again.
+            at.place = LogPlace::new(number, at.place.offset().max(PAGE_LEN) as u32);
             files.push(file.clone());
             file
         }

@@ -226,3 +226,13 @@ fn a_record_that_was_not_promised_can_be_torn_with_others_behind_it() {
     flip(folder.path(), torn, 99);
     assert_eq!(open(folder.path(), 2, START).unwrap().0, [write(0)]);
 }
+
+#[test]
+fn a_log_that_begins_in_a_file_that_was_lost_goes_on_where_the_next_recovery_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let start = Position { place: LogPlace::new(5, 40_960), sequence: 70, epoch: 3 };
+    let (found, mut log) = open(folder.path(), 4, start).unwrap();
+    assert_eq!(found, []);
+    append(&mut log, 4096);
+    assert_eq!(open(folder.path(), 5, start).unwrap().0, [write(4096)]);
+}

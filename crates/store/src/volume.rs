@@ -714,7 +714,7 @@ impl Core {
         checksum: u32,
         snapshot: Option<Box<SnapshotRow>>,
     ) -> Result<()> {
-        let before = log.position().place;
+        let mut before = log.position().place;
         if !log.fits(payload.len()) {
             let spare = {
                 let mut work = self.work();
@@ -723,6 +723,10 @@ impl Core {
             };
             let file = log.next_file(spare)?;
             self.layers_mut().files.push(file);
+            // The record may fail: what is counted is how far the log is.
+            let begin = log.position().place;
+            self.backlog.fetch_add(backlog(self.options.log_file_len(), before, begin), Ordering::Relaxed);
+            before = begin;
             self.wake.notify_all();
         }
         let appended = log.append(change, payload, checksum)?;

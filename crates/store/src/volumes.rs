@@ -140,8 +140,12 @@ impl Store {
             return self.remove_volume(name);
         }
         self.with_reserve(|| self.catalog().remove_volume(row.id))?;
-        if folder.exists() {
-            std::fs::remove_dir_all(&folder).map_err(StoreError::file("remove", &folder))?;
+        match std::fs::remove_dir_all(&folder) {
+            // A volume that was never open has none; and a collection may have been quicker.
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StoreError::file("remove", &folder)(error));
+            }
+            _ => {}
         }
         drop(lock);
         Ok(())

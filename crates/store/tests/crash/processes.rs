@@ -1,5 +1,6 @@
 //! Several processes at one store.
 
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use polder_store::{CollectOptions, Content, Store, StoreError, Volume};
@@ -17,6 +18,11 @@ fn a_second_process_is_refused_and_told_who_was_first_until_that_is_killed_even_
     let model = Shared::open(&task.model);
     make(&task.store, &model).unwrap();
     let mut child = task.start("killed::a_child_works_until_it_is_killed");
+    let begin = Instant::now();
+    while model.promises.load(SeqCst) == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(2));
+    }
     let store = open_store(&task.store).unwrap();
     let refused = || match Volume::open(&store, "disk", options()) {
         Err(StoreError::InUse { process, .. }) => Some(process),
@@ -26,13 +32,8 @@ fn a_second_process_is_refused_and_told_who_was_first_until_that_is_killed_even_
         }
         Err(error) => panic!("{error}"),
     };
-    let begin = Instant::now();
     let name = child.id().to_string();
-    // It takes the volume soon; its number may be a moment later than its lock.
-    while refused().as_ref() != Some(&name) {
-        assert!(begin.elapsed() < Duration::from_secs(20));
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    assert_eq!(refused().as_ref(), Some(&name));
     // SAFETY: no pointers; the process is ours.
     assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGSTOP) }, 0);
     for _ in 0..3 {
