@@ -36,12 +36,18 @@ const PACKAGES: &[Package] = &[
     Package { name: "openssl", reason: "makes the certificates of the tests of TLS" },
     Package { name: "libnbd-bin", reason: "nbdinfo and nbdcopy judge our NBD server" },
     Package { name: "python3-libnbd", reason: "nbdsh sends our NBD server single requests, right and wrong" },
-    Package { name: "fio", reason: "writes to our NBD server and verifies what it reads" },
+    Package {
+        name: "fio",
+        reason: "writes to our NBD server and verifies what it reads; the client of the store bench",
+    },
     Package { name: "nbd-client", reason: "the first NBD client lists the exports of our server" },
-    Package { name: "nbdkit", reason: "its filters stand between a client and our NBD server" },
+    Package {
+        name: "nbdkit",
+        reason: "its filters stand between a client and our NBD server; a peer in the store bench",
+    },
     Package {
         name: "qemu-utils",
-        reason: "qemu-img judges our image formats and our NBD server, and converts VMDK and VHDX",
+        reason: "qemu-img judges our image formats and our NBD server, and converts VMDK and VHDX; qemu-nbd is a peer in the store bench",
     },
 ];
 

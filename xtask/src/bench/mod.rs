@@ -4,16 +4,18 @@ mod boot;
 mod engine;
 mod programs;
 mod report;
+mod store;
 
 use anyhow::{Result, bail};
 use clap::Args;
 use report::Runner;
+use std::path::PathBuf;
 
 #[derive(Args)]
 pub struct BenchArguments {
-    /// Which bench: engine (programs natively, in polder and in QEMU's TCG) boot (a Debian to its login prompt, in polder and in TCG) or programs (apt-get, compilers and python in polder and in TCG)
+    /// Which bench: engine (programs natively, in polder and in QEMU's TCG) boot (a Debian to its login prompt, in polder and in TCG), programs (apt-get, compilers and python in polder and in TCG) or store (disks beside qemu-nbd and nbdkit)
     name: String,
-    /// How often each runner runs everything; the medians are shown; 5 for engine, 1 for boot and 3 for programs if not given
+    /// How often each runner runs everything; the medians are shown; 5 for engine and store, 1 for boot and 3 for programs if not given
     #[arg(long)]
     rounds: Option<u32>,
     /// Length of a batch in milliseconds
@@ -31,6 +33,15 @@ pub struct BenchArguments {
     /// Seconds after which a guest is given up
     #[arg(long, default_value_t = 3000)]
     timeout_s: u64,
+    /// Of store: smaller disks, shorter turns and two rounds, to see that everything runs
+    #[arg(long)]
+    quick: bool,
+    /// Of store: a folder on the disk that is measured; target/bench if not given
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
+    /// Of store: how many clones the row of that name upgrades
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    clones: u32,
 }
 
 impl BenchArguments {
@@ -53,6 +64,7 @@ pub fn bench(arguments: &BenchArguments) -> Result<()> {
         "engine" => engine::measure(arguments),
         "boot" => boot::measure(arguments),
         "programs" => programs::measure(arguments),
-        other => bail!("there is no bench {other}: there are engine, boot and programs"),
+        "store" => store::measure(arguments),
+        other => bail!("there is no bench {other}: there are engine, boot, programs and store"),
     }
 }

@@ -127,10 +127,14 @@ impl Machine {
     }
 }
 
-/// The read-only disk with the packages, their index and the script of the rows; made again when one of them changes.
-fn repository(parts: &Parts) -> Result<PathBuf> {
+/// The folder with the packages, their index and their names, for the root file system of the engine bench.
+pub fn packages() -> Result<PathBuf> {
+    packages_for(&engine::prepare()?)
+}
+
+fn packages_for(parts: &Parts) -> Result<PathBuf> {
     let folder = crate::project::guests().join("programs");
-    let (packages, disk) = (folder.join("packages"), folder.join("repository.raw"));
+    let packages = folder.join("packages");
     let names = PACKAGES.join(" ");
     if std::fs::read_to_string(packages.join("install")).ok().as_ref() != Some(&names) {
         step("apt-get download: the packages that the guest installs");
@@ -153,6 +157,13 @@ fn repository(parts: &Parts) -> Result<PathBuf> {
         index(&archives, &packages)?;
         std::fs::write(packages.join("install"), names)?;
     }
+    Ok(packages)
+}
+
+/// The read-only disk with the packages and the script of the rows; made again when one of them changes.
+fn repository(parts: &Parts) -> Result<PathBuf> {
+    let packages = packages_for(parts)?;
+    let disk = packages.with_file_name("repository.raw");
     let script = crate::project::root().join("benches/programs/programs.sh");
     let copy = packages.join("programs.sh");
     if !disk.exists() || std::fs::read(&copy).ok() != Some(std::fs::read(&script)?) {

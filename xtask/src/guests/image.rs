@@ -7,15 +7,15 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// An image and the options of its build.
-struct Image {
-    name: &'static str,
-    options: &'static [&'static str],
+struct Image<'a> {
+    name: &'a str,
+    options: &'a [&'a str],
 }
 
 /// The image of the normal tests.
-const NORMAL: Image = Image { name: "debian", options: &[] };
+const NORMAL: Image<'static> = Image { name: "debian", options: &[] };
 /// The image of the long ones, with programs whose right results are known.
-const WORK: Image = Image {
+const WORK: Image<'static> = Image {
     name: "polder-test-work",
     options: &[
         "--include",
@@ -24,7 +24,7 @@ const WORK: Image = Image {
     ],
 };
 /// The normal image with Debian's other kernel, for the boot bench.
-const GENERIC: Image = Image { name: "debian-generic", options: &["--kernel", "generic"] };
+const GENERIC: Image<'static> = Image { name: "debian-generic", options: &["--kernel", "generic"] };
 
 /// Makes the image of the normal tests, and with `long` the other one too. Needs the release binary and the agent.
 pub fn build(long: bool) -> Result<()> {
@@ -57,6 +57,20 @@ pub fn with_kernel(flavour: Flavour) -> Result<PathBuf> {
     Ok(exported)
 }
 
+/// The raw disk of a Debian image with these packages besides; it is made if it is missing.
+pub fn disk_with(name: &str, packages: &str) -> Result<PathBuf> {
+    let exported = make(&Image { name, options: &["--include", packages] })?.join("exported").join(name);
+    let disk = exported.join("disk.raw");
+    if !disk.exists() {
+        let making = exported.with_extension("making");
+        let _ = std::fs::remove_dir_all(&making);
+        std::fs::create_dir_all(&making)?;
+        run(polder().args(["image", "export", name, "--part", "disk"]).arg(making.join("disk.raw")))?;
+        std::fs::rename(&making, &exported)?;
+    }
+    Ok(disk)
+}
+
 fn polder() -> Command {
     let mut command = Command::new(crate::project::polder());
     command.env("POLDER_HOME", home());
@@ -68,7 +82,7 @@ fn home() -> PathBuf {
 }
 
 /// Makes an image if it is missing; the state folder that it is in.
-fn make(image: &Image) -> Result<PathBuf> {
+fn make(image: &Image<'_>) -> Result<PathBuf> {
     let name = image.name;
     let home = home();
     std::fs::create_dir_all(&home)?;

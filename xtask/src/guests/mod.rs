@@ -6,7 +6,7 @@
 //!   `initramfs.cpio` with busybox, the modules a machine's devices need and our `/init`;
 //! - `generic-gzip/`: the generic kernel packed with gzip;
 //! - `trixie-lists/`: what apt knows of Debian 13;
-//! - `home/`: a state folder with the Debian images of the whole-product tests;
+//! - `home/`: a state folder with the Debian images of the whole-product tests and of the store bench;
 //! - `bench/`: the root file system and disk of the engine bench;
 //! - `programs/`: the disk with packages that the guest of the programs bench installs;
 //! - `busybox`: the static busybox of the initramfs.

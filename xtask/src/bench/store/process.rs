@@ -1,0 +1,62 @@
+//! Rows of the same operations without a server: through a queue of the disk in one process.
+
+use super::Row;
+use super::fio::Job;
+use super::report::{Side, Table, Unit};
+use super::server::{Server, Target};
+use super::session::{Runner, Session, number};
+use anyhow::Result;
+
+pub const PROCESS: &str = "polder in process";
+const NBD: &str = "polder over NBD";
+
+pub const ROWS: &[Row] = &[
+    Row { name: "process-read", about: "4 KiB random reads in process beside NBD", long: false, measure: read },
+    Row { name: "process-write", about: "4 KiB random writes in process beside NBD", long: false, measure: write },
+];
+
+fn read(session: &Session) -> Result<Vec<Table>> {
+    beside_nbd(session, "process-read", "read", "randread")
+}
+
+fn write(session: &Session) -> Result<Vec<Table>> {
+    beside_nbd(session, "process-write", "write", "randwrite")
+}
+
+fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'static str) -> Result<Vec<Table>> {
+    session.volume("disk")?;
+    let mut tables = Vec::new();
+    for depth in [1, 32] {
+        let nbd = move |seed| {
+            let server = Server::start(session, &Target::Polder("disk".to_owned()))?;
+            if operation == "read" {
+                server.warm()?;
+            }
+            let sample = Job::random(session, pattern, depth).run(session, &server.uri, seed)?;
+            server.stop()?;
+            session.place.sync()?;
+            Ok(sample)
+        };
+        let process = move |seed: u64| {
+            let arguments = [
+                ("op", operation.to_owned()),
+                ("depth", depth.to_string()),
+                ("seconds", session.seconds.to_string()),
+                ("seed", seed.to_string()),
+            ];
+            let told = session.measure_volume("load", "disk", &arguments)?;
+            session.place.sync()?;
+            Ok(vec![
+                ("rate", number(&told, "/operations/per_second")?),
+                ("p50", number(&told, "/operations/p50_ns")?),
+                ("p99", number(&told, "/operations/p99_ns")?),
+            ])
+        };
+        let turns = session.by_turns(vec![Runner::new(PROCESS, process), Runner::new(NBD, nbd)])?;
+        let rate = turns.table(format!("{row}: operations, {depth} at a time"), Unit::PerSecond, "rate");
+        tables.push(rate.ratio(PROCESS, NBD, Side::AtLeast, 2.0));
+        tables.push(turns.table(format!("{row}: p50, {depth} at a time"), Unit::Nanoseconds, "p50"));
+        tables.push(turns.table(format!("{row}: p99, {depth} at a time"), Unit::Nanoseconds, "p99"));
+    }
+    Ok(tables)
+}
