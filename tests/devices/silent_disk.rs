@@ -25,7 +25,7 @@ const READS: &str = "dd if=/dev/vda of=/dev/null bs=64k skip=16 count=1 iflag=di
 const FLUSHES: &str = "dd if=/dev/zero of=/dev/vda bs=64k seek=16 count=1 oflag=direct conv=fsync";
 
 /// Enough of both for a volume's log to reach the part that is not answered.
-const WRITES: &str = "dd if=/dev/zero of=/dev/vda bs=64k count=32 oflag=direct conv=fsync";
+const WRITES: &str = "dd if=/dev/zero of=/dev/vda bs=64k count=80 oflag=direct conv=fsync";
 
 /// A file of which a part is neither read nor written until the test is over.
 struct Silent {
@@ -40,20 +40,25 @@ struct Silent {
 
 impl Silent {
     fn new() -> Self {
+        Self::holding(MIB..7 * MIB)
+    }
+
+    /// A file of which those bytes are held.
+    fn holding(held_bytes: std::ops::Range<u64>) -> Self {
         let scratch = Scratch::new();
         let (held, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let (count, ended) = (held.clone(), over.clone());
-        let path =
-            HeldFile { len: 8 * MIB, held: MIB..7 * MIB }.mount(&scratch.path().join("silent.raw"), move |held| {
-                count.store(held, Ordering::SeqCst);
-                ended.load(Ordering::SeqCst)
-            });
+        let path = HeldFile { len: 8 * MIB, held: held_bytes }.mount(&scratch.path().join("silent.raw"), move |held| {
+            count.store(held, Ordering::SeqCst);
+            ended.load(Ordering::SeqCst)
+        });
         Silent { disk: format!("{},ro", path.display()), asks: READS, held, over, scratch }
     }
 
     /// The file as a block device of this host, which is nothing that polder could know to be slow. Nothing where the host has none.
     fn behind_a_block_device(asks: &'static str) -> Option<Self> {
-        let mut silent = Self::new();
+        // What follows a log's end is looked at when the volume is opened: two MiB.
+        let mut silent = if asks == WRITES { Self::holding(3 * MIB..7 * MIB) } else { Self::new() };
         let file = silent.scratch.path().join("silent.raw");
         let made = Command::new("/sbin/losetup").args(["--find", "--show"]).arg(file).output();
         let Some(made) = made.ok().filter(|made| made.status.success()) else {
@@ -224,10 +229,10 @@ fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
     std::fs::create_dir_all(&image).expect("the scratch folder can be written");
     std::fs::copy(Kernel::Cloud.image(), image.join("kernel")).expect("the kernel is there");
     std::fs::copy(Kernel::Cloud.initramfs(), image.join("initrd")).expect("the initramfs is there");
-    std::fs::write(image.join("disk.raw"), vec![0; 4 << 20]).expect("the scratch folder can be written");
+    std::fs::write(image.join("disk.raw"), vec![0; 8 << 20]).expect("the scratch folder can be written");
     let record = serde_json::json!({
         "format": 1, "name": "tiny", "created_utc": "2026-01-01T00:00:00Z", "kernel_package": "none",
-        "root_disk_bytes": 4 << 20, "command_line": silent.command_line(),
+        "root_disk_bytes": 8 << 20, "command_line": silent.command_line(),
     });
     std::fs::write(image.join("image.json"), record.to_string()).expect("the scratch folder can be written");
     let command = |arguments: &[&str]| {

@@ -5,14 +5,19 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use polder_machine::boot::KERNEL_LEN_MAX;
 
 use polder_devices::virtio::net::Tap;
 use polder_store::{FixedDisk, OpenDisk, Store, StoreOptions, Volume, VolumeOptions};
 
+use crate::build::Drained;
 use crate::listening_socket::ListeningSocket;
 use crate::{DiskAccess, DiskConfig, DiskSource, MachineConfig, NetConfig, VmmError, VolumeEnding};
+
+/// How long what a guest wrote last may take to get out of its volume's log; the rest is done when the volume is opened again.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the bytes of an open disk are.
 pub(crate) enum OpenMedium {
@@ -69,8 +74,10 @@ impl Files {
         })
     }
 
-    /// Ends the disks: what guests wrote to volumes is where it is to be.
-    pub(crate) fn close_disks(&mut self, config: &MachineConfig) -> Result<(), VmmError> {
+    /// Ends the disks: what guests wrote to volumes is where it is to be. A host's disk that does not answer within `patience` is left to
+    /// a thread of its own; the volume's log holds what was promised.
+    pub(crate) fn close_disks(&mut self, config: &MachineConfig, patience: Duration) -> Result<Drained, VmmError> {
+        let mut drained = Drained::All;
         for (disk, config) in std::mem::take(&mut self.disks).into_iter().zip(&config.disks) {
             let (OpenMedium::Volume(disk, VolumeEnding::Settle), DiskSource::Volume { name, .. }) =
                 (disk.medium, &config.source)
@@ -78,11 +85,30 @@ impl Files {
                 continue;
             };
             // The devices are gone, and their queues with them.
-            if let Ok(disk) = Arc::try_unwrap(disk) {
-                disk.close().map_err(|source| VmmError::Volume { name: name.clone(), source })?;
+            let Ok(OpenDisk::Volume(volume)) = Arc::try_unwrap(disk) else { continue };
+            let (send, receive) = std::sync::mpsc::channel();
+            let body = move || {
+                let flushed = volume.flush();
+                let going_on = flushed.is_ok();
+                // Nobody listens any more where this took too long.
+                let _ = send.send(flushed);
+                if going_on {
+                    let _ = send.send(volume.close());
+                }
+            };
+            let spawned = std::thread::Builder::new().name("volume-end".to_owned()).spawn(body);
+            spawned.map_err(|source| VmmError::Host { what: "thread", source })?;
+            for patience in [patience, SETTLE_PATIENCE] {
+                match receive.recv_timeout(patience) {
+                    Ok(ended) => ended.map_err(|source| VmmError::Volume { name: name.clone(), source })?,
+                    Err(_) => {
+                        drained = Drained::Left;
+                        break;
+                    }
+                }
             }
         }
-        Ok(())
+        Ok(drained)
     }
 
     /// The kernel file's bytes: one more than any kernel has at most, if it is that long.

@@ -22,6 +22,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long a host that does not answer a disk is waited for: when the guest ended by itself, and when somebody ended it.
 const DRAIN_OF_GUEST: Duration = Duration::from_secs(10);
 const DRAIN_OF_ORDER: Duration = Duration::from_millis(500);
+/// How long what a guest wrote to volumes may take to be stable when its machine ends.
+const FLUSH_AT_END: Duration = Duration::from_secs(3);
 
 /// Where the serial console's output goes. Input comes by [`Control::type_in`].
 pub struct Console {
@@ -143,7 +145,10 @@ pub(crate) fn run_with(
         gdb.debugger().finish(Some(outcome));
     }
     stats.times.end_ns = clock.monotonic_ns();
-    files.close_disks(config)?;
+    let drained = match drained {
+        Drained::Left => Drained::Left,
+        _ => files.close_disks(config, FLUSH_AT_END)?,
+    };
     stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
     stats.outcome = outcome.word().to_owned();
     Ok(Report { outcome, stats, drained })
