@@ -17,7 +17,7 @@ use crate::segment::{SEGMENT_NUMBER_MAX, SegmentNumber, Summary};
 use crate::tree::Root;
 
 /// The version of the tables' layout.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest name of a volume, snapshot or image.
 const NAME_LEN_MAX: usize = 128;
@@ -39,6 +39,27 @@ const TABLES: &str = "
     CREATE INDEX snapshot_in_order ON snapshot (volume, created_ns);
     CREATE TABLE image (name TEXT PRIMARY KEY, created_ns INTEGER NOT NULL, node BLOB NOT NULL) STRICT, WITHOUT ROWID;
 ";
+
+/// What layout 2 has and layout 1 had not.
+const DOMAIN_TABLE: &str = "
+    CREATE TABLE domain (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, created_ns INTEGER NOT NULL, key_file TEXT,
+        erased INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+";
+
+/// A domain that is encrypted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainRow {
+    /// Never used again for another.
+    pub id: u32,
+    pub name: String,
+    pub created_ns: u64,
+    /// Where its key is found, as whoever made it said.
+    pub key_file: Option<String>,
+    /// Its secret was destroyed.
+    pub is_erased: bool,
+}
 
 /// A volume, as the catalog knows it. What was written since it was opened first is in its folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -384,6 +405,53 @@ impl Catalog {
         })
     }
 
+    // Domains
+
+    pub fn add_domain(&self, name: &str, key_file: Option<&str>, created_ns: u64) -> Result<DomainRow> {
+        let added = self.change(|transaction| {
+            let added = transaction.query_row(
+                "INSERT INTO domain (name, created_ns, key_file) VALUES (?1, ?2, ?3) RETURNING *",
+                params![name, created_ns as i64, key_file],
+                domain_row,
+            )?;
+            Ok(added)
+        });
+        exists(added, "domain", name)
+    }
+
+    pub fn domain(&self, name: &str) -> Result<DomainRow> {
+        let row = self.quick().query_row("SELECT * FROM domain WHERE name = ?1", [name], domain_row).optional()?;
+        row.ok_or_else(|| StoreError::NotFound { what: "domain", name: name.to_owned() })
+    }
+
+    pub fn domains(&self) -> Result<Vec<DomainRow>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT * FROM domain ORDER BY name")?;
+        let rows = statement.query_map([], domain_row)?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    pub fn set_key_file(&self, id: u32, key_file: Option<&str>) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute("UPDATE domain SET key_file = ?2 WHERE id = ?1", params![id, key_file])?;
+            Ok(())
+        })
+    }
+
+    pub fn set_domain_erased(&self, id: u32) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute("UPDATE domain SET erased = 1 WHERE id = ?1", [id])?;
+            Ok(())
+        })
+    }
+
+    pub fn remove_domain(&self, id: u32) -> Result<()> {
+        self.change(|transaction| {
+            transaction.execute("DELETE FROM domain WHERE id = ?1", [id])?;
+            Ok(())
+        })
+    }
+
     // Images
 
     /// Gives a node a name; an image of that name must not exist unless it may be replaced.
@@ -444,16 +512,21 @@ fn connect(path: &Path, synchronous: &str) -> Result<Connection> {
 fn make_tables(connection: &Connection, path: &Path) -> Result<()> {
     let layout = |connection: &Connection| connection.pragma_query_value(None, "user_version", |row| row.get(0));
     let mut found: u32 = layout(connection)?;
-    if found == 0 {
+    if found < LAYOUT {
         connection.execute_batch("BEGIN IMMEDIATE")?;
         found = layout(connection)?;
         if found == 0 {
             connection.execute_batch(TABLES)?;
+            connection.execute_batch(DOMAIN_TABLE)?;
             let mut insert = connection.prepare("INSERT INTO fact (key, value) VALUES (?1, ?2)")?;
             insert.execute(params!["store", Id::random()])?;
             for counter in ["generation", "segments", "runs"] {
                 insert.execute(params![counter, 0])?;
             }
+        } else if found == 1 {
+            connection.execute_batch(DOMAIN_TABLE)?;
+        }
+        if found < LAYOUT {
             connection.pragma_update(None, "user_version", LAYOUT)?;
             found = LAYOUT;
         }
@@ -539,6 +612,16 @@ fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<SnapshotRow> {
     })
 }
 
+fn domain_row(row: &Row<'_>) -> rusqlite::Result<DomainRow> {
+    Ok(DomainRow {
+        id: row.get("id")?,
+        name: row.get("name")?,
+        created_ns: row.get::<_, i64>("created_ns")? as u64,
+        key_file: row.get("key_file")?,
+        is_erased: row.get("erased")?,
+    })
+}
+
 fn image_row(row: &Row<'_>) -> rusqlite::Result<ImageRow> {
     Ok(ImageRow { name: row.get("name")?, created_ns: row.get::<_, i64>("created_ns")? as u64, node: row.get("node")? })
 }
@@ -552,7 +635,7 @@ pub fn check_name(what: &'static str, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn exists(result: Result<()>, what: &'static str, name: &str) -> Result<()> {
+fn exists<T>(result: Result<T>, what: &'static str, name: &str) -> Result<T> {
     match result {
         Err(StoreError::Catalog(error))
             if error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation) =>

@@ -5,7 +5,6 @@
 //! for, and runs at low priority.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -153,7 +152,7 @@ impl Mover<'_> {
         // Only what is stable is moved. What a sync failed to write can be read as it was meant for a while, and then as what was there
         // before; and a file that the head points into is to be there after a power cut.
         self.core.flush()?;
-        let mut batch = self.core.store.batch()?;
+        let mut batch = self.core.store.batch_in(self.core.domain.clone())?;
         let Made { root, snapshots } = Making::new(self.core, &frozen, &mut batch).all()?;
         let added = batch.sync()?;
         if !snapshots.is_empty() {
@@ -322,6 +321,7 @@ impl<'a> Making<'a> {
             root: self.root,
             len_bytes: self.capacity_bytes,
             chunk_len: self.core.row.chunk_len,
+            domain: self.core.row.domain,
         };
         Node { disks: vec![disk], parent: self.parent, created_ns, ..Node::default() }
     }
@@ -383,10 +383,10 @@ impl<'a> Making<'a> {
                 None => {}
                 Some(Place::Zeros) => self.chunk[range(&part)].fill(0),
                 Some(Place::Log(place)) => {
-                    let file = self.frozen.file(place);
-                    let file = file.unwrap_or_else(|| unreachable!("the files of a generation are kept with it"));
                     let bytes = &mut self.chunk[range(&part)];
-                    file.file.read_exact_at(bytes, place.offset()).map_err(StoreError::file("read", file.path()))?;
+                    let piece = self.frozen.generation.piece(&self.frozen.files, place, 0, bytes.len());
+                    let piece = piece.unwrap_or_else(|| unreachable!("files and records are kept with a generation"));
+                    piece.read(bytes, |_, _, _| unreachable!("it lies in the log"))?;
                 }
             }
         }

@@ -33,6 +33,10 @@ pub enum StoreError {
     OutOfRange { offset: u64, end: u64, capacity_bytes: u64 },
     #[error("the disk cannot be brought into the store")]
     Format(#[from] crate::format::FormatError),
+    #[error("domain {domain} is locked: {why}")]
+    Locked { domain: String, why: String },
+    #[error("{what} is in domain {domain}: what is encrypted does not leave its store")]
+    Encrypted { what: String, domain: String },
     #[error("{0}")]
     Refused(String),
     #[error(transparent)]

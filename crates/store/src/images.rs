@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::catalog::{ImageRow, Replace, check_name};
 use crate::collect::{Step, Watcher};
 use crate::disk::SECTOR_LEN;
+use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::format::{self, Extent, FormatError, Source};
 use crate::name::Name;
@@ -26,13 +27,20 @@ pub struct NewNode {
     store: Arc<Store>,
     batch: Batch,
     node: Node,
+    domain: u32,
 }
 
 impl Store {
     /// Begins a node. What is added to it is kept from garbage collections; nothing of it stays unless it gets a name.
     pub fn new_node(self: &Arc<Self>, facts: BTreeMap<String, String>) -> Result<NewNode> {
+        self.new_node_in(facts, None)
+    }
+
+    /// Begins a node of a domain.
+    pub fn new_node_in(self: &Arc<Self>, facts: BTreeMap<String, String>, domain: Option<&str>) -> Result<NewNode> {
+        let domain = domain.map_or(Ok(OPEN_DOMAIN), |domain| self.usable_domain(domain).map(|row| row.id))?;
         let node = Node { created_ns: now_ns(), facts, ..Node::default() };
-        Ok(NewNode { store: self.clone(), batch: self.batch()?, node })
+        Ok(NewNode { store: self.clone(), batch: self.batch_in(self.unlocked(domain)?)?, node, domain })
     }
 
     /// All images, by name, with their nodes.
@@ -74,8 +82,15 @@ impl NewNode {
     }
 
     /// Adds a disk that the store has.
-    pub fn add_tree(&mut self, tree: Tree) {
+    pub fn add_tree(&mut self, tree: Tree) -> Result<()> {
+        if tree.domain != self.domain {
+            return Err(StoreError::Refused(format!(
+                "disk {} is in another domain than what it is to be part of",
+                tree.name
+            )));
+        }
         self.node.disks.push(tree);
+        Ok(())
     }
 
     /// Adds a file.
@@ -115,7 +130,8 @@ impl NewNode {
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
         let mut changes = Vec::new();
         let (send, receive) = std::sync::mpsc::sync_channel(threads * 2);
-        let batches = (0..threads).map(|_| self.store.batch()).collect::<Result<Vec<_>>>()?;
+        let domain = self.store.unlocked(self.domain)?;
+        let batches = (0..threads).map(|_| self.store.batch_in(domain.clone())).collect::<Result<Vec<_>>>()?;
         std::thread::scope(|scope| {
             for batch in batches {
                 let (import, send) = (&import, send.clone());
@@ -141,7 +157,7 @@ impl NewNode {
         })?;
         changes.sort_unstable_by_key(|&(chunk, _)| chunk);
         let root = tree::update(&mut self.batch, Root::empty(chunks), &changes)?;
-        Ok(Tree { name: name.to_owned(), root, len_bytes: source.len(), chunk_len })
+        Ok(Tree { name: name.to_owned(), root, len_bytes: source.len(), chunk_len, domain: self.domain })
     }
 }
 

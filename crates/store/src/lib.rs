@@ -5,7 +5,7 @@
 //!
 //! Modules, from the bottom: `name` and `id`; `record` and `segment` (bytes on disk); `run` and `index` (names to places); `cache`;
 //! `tree` and `node`; `catalog` (what there is); `store` (all of it, open in a process); `extent_map`, `log` and `head` (what a volume is
-//! besides its tree); `volume`, `compact` and `control` (a volume that is open); `volumes` (making and removing them); `mark`, `collect` and `verify`
+//! besides its tree); `volume`, `compact` and `control` (a volume that is open); `log_seal` and `domain` (encryption); `volumes` (making and removing them); `mark`, `collect` and `verify`
 //! (what is needed, and whether it is whole); `disk` (what front ends and disks say to each other), `open_disk`, `queue` and
 //! `workers` (the store's side of that); `nbd` (the server for NBD clients);
 //! `transfer` (from store to store over a stream, only what is missing);
@@ -18,6 +18,7 @@ mod collect;
 mod compact;
 mod control;
 pub mod disk;
+mod domain;
 mod error;
 mod extent_map;
 pub mod format;
@@ -26,6 +27,7 @@ mod id;
 mod images;
 mod index;
 mod log;
+mod log_seal;
 mod mark;
 pub mod memory_disk;
 mod name;
@@ -46,8 +48,9 @@ mod volume;
 mod volumes;
 mod workers;
 
-pub use catalog::{ImageRow, Replace, SnapshotRow, VolumeRow, check_name};
+pub use catalog::{DomainRow, ImageRow, Replace, SnapshotRow, VolumeRow, check_name};
 pub use collect::{CollectOptions, Collected, Step, Usage, Watcher};
+pub use domain::{DomainErased, Key, KeyKind, OPEN_DOMAIN};
 pub use error::{Result, StoreError};
 pub use id::Id;
 pub use images::{NewNode, TreeSource};

@@ -41,6 +41,8 @@ const FORMAT: u32 = 1;
 pub(crate) enum Change {
     /// The payload was written at `offset`.
     Write { offset: u64 },
+    /// As `Write` in an encrypted volume; the payload is sealed under that number of the opening that wrote it.
+    Sealed { offset: u64, number: u64 },
     /// The range reads as zeros.
     Zeros { offset: u64, len: u64 },
     /// A snapshot of all records before this one; the payload says which.
@@ -66,6 +68,7 @@ impl Header {
         let mut bytes = [0; HEADER_LEN];
         let (kind, offset, len) = match self.change {
             Change::Write { offset } => (1, offset, u64::from(self.payload_len)),
+            Change::Sealed { offset, number } => (5, offset, number),
             Change::Zeros { offset, len } => (2, offset, len),
             Change::Snapshot => (3, 0, 0),
             Change::Resize { capacity_bytes } => (4, capacity_bytes, 0),
@@ -95,6 +98,7 @@ impl Header {
                 2 => Change::Zeros { offset: long(24), len: long(32) },
                 3 => Change::Snapshot,
                 4 => Change::Resize { capacity_bytes: long(24) },
+                5 => Change::Sealed { offset: long(24), number: long(32) },
                 _ => return None,
             },
             payload_len: word(40),

@@ -36,6 +36,8 @@ pub struct Tree {
     pub root: Root,
     pub len_bytes: u64,
     pub chunk_len: u32,
+    /// The domain of this store that its chunks are in.
+    pub domain: u32,
 }
 
 impl Node {
@@ -117,6 +119,7 @@ impl From<&Tree> for wire::Tree {
             root: tree.root.to_bytes().to_vec(),
             len_bytes: tree.len_bytes,
             chunk_len: tree.chunk_len,
+            domain: tree.domain,
         }
     }
 }
@@ -129,7 +132,7 @@ impl TryFrom<wire::Tree> for Tree {
         if !is_chunk_len(tree.chunk_len) || tree.len_bytes > crate::volume::CAPACITY_BYTES_MAX {
             return Err(format!("tree {:?} of impossible size", tree.name));
         }
-        Ok(Tree { name: tree.name, root, len_bytes: tree.len_bytes, chunk_len: tree.chunk_len })
+        Ok(Tree { name: tree.name, root, len_bytes: tree.len_bytes, chunk_len: tree.chunk_len, domain: tree.domain })
     }
 }
 
@@ -164,6 +167,8 @@ mod wire {
         pub len_bytes: u64,
         #[prost(uint32, tag = "4")]
         pub chunk_len: u32,
+        #[prost(uint32, tag = "5")]
+        pub domain: u32,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -186,6 +191,7 @@ mod tests {
             root: Root { name: Name([levels; 32]), levels },
             len_bytes: 1 << 30,
             chunk_len: 16_384,
+            domain: 3,
         };
         Node {
             disks: vec![tree("root", 3)],

@@ -243,6 +243,25 @@ impl<B: Buffer> DiskQueue<B> {
                     false => Tried::Read(Act::Log { _file: file.clone(), at }, *offset, *len),
                 }
             }
+            Piece::Sealed(part) => {
+                let cached = |bytes: &mut [u8], offset| match read_if_cached(&part.file.file, bytes, offset) {
+                    true => Ok(()),
+                    false => Err(io::ErrorKind::WouldBlock.into()),
+                };
+                let was_read = match buffer.space(at, part.len) {
+                    Some(space) => part.read_by(space, cached).is_ok(),
+                    None => {
+                        let mut bytes = vec![0; part.len];
+                        let was_read = part.read_by(&mut bytes, cached).is_ok();
+                        if was_read {
+                            buffer.put(at, &bytes);
+                        }
+                        was_read
+                    }
+                };
+                // A worker waits for it, and says what is wrong with it.
+                if was_read { Tried::Done } else { Tried::LookUp }
+            }
             Piece::Chunk { index, from, len } => self.try_chunk(root, *index, *from, *len, at, buffer, leaf),
         }
     }

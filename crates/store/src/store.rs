@@ -17,6 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::cache::Cache;
 use crate::catalog::Catalog;
+use crate::domain::{Domain, Keyring, OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::index::{Index, IndexFigures};
@@ -71,6 +72,7 @@ pub struct Store {
     nodes: Cache<Arc<TreeNode>>,
     workers: Workers,
     origins: RwLock<Vec<Arc<dyn Origin>>>,
+    keyring: RwLock<Keyring>,
 }
 
 /// Where records come from that are not in the store.
@@ -120,6 +122,7 @@ impl Store {
             nodes: Cache::new(options.node_cache_bytes),
             workers: Workers::default(),
             origins: RwLock::default(),
+            keyring: RwLock::default(),
         };
         // A collection that runs may have taken segments out of the catalog whose files are still there.
         let lock = store.batch_lock()?;
@@ -189,6 +192,10 @@ impl Store {
         &self.namer
     }
 
+    pub(crate) fn keyring(&self) -> &RwLock<Keyring> {
+        &self.keyring
+    }
+
     pub fn index_figures(&self) -> IndexFigures {
         self.index.figures()
     }
@@ -242,13 +249,26 @@ impl Store {
         }
     }
 
-    /// Begins to add records.
+    /// Begins to add records that are not encrypted.
     pub(crate) fn batch(self: &Arc<Self>) -> Result<Batch> {
+        self.batch_in(None)
+    }
+
+    /// Begins to add records of a domain.
+    pub(crate) fn batch_in(self: &Arc<Self>, domain: Option<Arc<Domain>>) -> Result<Batch> {
         let lock = self.batch_lock()?;
         // What a collection removed before we had the lock is not to be used again.
         self.index.refresh_segments(&self.catalog)?;
         let failures = self.failures.load(Ordering::SeqCst);
-        Ok(Batch { _lock: lock, store: self.clone(), failures, added: Added::default(), packer: Packer::default() })
+        Ok(Batch {
+            _lock: lock,
+            store: self.clone(),
+            domain,
+            failures,
+            added: Added::default(),
+            packer: Packer::default(),
+            sealed: Vec::new(),
+        })
     }
 
     /// Merges the index where it has many parts, and writes the catalog's log back. For a thread that may wait.
@@ -426,15 +446,25 @@ impl Store {
 
     /// The content of the record that was read from a place.
     pub(crate) fn content(&self, name: &Name, location: Location, bytes: &[u8]) -> Result<Arc<[u8]>> {
-        let content = record::split(bytes).and_then(|(header, packed)| match header.name == *name {
-            true => record::unpack(&header, packed),
-            false => Err(format!("chunk {} lies here instead of {name}", header.name)),
-        });
+        let content = match record::split(bytes) {
+            Ok((header, packed)) if header.name == *name => self.unpack(&header, packed)?,
+            Ok((header, _)) => Err(format!("chunk {} lies here instead of {name}", header.name)),
+            Err(what) => Err(what),
+        };
         content.map_err(|what| StoreError::Damaged {
             path: self.segment_path(location),
             offset: location.offset(),
             what,
         })
+    }
+
+    /// Opens and unpacks packed bytes; the inner error is what is wrong with them.
+    pub(crate) fn unpack(&self, header: &Header, packed: &[u8]) -> Result<Result<Arc<[u8]>, String>> {
+        if !is_sealed(header) {
+            return Ok(record::unpack(header, packed));
+        }
+        let Some(domain) = self.unlocked(header.domain)? else { return Ok(record::unpack(header, packed)) };
+        Ok(domain.open(header, packed).and_then(|packed| record::unpack(header, &packed)))
     }
 
     pub(crate) fn segment_path(&self, location: Location) -> PathBuf {
@@ -549,10 +579,14 @@ pub struct Added {
 pub(crate) struct Batch {
     _lock: File,
     store: Arc<Store>,
+    /// None: nothing is encrypted.
+    domain: Option<Arc<Domain>>,
     /// Of the store when the batch began.
     failures: u64,
     added: Added,
     packer: Packer,
+    /// A record's sealed bytes, from one to the next.
+    sealed: Vec<u8>,
 }
 
 impl Batch {
@@ -573,7 +607,7 @@ impl Batch {
             )));
         }
         let store = self.store.clone();
-        let name = store.namer.name(kind, content);
+        let name = self.domain.as_ref().map_or(&store.namer, |domain| &domain.namer).name(kind, content);
         self.added.records += 1;
         if let Some(location) = store.index.find_for_reuse(&name)? {
             self.added.reused += 1;
@@ -586,8 +620,15 @@ impl Batch {
             packed_len: packed.len() as u32,
             content_len: content.len() as u32,
             name,
-            domain: 0,
-            checksum: crc32c::crc32c(packed),
+            domain: self.domain.as_ref().map_or(OPEN_DOMAIN, |domain| domain.id),
+            checksum: 0,
+        };
+        let (header, packed) = match &self.domain {
+            Some(domain) if is_sealed(&header) => {
+                let header = domain.seal(&header, packed, &mut self.sealed);
+                (header, &self.sealed[..])
+            }
+            _ => (Header { checksum: crc32c::crc32c(packed), ..header }, packed),
         };
         let location = store.append(&header, packed)?;
         self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;

@@ -7,8 +7,9 @@ use crate::catalog::SegmentRow;
 use crate::collect::{Step, Watcher};
 use crate::error::{Result, StoreError};
 use crate::mark::{Lost, Marks};
-use crate::name::{Kind, Name};
+use crate::name::Name;
 use crate::record::{self, HEADER_LEN, Header};
+use crate::segment;
 use crate::store::Store;
 
 /// A record that is not what its name says.
@@ -26,6 +27,8 @@ pub struct Damage {
 pub struct Verified {
     pub records: u64,
     pub bytes: u64,
+    /// Records of locked domains: their checksums are right, and what they hold was not compared with their names.
+    pub locked: u64,
     pub damages: Vec<Damage>,
     /// What is needed and not to be had from any copy.
     pub lost: Vec<Lost>,
@@ -39,6 +42,13 @@ pub struct Repaired {
     pub rewritten_segments: u64,
     /// What is still missing: who needs it, and where.
     pub lost: Vec<Lost>,
+}
+
+/// How far a record was compared with its name.
+enum Checked {
+    Whole,
+    /// Its domain is locked.
+    Locked,
 }
 
 impl Store {
@@ -77,8 +87,10 @@ impl Store {
                 Ok(header) => {
                     verified.records += 1;
                     let record = &bytes[at..end.min(at + header.record_len())];
-                    if let Err(what) = self.check(&header, record) {
-                        verified.damages.push(damage(at as u64, Some(header.name), what));
+                    match self.check(&header, record) {
+                        Ok(Checked::Whole) => {}
+                        Ok(Checked::Locked) => verified.locked += 1,
+                        Err(what) => verified.damages.push(damage(at as u64, Some(header.name), what)),
                     }
                     at += header.record_len();
                 }
@@ -99,11 +111,16 @@ impl Store {
     }
 
     /// Whether a record holds what its name says.
-    fn check(&self, header: &Header, bytes: &[u8]) -> Result<(), String> {
+    fn check(&self, header: &Header, bytes: &[u8]) -> Result<Checked, String> {
         let (header, packed) = record::split(bytes).map(|(_, packed)| (header, packed))?;
-        let content = record::unpack(header, packed)?;
-        match self.namer().name(header.kind, &content) == header.name {
-            true => Ok(()),
+        let domain = match self.unlocked(header.domain) {
+            Ok(domain) => domain,
+            Err(_) => return Ok(Checked::Locked),
+        };
+        let content = self.unpack(header, packed).map_err(|error| error.to_string())??;
+        let namer = domain.as_ref().map_or(self.namer(), |domain| &domain.namer);
+        match namer.name(header.kind, &content) == header.name {
+            true => Ok(Checked::Whole),
             false => Err(format!("chunk {} holds something else", header.name)),
         }
     }
@@ -114,14 +131,14 @@ impl Store {
         marks.add(self, &self.roots()?, &mut || Ok(()))?;
         let mut lost = std::mem::take(&mut marks.lost);
         let broken: BTreeSet<Name> =
-            damages.iter().filter_map(|damage| damage.name).filter(|name| self.read_whole(name).is_none()).collect();
+            damages.iter().filter_map(|damage| damage.name).filter(|name| !self.is_whole(name)).collect();
         // Tables still lead to records whose headers are damaged.
         let headless = damages.iter().any(|damage| damage.name.is_none());
         let elsewhere = crate::remote::KnownElsewhere::load(self)?;
         if !broken.is_empty() || headless {
             self.find_needed(&mut |name, owner, offset| {
                 let gone = match headless {
-                    true => self.read_whole(name).is_none(),
+                    true => !self.is_whole(name),
                     false => broken.contains(name),
                 };
                 if gone
@@ -136,14 +153,15 @@ impl Store {
         Ok(lost)
     }
 
-    /// A record's content from a copy that is what its name says.
-    fn read_whole(&self, name: &Name) -> Option<Arc<[u8]>> {
-        let locations = self.index().find_all(name).ok()?;
-        locations.into_iter().find_map(|location| {
-            let content = self.read_at(name, location).ok()?;
-            let whole =
-                [Kind::Data, Kind::Tree, Kind::Node].iter().any(|&kind| self.namer().name(kind, &content) == *name);
-            whole.then_some(content)
+    /// Whether a copy of a record is what its name says, as far as can be told.
+    fn is_whole(&self, name: &Name) -> bool {
+        let Ok(locations) = self.index().find_all(name) else { return false };
+        locations.into_iter().any(|location| {
+            let Ok(file) = self.file_of(location) else { return false };
+            let mut bytes = vec![0; location.read_len()];
+            let Ok(len) = segment::read_up_to(&file, &mut bytes, location.offset()) else { return false };
+            let header = Header::from_bytes(&bytes[..len]);
+            header.is_ok_and(|header| header.name == *name && self.check(&header, &bytes[..len]).is_ok())
         })
     }
 

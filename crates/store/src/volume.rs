@@ -20,11 +20,13 @@ use prost::Message;
 use crate::catalog::{SnapshotRow, VolumeRow, check_name};
 use crate::control::ControlSocket;
 use crate::disk::SECTOR_LEN;
+use crate::domain::Domain;
 use crate::error::{Result, StoreError};
 use crate::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
 use crate::head::{Head, State};
 use crate::id::Id;
 use crate::log::{self, Appended, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX, Position, Spare};
+use crate::log_seal::{self, LogSealer, Opening, SEALED_BLOCKS_MAX, SealedPart, SealedRecord, salt_of, sealed_len};
 use crate::store::Store;
 use crate::tree::{self, Root, TreeNode};
 
@@ -74,6 +76,8 @@ pub(crate) struct Pending {
     pub place: LogPlace,
     pub payload_len: u32,
     pub snapshot: Option<Box<SnapshotRow>>,
+    /// Who sealed it, if it is sealed.
+    pub opening: Option<Arc<Opening>>,
 }
 
 /// Records of the log, and what they make of the volume.
@@ -81,6 +85,26 @@ pub(crate) struct Pending {
 pub(crate) struct Generation {
     pub extents: ExtentMap,
     pub records: Vec<Pending>,
+}
+
+impl Generation {
+    /// A part of what was written at a place of the log; `skipped` bytes behind it. None if no record is there.
+    pub fn piece(&self, files: &[Arc<LogFile>], place: LogPlace, skipped: u64, len: usize) -> Option<Piece> {
+        let file = file_of(files, place)?.clone();
+        // Records lie in their order.
+        let record = &self.records[self.records.partition_point(|record| record.place <= place).checked_sub(1)?];
+        let Some(opening) = &record.opening else {
+            return Some(Piece::Log { file, offset: place.offset() + skipped, len });
+        };
+        let (Change::Sealed { offset, number }, Some(blocks)) =
+            (record.change, log_seal::blocks_in(record.payload_len))
+        else {
+            return None;
+        };
+        let from = place.0 - record.place.0 + skipped;
+        let record = SealedRecord { opening: opening.clone(), offset, number, place: record.place, blocks };
+        Some(Piece::Sealed(Box::new(SealedPart { file, record, from, len })))
+    }
 }
 
 /// What a volume is made of at a moment, the newest on top.
@@ -96,6 +120,13 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
+    fn log_piece(&self, place: LogPlace, skipped: u64, len: usize) -> Option<Piece> {
+        // What is active is behind what is frozen.
+        let frozen = self.frozen.as_ref().filter(|frozen| place < frozen.end.place);
+        let generation = frozen.map_or(&self.active, |frozen| &frozen.generation);
+        generation.piece(&self.files, place, skipped, len)
+    }
+
     /// What of some blocks lies over the tree, in order; the rest as `None`.
     fn parts(&self, blocks: Range<u64>, add: &mut dyn FnMut(Range<u64>, Option<Place>)) {
         for (part, place) in self.active.extents.parts(blocks) {
@@ -120,12 +151,6 @@ pub(crate) struct Frozen {
     /// Behind its last record.
     pub end: Position,
     pub capacity_bytes: u64,
-}
-
-impl Frozen {
-    pub fn file(&self, place: LogPlace) -> Option<&Arc<LogFile>> {
-        file_of(&self.files, place)
-    }
 }
 
 fn file_of(files: &[Arc<LogFile>], place: LogPlace) -> Option<&Arc<LogFile>> {
@@ -164,6 +189,9 @@ type FlushEnd = Box<dyn FnOnce(Result<()>) + Send>;
 pub(crate) struct Core {
     pub store: Arc<Store>,
     pub row: VolumeRow,
+    /// None: the volume is not encrypted.
+    pub domain: Option<Arc<Domain>>,
+    sealer: Option<LogSealer>,
     pub options: VolumeOptions,
     pub folder: PathBuf,
     log: Mutex<LogWriter>,
@@ -207,6 +235,8 @@ pub(crate) enum Piece {
         offset: u64,
         len: usize,
     },
+    /// As `Log`, sealed.
+    Sealed(Box<SealedPart>),
     /// `len` bytes from `from` on of a chunk of the tree.
     Chunk {
         index: u64,
@@ -225,6 +255,22 @@ impl Piece {
     pub fn len(&self) -> usize {
         match self {
             Piece::Zeros { len } | Piece::Log { len, .. } | Piece::Chunk { len, .. } => *len,
+            Piece::Sealed(part) => part.len,
+        }
+    }
+
+    /// Reads what is zeros or in the log, waiting for the host's disk.
+    pub fn read(&self, bytes: &mut [u8], chunk: impl FnOnce(u64, usize, &mut [u8]) -> Result<()>) -> Result<()> {
+        match self {
+            Piece::Zeros { .. } => {
+                bytes.fill(0);
+                Ok(())
+            }
+            Piece::Log { file, offset, .. } => {
+                file.file.read_exact_at(bytes, *offset).map_err(StoreError::file("read", file.path()))
+            }
+            Piece::Sealed(part) => part.read(bytes),
+            Piece::Chunk { index, from, .. } => chunk(*index, *from, bytes),
         }
     }
 }
@@ -233,6 +279,8 @@ impl Volume {
     /// Opens a volume for writing. The second process that tries is refused.
     pub fn open(store: &Arc<Store>, name: &str, options: VolumeOptions) -> Result<Volume> {
         let row = store.catalog().volume(name)?;
+        // Before anything is changed.
+        let domain = store.unlocked(row.domain)?;
         let folder = store.volume_folder(row.id);
         std::fs::create_dir_all(&folder).map_err(StoreError::file("make", &folder))?;
         let lock = super::volumes::lock(&folder, "volume", name)?;
@@ -244,7 +292,7 @@ impl Volume {
         let mut head = open_head(&folder, &row)?;
         // From here on nothing counts that an earlier process still appends.
         head.write(State { epoch: head.state.epoch + 1, ..head.state })?;
-        let (core, head) = Core::recover(store, row, options, folder, head)?;
+        let (core, head) = Core::recover(store, row, domain, options, folder, head)?;
         let core = Arc::new(core);
         let thread = {
             let core = core.clone();
@@ -368,11 +416,13 @@ impl Core {
     fn recover(
         store: &Arc<Store>,
         row: VolumeRow,
+        domain: Option<Arc<Domain>>,
         options: VolumeOptions,
         folder: PathBuf,
         head: Head,
     ) -> Result<(Core, Head)> {
         let state = head.state;
+        let sealer = domain.as_ref().map(|domain| domain.log_sealer(row.id, state.epoch)).transpose()?;
         let start = state.position.place;
         // A volume that was never written or was rolled back has no file yet, and none behind that either.
         let files = log::list(&folder)?.0;
@@ -395,11 +445,18 @@ impl Core {
         let file_len = options.log_file_len();
         let recovered = log::recover(&folder, row.id, state.epoch, state.position, file_len, |appended, payload| {
             let old_capacity = capacity_bytes;
+            let opening = match opening_of(sealer.as_ref(), &active, &appended, payload) {
+                Ok(opening) => opening,
+                Err(what) => {
+                    damage = Some((appended.place, what));
+                    return;
+                }
+            };
             let snapshot = match appended.change {
                 Change::Snapshot => match decode_snapshot(payload, &row, capacity_bytes) {
                     Some(snapshot) => Some(Box::new(snapshot)),
                     None => {
-                        damage = Some(appended.place);
+                        damage = Some((appended.place, "a snapshot that cannot be read"));
                         return;
                     }
                 },
@@ -410,13 +467,13 @@ impl Core {
                 _ => None,
             };
             snapshots.extend(snapshot.as_deref().cloned());
-            active.add(&appended, snapshot, old_capacity);
+            active.add(&appended, snapshot, opening, old_capacity);
         })?;
-        if let Some(place) = damage {
+        if let Some((place, what)) = damage {
             return Err(StoreError::Damaged {
                 path: folder.join(format!("log-{:08}", place.file())),
                 offset: place.offset(),
-                what: "a snapshot that cannot be read".to_owned(),
+                what: what.to_owned(),
             });
         }
         let mut pending_names = BTreeSet::new();
@@ -430,6 +487,8 @@ impl Core {
         let core = Core {
             store: store.clone(),
             row,
+            domain,
+            sealer,
             options,
             folder,
             log: Mutex::new(recovered.writer),
@@ -515,9 +574,9 @@ impl Core {
             let skipped = start - blocks.start * BLOCK_LEN;
             match place {
                 Some(Place::Zeros) => pieces.push(Piece::Zeros { len }),
-                Some(Place::Log(place)) => match file_of(&layers.files, place) {
-                    Some(file) => pieces.push(Piece::Log { file: file.clone(), offset: place.offset() + skipped, len }),
-                    None => unreachable!("the files of both generations are kept"),
+                Some(Place::Log(place)) => match layers.log_piece(place, skipped, len) {
+                    Some(piece) => pieces.push(piece),
+                    None => unreachable!("the files and records of both generations are kept"),
                 },
                 None => chunk_pieces(start, len, self.chunk_len(), pieces),
             }
@@ -553,13 +612,7 @@ impl Core {
         let mut reader = TreeReader::new(&self.store, root, self.chunk_len());
         for piece in &pieces {
             let (part, behind) = rest.split_at_mut(piece.len());
-            match piece {
-                Piece::Zeros { .. } => part.fill(0),
-                Piece::Log { file, offset, .. } => {
-                    file.file.read_exact_at(part, *offset).map_err(StoreError::file("read", file.path()))?;
-                }
-                Piece::Chunk { index, from, .. } => reader.read(*index, *from, part)?,
-            }
+            piece.read(part, |index, from, part| reader.read(index, from, part))?;
             rest = behind;
         }
         Ok(())
@@ -573,7 +626,7 @@ impl Core {
         let mut at = offset;
         while at < end {
             // Records end where payloads of whole blocks do.
-            let stop = ((at / BLOCK_LEN * BLOCK_LEN) + PAYLOAD_LEN_MAX as u64).min(end);
+            let stop = ((at / BLOCK_LEN * BLOCK_LEN) + self.write_len_max()).min(end);
             let part = &bytes[(at - offset) as usize..(stop - offset) as usize];
             if at.is_multiple_of(BLOCK_LEN) && stop.is_multiple_of(BLOCK_LEN) {
                 self.wait_for_room()?;
@@ -584,6 +637,14 @@ impl Core {
             at = stop;
         }
         Ok(())
+    }
+
+    /// Bytes that a record takes at most.
+    fn write_len_max(&self) -> u64 {
+        match self.sealer {
+            Some(_) => SEALED_BLOCKS_MAX as u64 * BLOCK_LEN,
+            None => PAYLOAD_LEN_MAX as u64,
+        }
     }
 
     /// Writes that begin or end inside a block: the rest of the block is read, and the write is repeated if somebody else changed
@@ -648,6 +709,7 @@ impl Core {
 
     /// Whether a write need not wait: the log has room, and a file to go on in.
     pub fn has_room_now(&self, len: usize) -> bool {
+        let len = if self.sealer.is_some() { sealed_len(len) } else { len };
         self.backlog_bytes() < self.options.log_bytes_max && (self.log().fits(len) || !self.work().spares.is_empty())
     }
 
@@ -676,10 +738,26 @@ impl Core {
     }
 
     fn try_append(&self, change: Change, payload: &[u8], unchanged: Option<&dyn Fn() -> bool>) -> Result<bool> {
+        match (change, &self.sealer) {
+            // Anew for each attempt: what an earlier one left of it may be on the disk.
+            (Change::Write { offset }, Some(sealer)) => sealer
+                .seal(offset, payload, |change, sealed| self.append_record(change, sealed, payload.len(), unchanged)),
+            _ => self.append_record(change, payload, payload.len(), unchanged),
+        }
+    }
+
+    /// Appends a record whose payload holds `written` bytes of the volume.
+    fn append_record(
+        &self,
+        change: Change,
+        payload: &[u8],
+        written: usize,
+        unchanged: Option<&dyn Fn() -> bool>,
+    ) -> Result<bool> {
         let checksum = crc32c::crc32c(payload);
         let mut log = self.log();
         let range = match change {
-            Change::Write { offset } => Some((offset, payload.len() as u64)),
+            Change::Write { offset } | Change::Sealed { offset, .. } => Some((offset, written as u64)),
             Change::Zeros { offset, len } => Some((offset, len)),
             Change::Snapshot | Change::Resize { .. } => None,
         };
@@ -733,7 +811,9 @@ impl Core {
         {
             let mut layers = self.layers_mut();
             let old_capacity = layers.capacity_bytes;
-            layers.active.add(&appended, snapshot, old_capacity);
+            let opening = self.sealer.as_ref().filter(|_| matches!(change, Change::Sealed { .. }));
+            let opening = opening.map(|sealer| sealer.ours().clone());
+            layers.active.add(&appended, snapshot, opening, old_capacity);
             if let Change::Resize { capacity_bytes } = change {
                 layers.capacity_bytes = capacity_bytes;
             }
@@ -1004,11 +1084,36 @@ impl Core {
 
 impl Generation {
     /// Adds a record that was appended to a volume of `capacity_bytes`.
-    fn add(&mut self, appended: &Appended, snapshot: Option<Box<SnapshotRow>>, capacity_bytes: u64) {
+    fn add(
+        &mut self,
+        appended: &Appended,
+        snapshot: Option<Box<SnapshotRow>>,
+        opening: Option<Arc<Opening>>,
+        capacity_bytes: u64,
+    ) {
         let change = appended.change;
         lay(&mut self.extents, change, appended.place, appended.payload_len, capacity_bytes);
-        let pending = Pending { change, place: appended.place, payload_len: appended.payload_len, snapshot };
+        let pending = Pending { change, place: appended.place, payload_len: appended.payload_len, snapshot, opening };
         self.records.push(pending);
+    }
+}
+
+/// Who sealed a record that was found in the log of a volume, or why the record cannot be.
+fn opening_of(
+    sealer: Option<&LogSealer>,
+    before: &Generation,
+    appended: &Appended,
+    payload: &[u8],
+) -> Result<Option<Arc<Opening>>, &'static str> {
+    match (appended.change, sealer) {
+        (Change::Sealed { .. }, Some(sealer)) if log_seal::blocks_in(appended.payload_len).is_some() => {
+            let before = before.records.iter().rev().find_map(|record| record.opening.as_ref());
+            Ok(sealer.opening(appended.end.epoch, salt_of(payload), before))
+        }
+        (Change::Sealed { .. }, Some(_)) => Err("a sealed record of impossible length"),
+        (Change::Sealed { .. }, None) => Err("a sealed record in the log of a volume that is not encrypted"),
+        (Change::Write { .. }, Some(_)) => Err("a record that is not sealed in the log of an encrypted volume"),
+        _ => Ok(None),
     }
 }
 
@@ -1018,6 +1123,11 @@ pub(crate) fn lay(extents: &mut ExtentMap, change: Change, place: LogPlace, payl
         Change::Write { offset } => {
             let block = offset / BLOCK_LEN;
             extents.insert(block..block + u64::from(payload_len) / BLOCK_LEN, Place::Log(place));
+        }
+        Change::Sealed { offset, .. } => {
+            let block = offset / BLOCK_LEN;
+            let blocks = log_seal::blocks_in(payload_len).unwrap_or_default();
+            extents.insert(block..block + blocks, Place::Log(place));
         }
         Change::Zeros { offset, len } => {
             extents.insert(offset / BLOCK_LEN..(offset + len) / BLOCK_LEN, Place::Zeros);
@@ -1153,6 +1263,11 @@ fn decode_snapshot(payload: &[u8], volume: &VolumeRow, capacity_bytes: u64) -> O
     })
 }
 
+/// The same for volumes of an encrypted domain.
+#[cfg(test)]
+#[expect(clippy::duplicate_mod, reason = "the tests look at what their module is called")]
+#[path = "volume_tests.rs"]
+mod encrypted_tests;
 #[cfg(test)]
 #[path = "volume_tests.rs"]
 mod tests;

@@ -1,10 +1,16 @@
-//! Volumes beside plain vectors of bytes that do the same.
+//! Volumes beside plain vectors of bytes that do the same: once in the open domain, once in an encrypted one.
+
+use polder_trust::keys::{KeyFile, Secret};
 
 use super::*;
+use crate::domain::Key;
 use crate::store::StoreOptions;
 use crate::volumes::{CHUNK_LEN_DEFAULT, Content};
 
 const MIB: u64 = 1 << 20;
+
+/// The module is there twice.
+const IS_ENCRYPTED: bool = matches!(module_path!().as_bytes(), [.., b'e', b'd', b'_', b't', b'e', b's', b't', b's']);
 
 struct World {
     _folder: tempfile::TempDir,
@@ -14,13 +20,22 @@ struct World {
 fn world() -> World {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(folder.path(), StoreOptions::default()).unwrap();
+    if IS_ENCRYPTED {
+        let key = Key::File(KeyFile::of(Secret::random().unwrap()));
+        store.create_domain("secret", &key, None).unwrap();
+    }
     World { _folder: folder, store }
 }
 
 impl World {
     fn volume(&self, name: &str, capacity_bytes: u64) -> Volume {
-        self.store.create_volume(name, &Content::Zeros { capacity_bytes, chunk_len: CHUNK_LEN_DEFAULT }).unwrap();
+        self.create(name, capacity_bytes, CHUNK_LEN_DEFAULT);
         self.open(name)
+    }
+
+    fn create(&self, name: &str, capacity_bytes: u64, chunk_len: u32) {
+        let domain = IS_ENCRYPTED.then_some("secret");
+        self.store.create_volume_in(name, &Content::Zeros { capacity_bytes, chunk_len }, domain).unwrap();
     }
 
     fn open(&self, name: &str) -> Volume {
@@ -207,7 +222,7 @@ fn a_discard_of_a_whole_large_volume_is_quick() {
 #[test]
 fn writers_and_the_log_are_bounded() {
     let world = world();
-    world.store.create_volume("disk", &Content::Zeros { capacity_bytes: 64 * MIB, chunk_len: 4096 }).unwrap();
+    world.create("disk", 64 * MIB, 4096);
     let options = VolumeOptions { log_bytes_max: 8 * MIB, log_bytes_start: 2 * MIB, ..VolumeOptions::default() };
     let volume = Volume::open(&world.store, "disk", options).unwrap();
     let mut expected = vec![0; 64 << 20];
@@ -376,7 +391,7 @@ fn a_log_whose_file_is_missing_is_named() {
     let world = world();
     let options = VolumeOptions { log_file_bytes: 2 << 20, ..VolumeOptions::default() };
     let open = || Volume::open(&world.store, "disk", options);
-    world.store.create_volume("disk", &Content::Zeros { capacity_bytes: 16 * MIB, chunk_len: 4096 }).unwrap();
+    world.create("disk", 16 * MIB, 4096);
     let volume = open().unwrap();
     let folder = volume.core().folder.clone();
     volume.write_at(0, &noise(1, 5 << 20)).unwrap();

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::catalog::{SnapshotRow, VolumeRow, check_name};
+use crate::catalog::{DomainRow, SnapshotRow, VolumeRow, check_name};
+use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::extent_map::LogPlace;
 use crate::head::{Head, State};
@@ -55,6 +56,17 @@ impl Store {
 
     /// Makes a volume. One record, whatever its size and however long its history.
     pub fn create_volume(self: &Arc<Self>, name: &str, content: &Content<'_>) -> Result<VolumeRow> {
+        self.create_volume_in(name, content, None)
+    }
+
+    /// Makes a volume in a domain. What begins as something else is in the domain of that.
+    pub fn create_volume_in(
+        self: &Arc<Self>,
+        name: &str,
+        content: &Content<'_>,
+        domain: Option<&str>,
+    ) -> Result<VolumeRow> {
+        let domain = domain.map(|domain| self.usable_domain(domain)).transpose()?;
         check_name("volume", name)?;
         // What the volume begins as is not collected between looking it up and the volume's record.
         let _kept = self.batch()?;
@@ -62,7 +74,7 @@ impl Store {
             id: Id::random(),
             name: name.to_owned(),
             created_ns: now_ns(),
-            domain: 0,
+            domain: domain.as_ref().map_or(OPEN_DOMAIN, |domain| domain.id),
             chunk_len: CHUNK_LEN_DEFAULT,
             capacity_bytes: 0,
             root: Root::empty(0),
@@ -83,7 +95,7 @@ impl Store {
             Content::Snapshot(snapshot) => {
                 let missing = || StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() };
                 let snapshot = self.catalog().snapshot_by_id(snapshot.id)?.ok_or_else(missing)?;
-                row.domain = snapshot.domain;
+                take_domain(&mut row, domain.as_ref(), snapshot.domain)?;
                 row.chunk_len = snapshot.chunk_len;
                 row.capacity_bytes = snapshot.capacity_bytes;
                 match snapshot.root {
@@ -96,6 +108,7 @@ impl Store {
                 let no_disk = || StoreError::Refused(format!("image {image} has no disk"));
                 let tree = node.disks.first().ok_or_else(no_disk)?;
                 check_capacity(tree.len_bytes)?;
+                take_domain(&mut row, domain.as_ref(), tree.domain)?;
                 row.chunk_len = tree.chunk_len;
                 row.capacity_bytes = tree.len_bytes;
                 row.root = tree.root;
@@ -187,13 +200,14 @@ impl Store {
             let snapshot = self.catalog().snapshot(row.id, snapshot)?;
             let root = self.settled_root(&snapshot)?;
             let name = volume.to_owned();
-            return Ok(Tree { name, root, len_bytes: snapshot.capacity_bytes, chunk_len: snapshot.chunk_len });
+            let (len_bytes, chunk_len, domain) = (snapshot.capacity_bytes, snapshot.chunk_len, snapshot.domain);
+            return Ok(Tree { name, root, len_bytes, chunk_len, domain });
         }
         self.settle(row.id)?;
         let row = self.resolve_origin(self.catalog().volume(volume)?)?;
         let head = Head::peek(&self.volume_folder(row.id))?;
         let (root, len_bytes) = head.map_or((row.root, row.capacity_bytes), |head| (head.root, head.capacity_bytes));
-        Ok(Tree { name: row.name, root, len_bytes, chunk_len: row.chunk_len })
+        Ok(Tree { name: row.name, root, len_bytes, chunk_len: row.chunk_len, domain: row.domain })
     }
 
     /// Takes a snapshot of a volume, whoever has it open.
@@ -305,6 +319,20 @@ impl Store {
             Ok(())
         })?;
         pending.map_or(Ok(()), differs)
+    }
+}
+
+/// A volume is in the domain of what it begins as.
+fn take_domain(row: &mut VolumeRow, wanted: Option<&DomainRow>, origin: u32) -> Result<()> {
+    match wanted {
+        Some(wanted) if wanted.id != origin => Err(StoreError::Refused(format!(
+            "volume {} cannot be in domain {}: what it begins as is not, and is shared with it",
+            row.name, wanted.name
+        ))),
+        _ => {
+            row.domain = origin;
+            Ok(())
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use super::error::RemoteError;
 use super::known::Known;
 use super::layout::{self, PROFILE_LEN_MAX, RemotePlace};
 use crate::collect::{Step, Watcher};
+use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::name::Name;
@@ -360,6 +361,9 @@ fn keep_records(store: &Store, name: &Name, bytes: &[u8]) -> Result<u64, KeepFai
 /// The record that bytes begin with, if it holds what its name says.
 fn check<'b>(store: &Store, bytes: &'b [u8]) -> Result<(Header, &'b [u8]), String> {
     let (header, packed) = record::split(bytes)?;
+    if header.domain != OPEN_DOMAIN {
+        return Err("a record of an encrypted domain".to_owned());
+    }
     let content = record::unpack(&header, packed)?;
     if store.namer().name(header.kind, &content) != header.name {
         return Err(format!("chunk {} holds something else", header.name));

@@ -248,6 +248,7 @@ fn serve_pull<S: Read + Write>(
     }
     let offered = match Offered::new(store, what) {
         Err(StoreError::NotFound { .. }) => return Err(refused()),
+        Err(error @ StoreError::Encrypted { .. }) => return Err(Failure::Refused(error.to_string())),
         offered => offered?,
     };
     link.send(&Message::Accepted)?;
@@ -298,6 +299,7 @@ impl Offered {
         };
         let name = name.ok_or_else(|| StoreError::NotFound { what: "node", name: what.to_string() })?;
         let node = store.load_node(&name)?;
+        store.check_may_leave(&what.to_string(), &node)?;
         Ok(Offered { name, node, _batch: batch, _snapshot: passing })
     }
 }

@@ -14,6 +14,7 @@ use super::{TransferError, Transferred};
 use crate::cache::NameHasher;
 use crate::catalog::{ImageRow, Replace};
 use crate::collect::{Step, Watcher};
+use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
 use crate::node::{Node, Tree};
@@ -416,6 +417,9 @@ impl<'a, S: Read + Write> Sink<'a, S> {
         match expected.what {
             What::Node => {
                 let node = Node::from_bytes(&content).map_err(protocol)?;
+                if node.trees().any(|tree| tree.domain != OPEN_DOMAIN) {
+                    return Err(protocol("a node of an encrypted domain".to_owned()));
+                }
                 self.add_trees(&node)?;
             }
             What::Tree { place, handle } => {

@@ -294,6 +294,7 @@ pub fn check(folder: &Path, model: &Model) -> Result<(), String> {
             root: store.settled_root(row).map_err(text)?,
             len_bytes: row.capacity_bytes,
             chunk_len: row.chunk_len,
+            domain: row.domain,
         };
         let mut bytes = vec![0; tree.len_bytes as usize];
         TreeSource::new(&store, &tree).read_at(0, &mut bytes).map_err(|error| format!("{error:?}"))?;

@@ -13,8 +13,7 @@ use polyval::Polyval;
 use polyval::universal_hash::UniversalHash;
 use ring::aead::{Aad, LessSafeKey, Nonce};
 
-use super::names::ChunkName;
-use super::{Broken, PAYLOAD_BYTES_MAX, TAG_BYTES, cipher, derive};
+use super::{Broken, ChunkName, PAYLOAD_BYTES_MAX, TAG_BYTES, cipher, derive};
 use crate::keys::Secret;
 
 /// Bytes of a nonce.

@@ -9,15 +9,16 @@
 
 mod chunks;
 mod log;
-mod names;
 
 pub use chunks::{ChunkCipher, Form, HEADER_BYTES_MAX, NONCE_BYTES, Seal};
 pub use log::{LogCipher, LogPlace};
-pub use names::{ChunkName, Names};
 
 use ring::aead::{AES_256_GCM, LessSafeKey, UnboundKey};
 
 use crate::keys::{SECRET_BYTES, Secret};
+
+/// The name of a chunk: its content decides it, and the domain.
+pub type ChunkName = [u8; 32];
 
 /// Bytes of a tag.
 pub const TAG_BYTES: usize = 16;
