@@ -306,3 +306,63 @@ fn an_image_goes_to_another_store_and_only_what_is_missing_travels() {
     outcome.expect_status(1);
     assert!(outcome.errors.contains("nothing is allowed"), "{outcome}");
 }
+
+#[test]
+fn what_is_in_an_encrypted_domain_needs_its_key_and_is_gone_when_it_is_erased() {
+    let home = Home::new();
+    let (raw, out) = (home.path("disk.raw"), home.path("out.raw"));
+    let text: Vec<u8> = b"the dike at Kinderdijk is leaking ".iter().copied().cycle().take(4 << 20).collect();
+    std::fs::write(&raw, &text).unwrap();
+    home.done(&["store", "domain", "create", "vault"]);
+    home.done(&["image", "import", "--format", "raw", "--domain", "vault", &raw, "disk"]);
+    home.done(&["volume", "create", "--image", "disk", "data"]);
+    home.done(&["volume", "create", "--size", "8M", "--encrypt", "own"]);
+    let domains = home.done(&["store", "domain", "ls"]);
+    assert!(domains.contains("vault") && domains.contains("own.key"), "{domains}");
+    let export = |name: &str| {
+        let _ = std::fs::remove_file(&out);
+        home.polder(&["image", "export", "--volume", name, &out])
+    };
+    export("data").expect_status(0);
+    assert!(std::fs::read(&out).unwrap() == text);
+    for entry in walk(&home.folder) {
+        let content = std::fs::read(&entry).unwrap();
+        assert!(!content.windows(34).any(|window| window == &text[..34]), "{}", entry.display());
+    }
+    // Elsewhere for a while.
+    let (key, aside) = (home.folder.join("keys/vault.key"), home.path("aside"));
+    std::fs::rename(&key, &aside).unwrap();
+    let locked = export("data");
+    locked.expect_status(1);
+    assert!(locked.errors.contains("domain vault is locked") && locked.errors.contains("vault.key"), "{locked}");
+    let verified = home.done(&["store", "verify"]);
+    assert!(verified.contains("records of locked domains"), "{verified}");
+    std::fs::rename(&aside, &key).unwrap();
+    let other = home.path("other.key");
+    home.done(&["store", "domain", "rewrap", "vault", "--key-file", &other]);
+    std::fs::remove_file(&key).unwrap();
+    export("data").expect_status(0);
+    let refused = home.polder(&["store", "domain", "erase", "vault"]);
+    assert!(refused.errors.contains("--yes"), "{refused}");
+    let erased = home.done(&["store", "domain", "erase", "vault", "--yes"]);
+    assert!(erased.contains("Copies of the store"), "{erased}");
+    assert!(!Path::new(&other).exists());
+    let gone = export("data");
+    gone.expect_status(1);
+    assert!(gone.errors.contains("it was erased"), "{gone}");
+    export("own").expect_status(0);
+}
+
+/// All files below a folder.
+fn walk(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => found.extend(walk(&path)),
+            false if path.is_file() => found.push(path),
+            false => {}
+        }
+    }
+    found
+}

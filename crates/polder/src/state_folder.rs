@@ -52,6 +52,11 @@ impl StateFolder {
         &self.path
     }
 
+    /// Keys of encrypted domains.
+    pub fn keys(&self) -> PathBuf {
+        self.path.join("keys")
+    }
+
     /// Where disks, images and snapshots lie.
     pub fn store(&self) -> PathBuf {
         self.path.join("store")

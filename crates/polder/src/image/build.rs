@@ -88,6 +88,7 @@ pub fn build(state: &StateFolder, store: &Arc<Store>, arguments: &BuildArguments
     let kernel_package = take_kernel(work.path())?;
     let parts = Parts {
         disk: &RawSource::open(&work.path().join("disk.raw"))?,
+        domain: None,
         kernel: Some(&work.path().join("kernel")),
         initrd: Some(&work.path().join("initrd")),
         kernel_package: &kernel_package,

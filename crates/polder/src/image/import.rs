@@ -52,6 +52,9 @@ pub struct ImportArguments {
     /// Its command line
     #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "root=/dev/vda rw console=ttyS0,115200")]
     append: String,
+    /// Encrypt it in this domain (`polder store domain create`)
+    #[arg(long)]
+    domain: Option<String>,
     /// Replace an image of the same name
     #[arg(long)]
     force: bool,
@@ -95,6 +98,7 @@ pub fn import(state: &StateFolder, store: &Arc<Store>, arguments: &ImportArgumen
     let disk = open(&work, format, arguments).with_context(|| format!("cannot import {}", arguments.file.display()))?;
     let parts = Parts {
         disk: &*disk,
+        domain: arguments.domain.as_deref(),
         kernel: arguments.kernel.as_deref(),
         initrd: arguments.initrd.as_deref(),
         kernel_package: "",

@@ -42,6 +42,8 @@ pub struct ImageRecord {
 /// What an image is made of when it is put into the store.
 pub struct Parts<'a> {
     pub disk: &'a dyn polder_store::format::Source,
+    /// The domain that it is encrypted in.
+    pub domain: Option<&'a str>,
     pub kernel: Option<&'a Path>,
     pub initrd: Option<&'a Path>,
     pub kernel_package: &'a str,
@@ -87,7 +89,7 @@ impl ImageRecord {
         let facts = [(KERNEL_PACKAGE, parts.kernel_package), (COMMAND_LINE, parts.command_line)];
         let facts = facts.into_iter().filter(|(_, value)| !value.is_empty());
         let facts: BTreeMap<_, _> = facts.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
-        let mut node = store.new_node(facts)?;
+        let mut node = store.new_node_in(facts, parts.domain)?;
         let mut progress = Progress::new();
         node.add_disk(DISK, parts.disk, &mut |step| progress.show(step))?;
         for (name, path) in [(KERNEL, parts.kernel), (INITRD, parts.initrd)] {
@@ -193,6 +195,7 @@ fn take_in(store: &Arc<Store>, name: &str, folder: &Path, record: &Path) -> Resu
     };
     let parts = Parts {
         disk: &RawSource::open(&folder.join("disk.raw"))?,
+        domain: None,
         kernel: Some(&folder.join("kernel")),
         initrd: Some(&folder.join("initrd")),
         kernel_package: &known.kernel_package,

@@ -1,5 +1,6 @@
 //! `polder store`: what the store holds, giving room back, and whether everything in it is whole.
 
+mod domain;
 mod progress;
 mod transfer;
 
@@ -12,6 +13,7 @@ use polder_basics::ByteSize;
 use polder_store::{CollectOptions, Lost, Store, StoreOptions, Usage};
 use serde_json::json;
 
+pub use domain::{KeyArguments, create as create_domain};
 pub use progress::Progress;
 
 use crate::state_folder::StateFolder;
@@ -48,6 +50,8 @@ enum StoreCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Make, list, rekey and erase encrypted domains
+    Domain(domain::DomainArguments),
     /// Put an image or snapshot into another host's store; only what is missing there travels
     Push(transfer::TransferArguments),
     /// Get an image or snapshot of another host's store
@@ -68,12 +72,14 @@ pub fn open(state: &StateFolder) -> Result<Arc<Store>> {
 
 /// Carries out `polder store ...`.
 pub fn store(arguments: &StoreArguments) -> Result<ExitCode> {
-    let store = open(&StateFolder::open()?)?;
+    let state = StateFolder::open()?;
+    let store = open(&state)?;
     match &arguments.command {
         StoreCommand::Status { json } => status(&store, *json),
         StoreCommand::Gc { rate, json } => collect(&store, *rate, *json),
         StoreCommand::Verify { json } => verify(&store, *json),
         StoreCommand::Repair { json } => repair(&store, *json),
+        StoreCommand::Domain(arguments) => domain::domain(&state, &store, arguments),
         StoreCommand::Push(arguments) => transfer::push(&store, arguments),
         StoreCommand::Pull(arguments) => transfer::pull(&store, arguments),
         StoreCommand::Serve(arguments) => transfer::serve(&store, arguments),
@@ -176,11 +182,14 @@ fn verify(store: &Arc<Store>, as_json: bool) -> Result<ExitCode> {
             .iter()
             .map(|damage| json!({ "segment": damage.segment, "offset": damage.offset, "what": damage.what }))
             .collect();
-        let value = json!({ "records": verified.records, "bytes": verified.bytes, "damages": damages, "lost": listed(&verified.lost) });
+        let value = json!({ "records": verified.records, "bytes": verified.bytes, "locked": verified.locked, "damages": damages, "lost": listed(&verified.lost) });
         println!("{value:#}");
     } else {
         for damage in &verified.damages {
             println!("{} at byte {}: {}", damage.segment.display(), damage.offset, damage.what);
+        }
+        if verified.locked > 0 {
+            println!("{} records of locked domains: only their checksums were compared", verified.locked);
         }
         println!("{} records of {} read, {} damaged", verified.records, rough(verified.bytes), verified.damages.len());
     }

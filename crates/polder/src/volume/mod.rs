@@ -3,6 +3,7 @@
 mod disk_name;
 mod serve;
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -16,7 +17,7 @@ pub use disk_name::DiskName;
 
 use crate::image::utc;
 use crate::state_folder::StateFolder;
-use crate::store::{open, rough};
+use crate::store::{KeyArguments, create_domain, open, rough};
 
 #[derive(Args)]
 pub struct VolumeArguments {
@@ -38,6 +39,12 @@ enum VolumeCommand {
         /// What is stored and shared at a time: 4K, 16K or 64K
         #[arg(long, value_name = "SIZE", default_value_t = ByteSize(CHUNK_LEN_DEFAULT.into()), conflicts_with = "image")]
         chunk: ByteSize,
+        /// Encrypt it, in a domain of its own of the same name; its key goes into the state folder
+        #[arg(long, conflicts_with_all = ["image", "domain"])]
+        encrypt: bool,
+        /// Encrypt it in this domain, where what is equal is stored once
+        #[arg(long)]
+        domain: Option<String>,
     },
     /// List the volumes
     Ls {
@@ -111,7 +118,19 @@ pub fn volume(arguments: VolumeArguments) -> Result<ExitCode> {
     let state = StateFolder::open()?;
     let store = open(&state)?;
     match arguments.command {
-        VolumeCommand::Create { name, size, image, chunk } => create(&store, &name, size, image.as_deref(), chunk)?,
+        VolumeCommand::Create { name, size, image, chunk, encrypt, domain } => {
+            let domain = match encrypt {
+                true => {
+                    if store.volume(&name).is_ok() {
+                        bail!("there is a volume {name} already");
+                    }
+                    create_domain(&state, &store, &name, &KeyArguments::default())?;
+                    Some(name.as_str())
+                }
+                false => domain.as_deref(),
+            };
+            create(&store, &name, size, image.as_deref(), chunk, domain)?;
+        }
         VolumeCommand::Ls { json } => list(&store, json)?,
         VolumeCommand::Rm { names } => names.iter().try_for_each(|name| store.remove_volume(name))?,
         VolumeCommand::Resize { name, size, shrink } => resize(&store, &name, size, shrink)?,
@@ -134,14 +153,21 @@ pub fn volume(arguments: VolumeArguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn create(store: &Arc<Store>, name: &str, size: Option<ByteSize>, image: Option<&str>, chunk: ByteSize) -> Result<()> {
+fn create(
+    store: &Arc<Store>,
+    name: &str,
+    size: Option<ByteSize>,
+    image: Option<&str>,
+    chunk: ByteSize,
+    domain: Option<&str>,
+) -> Result<()> {
     match (size, image) {
         (Some(size), _) => {
             let chunk_len = u32::try_from(chunk.0).unwrap_or(u32::MAX);
-            store.create_volume(name, &Content::Zeros { capacity_bytes: size.0, chunk_len })?;
+            store.create_volume_in(name, &Content::Zeros { capacity_bytes: size.0, chunk_len }, domain)?;
         }
         (None, Some(image)) => {
-            store.create_volume(name, &Content::Image(image))?;
+            store.create_volume_in(name, &Content::Image(image), domain)?;
         }
         (None, None) => unreachable!("the parser asks for one of the two"),
     }
@@ -150,6 +176,7 @@ fn create(store: &Arc<Store>, name: &str, size: Option<ByteSize>, image: Option<
 
 fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
     let volumes = store.volumes()?;
+    let domains: BTreeMap<u32, String> = store.domains()?.into_iter().map(|row| (row.id, row.name)).collect();
     if as_json {
         let values: Vec<_> = volumes
             .iter()
@@ -158,6 +185,7 @@ fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
                     "name": volume.row.name, "id": volume.row.id.to_string(), "capacity_bytes": volume.capacity_bytes,
                     "chunk_bytes": volume.row.chunk_len, "created_utc": utc(volume.row.created_ns / 1_000_000_000),
                     "snapshots": volume.snapshots, "process": volume.user,
+                    "domain": domains.get(&volume.row.domain),
                 })
             })
             .collect();
