@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehav
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::name::Name;
-use crate::segment::{SEGMENT_NUMBER_MAX, SegmentNumber, Summary};
+use crate::records::segment::{SEGMENT_NUMBER_MAX, SegmentNumber, Summary};
 use crate::tree::Root;
 
 /// The version of the tables' layout.

@@ -22,12 +22,12 @@ use polder_trust::seal::{ChunkCipher, Form, NONCE_BYTES, Seal, TAG_BYTES};
 use crate::catalog::{DomainRow, check_name};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
-use crate::log::sync_folder;
-use crate::log_seal::LogSealer;
 use crate::name::{Kind, Namer};
 use crate::node::Node;
-use crate::record::{HEADER_LEN, Header, Packing};
+use crate::records::record::{HEADER_LEN, Header, Packing};
 use crate::store::Store;
+use crate::volume::log::sync_folder;
+use crate::volume::log_seal::LogSealer;
 
 /// The domain of what is not encrypted.
 pub const OPEN_DOMAIN: u32 = 0;

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::collect::CollectOptions;
 use crate::disk::{Disk, Operation, Queue};
 use crate::format::RawSource;
 use crate::name::Name;
-use crate::segment::SegmentFolder;
+use crate::records::segment::SegmentFolder;
+use crate::upkeep::collect::CollectOptions;
 use crate::volume::Volume;
 use crate::{Content, OpenDisk, Replace, StoreOptions, TreeSource, VolumeOptions};
 
@@ -341,7 +341,7 @@ fn a_block_of_a_sealed_log_that_was_changed_or_moved_is_found() {
     let path = logged(folder.path());
     let whole = std::fs::read(&path).unwrap();
     let (begin, payload) = (4096, 4160);
-    let payload_len = crate::log_seal::sealed_len(12_288);
+    let payload_len = crate::volume::log_seal::sealed_len(12_288);
     // A bit of a block, of a tag, and of the salt; a block in the place of another; a record for another place of the volume.
     let changes: [Change<'_>; 5] = [
         &|bytes| bytes[payload + 5000] ^= 1,

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::catalog::{ImageRow, Replace, check_name};
-use crate::collect::{Step, Watcher};
 use crate::disk::SECTOR_LEN;
 use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
@@ -15,9 +14,11 @@ use crate::format::{self, Extent, FormatError, Source};
 use crate::name::Name;
 use crate::node::{Node, Tree};
 use crate::store::{Batch, Store};
+use crate::tree::reader::TreeReader;
 use crate::tree::{self, FAN_OUT, Root};
-use crate::volume::{TreeReader, check_capacity, now_ns};
-use crate::volumes::CHUNK_LEN_DEFAULT;
+use crate::upkeep::collect::{Step, Watcher};
+use crate::volume::volumes::CHUNK_LEN_DEFAULT;
+use crate::volume::{check_capacity, now_ns};
 
 /// Threads that pack at a time, at most.
 const THREADS_MAX: usize = 8;

@@ -15,18 +15,18 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::cache::Cache;
 use crate::catalog::Catalog;
+use crate::disk::workers::Workers;
 use crate::domain::{Domain, Keyring, OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
-use crate::index::{Index, IndexFigures};
-use crate::log::sync_folder;
 use crate::name::{Kind, Name, Namer};
-use crate::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
-use crate::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
+use crate::records::cache::Cache;
+use crate::records::index::{Index, IndexFigures};
+use crate::records::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
+use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
 use crate::tree::{NODE_LEN, NodeSink, NodeSource, TreeNode, not_a_node};
-use crate::workers::Workers;
+use crate::volume::log::sync_folder;
 
 /// Files of segments that are kept open for reading.
 const OPEN_FILES_MAX: usize = 200;

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use crate::collect::CollectOptions;
 use crate::disk::{Disk, Durability, Extent, Operation, Question, Queue};
 use crate::format::{self, RawSource};
+use crate::upkeep::collect::CollectOptions;
 use crate::volume::Volume;
 use crate::{Content, OpenDisk, Replace, Store, StoreError, StoreOptions, TreeSource, VolumeOptions};
 

@@ -4,7 +4,7 @@ use super::exports::{Export, Exports};
 use super::negotiation::{Agreed, Negotiation, Step, TlsPolicy};
 use super::protocol::{OPTION_MAGIC, info, option, reply, transmission, u16_at, u32_at, u64_at};
 use super::{CONTEXT_QUERIES_MAX, CONTEXTS_MAX, OPTION_LEN_MAX};
-use crate::memory_disk::MemoryDisk;
+use crate::disk::memory::MemoryDisk;
 use std::sync::Arc;
 
 const FIXED: u32 = 1;

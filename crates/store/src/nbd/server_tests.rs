@@ -2,7 +2,7 @@
 
 use super::protocol::{OPTION_MAGIC, REQUEST_LEN, Request, SIMPLE_REPLY_LEN, command, option, u32_at, u64_at};
 use super::{Export, Exports, ListenError, Listener, REQUESTS_IN_FLIGHT_MAX, Server, ServerOptions, Tls};
-use crate::memory_disk::MemoryDisk;
+use crate::disk::memory::MemoryDisk;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;

@@ -8,7 +8,7 @@ use super::protocol::{REQUEST_LEN, Request, command, u16_at, u32_at, u64_at};
 use super::transmission::Transmission;
 use super::{HELD_BYTES_MAX, PAYLOAD_LEN_MAX};
 use crate::disk::DiskError;
-use crate::memory_disk::{MemoryDisk, OperationKind};
+use crate::disk::memory::{MemoryDisk, OperationKind};
 use std::sync::Arc;
 
 const CAPACITY: u64 = 256 << 10;

@@ -7,8 +7,8 @@ use super::negotiation::Agreed;
 use super::protocol::{ErrorNumber, REQUEST_LEN, Request, command, command_flag, u16_at, u32_at, u64_at};
 use super::transmission::Transmission;
 use super::{HELD_BYTES_MAX, PAYLOAD_LEN_MAX, REQUESTS_IN_FLIGHT_MAX, SERVER_HELD_BYTES_MAX};
+use crate::disk::memory::{CHUNK_LEN, MemoryDisk, OperationKind};
 use crate::disk::{Disk, DiskError};
-use crate::memory_disk::{CHUNK_LEN, MemoryDisk, OperationKind};
 use std::sync::Arc;
 
 const DISK_LEN: u64 = 96 << 20;

@@ -14,13 +14,13 @@ use super::fetch::{Fetcher, Through};
 use super::known::Known;
 use super::layout::{self, RemoteImage};
 use super::push::put_index;
-use crate::collect::{Step, Watcher};
 use crate::error::StoreError;
 use crate::id::Id;
 use crate::name::Name;
-use crate::segment::Entry;
+use crate::records::segment::Entry;
 use crate::store::Store;
 use crate::tree::{self, Visit};
+use crate::upkeep::collect::{Step, Watcher};
 
 /// How long a segment is listed as dead before it is removed, unless another time is asked for. No push may take longer between its
 /// first look at what is there and its end than this.

@@ -11,16 +11,16 @@ use super::bucket::Client;
 use super::error::RemoteError;
 use super::known::Known;
 use super::layout::{self, PROFILE_LEN_MAX, RemotePlace};
-use crate::collect::{Step, Watcher};
 use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::name::Name;
 use crate::node::Node;
 use crate::pace::Pace;
-use crate::record::{self, HEADER_LEN, Header};
+use crate::records::record::{self, HEADER_LEN, Header};
 use crate::store::{Local, Origin, Store};
 use crate::tree::{self, NodeSource, TreeNode, Visit};
+use crate::upkeep::collect::{Step, Watcher};
 
 /// Bytes that are read together for a record that somebody waits for.
 const REACH: u64 = 128 << 10;

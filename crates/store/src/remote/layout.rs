@@ -5,7 +5,7 @@
 use super::error::RemoteError;
 use crate::id::Id;
 use crate::name::{Kind, Name, Namer};
-use crate::segment::{Entry, Location};
+use crate::records::segment::{Entry, Location};
 
 /// The version of all objects that this release writes, and the newest that it reads.
 const FORMAT: u32 = 1;
@@ -209,14 +209,14 @@ impl RemoteIndex {
 /// An entry for the index of a push.
 pub(super) fn entry_in(ordinal: usize, entry: Entry) -> Entry {
     let Entry { prefix, location } = entry;
-    let number = crate::segment::SegmentNumber(ordinal as u32);
+    let number = crate::records::segment::SegmentNumber(ordinal as u32);
     Entry { prefix, location: Location::new(number, location.offset(), location.read_len()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::segment::SegmentNumber;
+    use crate::records::segment::SegmentNumber;
 
     #[test]
     fn objects_of_a_remote_store_come_back_and_flipped_bits_are_found() {

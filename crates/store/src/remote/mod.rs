@@ -21,12 +21,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::catalog::{ImageRow, check_name};
-use crate::collect::Watcher;
 use crate::error::Result;
 use crate::name::Name;
 use crate::node::Node;
 use crate::store::Store;
 use crate::transfer::{NodeRef, TransferOptions};
+use crate::upkeep::collect::Watcher;
 use crate::volume::now_ns;
 use bucket::{Client, S3};
 use fetch::Fetcher;

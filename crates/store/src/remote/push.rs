@@ -12,15 +12,15 @@ use super::error::RemoteError;
 use super::known::Known;
 use super::layout::{self, RemoteIndex, entry_in};
 use crate::catalog::{Replace, check_name};
-use crate::collect::{Step, Watcher};
 use crate::error::StoreError;
 use crate::id::Id;
 use crate::name::Name;
 use crate::pace::Pace;
-use crate::segment::{Entry, SegmentBytes, SegmentNumber};
+use crate::records::segment::{Entry, SegmentBytes, SegmentNumber};
 use crate::store::Store;
 use crate::transfer::{NodeRef, Offered, TransferOptions};
 use crate::tree::{self, Visit};
+use crate::upkeep::collect::{Step, Watcher};
 use crate::volume::now_ns;
 
 /// Segments that one index object names: what a push that is cut can lose is their content.

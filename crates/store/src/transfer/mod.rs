@@ -17,12 +17,12 @@ use std::io::{Read, Write};
 use std::sync::Arc;
 
 use crate::catalog::{ImageRow, Replace, check_name};
-use crate::collect::Watcher;
 use crate::error::StoreError;
 use crate::name::Name;
 use crate::node::Node;
 use crate::pace::Pace;
 use crate::store::{Batch, Store};
+use crate::upkeep::collect::Watcher;
 use sink::Sink;
 use source::Source;
 use wire::{Link, Message};

@@ -11,16 +11,16 @@ use std::sync::Arc;
 
 use super::wire::{BITS_LEN_MAX, Incoming, Link, Message, Want};
 use super::{TransferError, Transferred};
-use crate::cache::NameHasher;
 use crate::catalog::{ImageRow, Replace};
-use crate::collect::{Step, Watcher};
 use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
 use crate::node::{Node, Tree};
-use crate::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header};
+use crate::records::cache::NameHasher;
+use crate::records::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header};
 use crate::store::{Batch, Store};
 use crate::tree::{self, FAN_OUT, NODE_LEN, NodeSource, TreeNode};
+use crate::upkeep::collect::{Step, Watcher};
 use crate::volume::now_ns;
 
 /// Bytes of content that were asked for and have not come: enough for 100 ms at a gigabit a second.

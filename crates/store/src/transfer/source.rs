@@ -9,13 +9,13 @@ use std::sync::Arc;
 
 use super::wire::{Incoming, Link, Message, Want};
 use super::{Offered, TransferError};
-use crate::collect::{Step, Watcher};
 use crate::error::Result;
 use crate::name::Name;
-use crate::record::{self, HEADER_LEN, Header};
-use crate::segment::read_up_to;
+use crate::records::record::{self, HEADER_LEN, Header};
+use crate::records::segment::read_up_to;
 use crate::store::Store;
 use crate::tree::{NodeSource, Root, TreeNode};
+use crate::upkeep::collect::{Step, Watcher};
 
 /// Nodes that the other side may have open. It needs some two hundred for each level of a tree.
 const HANDLES_MAX: usize = 4096;

@@ -546,8 +546,8 @@ fn a_peer_that_packs_other_content_under_a_name_is_found_out() {
     let leaf = node.disks[0].root.name;
     let other = noise(19, CHUNK);
     // Right checksum, right length, right name, other bytes.
-    let forged = |header: crate::record::Header| crate::record::Header {
-        packing: crate::record::Packing::Raw,
+    let forged = |header: crate::records::record::Header| crate::records::record::Header {
+        packing: crate::records::record::Packing::Raw,
         packed_len: other.len() as u32,
         checksum: crc32c::crc32c(&other),
         ..header

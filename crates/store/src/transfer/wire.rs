@@ -8,7 +8,7 @@ use super::{NodeRef, TransferError, Transferred};
 use crate::error::StoreError;
 use crate::name::{Kind, Name};
 use crate::pace::Pace;
-use crate::record::{CONTENT_LEN_MAX, HEADER_LEN};
+use crate::records::record::{CONTENT_LEN_MAX, HEADER_LEN};
 use crate::store::Store;
 
 /// The version of the protocol that this release speaks. A later one names the oldest it still speaks as well.

@@ -1,7 +1,7 @@
 //! A server in a folder of its own, and clients as child processes.
 
 use polder_store::disk::Disk;
-use polder_store::memory_disk::MemoryDisk;
+use polder_store::disk::memory::MemoryDisk;
 use polder_store::nbd::{Export, Exports, Listener, Server, ServerOptions};
 use std::io::Read;
 use std::net::SocketAddr;

@@ -2,7 +2,7 @@
 
 use crate::harness::{TestServer, fail, run};
 use polder_store::disk::Disk;
-use polder_store::memory_disk::CHUNK_LEN;
+use polder_store::disk::memory::CHUNK_LEN;
 use serde_json::Value;
 
 const CAPACITY: u64 = 8 << 20;

@@ -2,7 +2,7 @@
 
 use crate::harness::{TestServer, run, wait_until};
 use polder_store::disk::DiskError;
-use polder_store::memory_disk::OperationKind;
+use polder_store::disk::memory::OperationKind;
 
 const CAPACITY: u64 = 80 << 20;
 

@@ -10,12 +10,12 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, RwLock};
 
-use crate::cache::NameMap;
 use crate::catalog::{Catalog, SegmentRow};
 use crate::error::{Result, StoreError};
 use crate::name::Name;
-use crate::run::{self, Run};
-use crate::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
+use crate::records::cache::NameMap;
+use crate::records::run::{self, Run};
+use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;

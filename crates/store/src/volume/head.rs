@@ -8,10 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Result, StoreError};
-use crate::extent_map::LogPlace;
 use crate::id::Id;
-use crate::log::{Position, sync_folder};
 use crate::tree::Root;
+use crate::volume::extent_map::LogPlace;
+use crate::volume::log::{Position, sync_folder};
 
 const SLOT_LEN: u64 = 4096;
 const CONTENT_LEN: usize = 128;

@@ -18,9 +18,9 @@ use std::sync::Arc;
 use rustix::fs::FallocateFlags;
 
 use crate::error::{Result, StoreError};
-use crate::extent_map::LogPlace;
 use crate::id::Id;
-use crate::segment::read_up_to;
+use crate::records::segment::read_up_to;
+use crate::volume::extent_map::LogPlace;
 
 /// Bytes of a log file, unless another size is asked for.
 pub(crate) const FILE_LEN_DEFAULT: u64 = 32 << 20;

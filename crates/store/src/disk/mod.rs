@@ -4,6 +4,11 @@
 //! takes completions, in any order. Nothing here blocks: what has to wait for the host's disk or for another machine is finished
 //! elsewhere and announced through [`Queue::signal`].
 
+pub mod memory;
+pub(crate) mod open_disk;
+pub(crate) mod queue;
+pub(crate) mod workers;
+
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;

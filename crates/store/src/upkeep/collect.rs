@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
-use crate::mark::{Lost, Marks};
 use crate::pace::Pace;
-use crate::record::{self, HEADER_LEN};
-use crate::segment::{self, Found, SegmentNumber, SegmentWriter};
+use crate::records::record::{self, HEADER_LEN};
+use crate::records::segment::{self, Found, SegmentNumber, SegmentWriter};
 use crate::store::Store;
+use crate::upkeep::mark::{Lost, Marks};
 
 /// Smaller segments are joined.
 const SEGMENT_LEN_SMALL: u64 = 4 << 20;

@@ -3,14 +3,17 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::disk::queue::DiskQueue;
 use crate::disk::{Access, Buffer, Disk, DiskError, Extent, Question};
 use crate::error::{Result, StoreError};
-use crate::extent_map::Place;
 use crate::node::Tree;
-use crate::queue::DiskQueue;
 use crate::store::Store;
 use crate::tree::Root;
-use crate::volume::{Core, Piece, TreeReader, Volume, check_range, chunk_pieces};
+use crate::tree::reader::TreeReader;
+use crate::volume::core::Core;
+use crate::volume::extent_map::Place;
+use crate::volume::layers::{Piece, chunk_pieces};
+use crate::volume::{Volume, check_range};
 
 /// Bytes of a disk that are looked at together to answer a question about its parts.
 const WINDOW_LEN: u64 = 1 << 30;
@@ -171,7 +174,7 @@ impl Disk for OpenDisk {
     }
 
     fn block_bytes(&self) -> u32 {
-        crate::extent_map::BLOCK_LEN as u32
+        crate::volume::extent_map::BLOCK_LEN as u32
     }
 
     fn extents(

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::catalog::SegmentRow;
-use crate::collect::{Step, Watcher};
 use crate::error::{Result, StoreError};
-use crate::mark::{Lost, Marks};
 use crate::name::Name;
-use crate::record::{self, HEADER_LEN, Header};
-use crate::segment;
+use crate::records::record::{self, HEADER_LEN, Header};
+use crate::records::segment;
 use crate::store::Store;
+use crate::upkeep::collect::{Step, Watcher};
+use crate::upkeep::mark::{Lost, Marks};
 
 /// A record that is not what its name says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -219,7 +219,7 @@ impl Store {
         for (owner, name) in &roots.nodes {
             found(name, owner, None);
             if let Ok(node) = self.load_node(name) {
-                kept.extend(node.trees().map(|tree| crate::mark::Kept {
+                kept.extend(node.trees().map(|tree| crate::upkeep::mark::Kept {
                     owner: owner.clone(),
                     root: tree.root,
                     chunk_len: tree.chunk_len,

@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Result, StoreError};
-use crate::log::{settle, sync_folder};
 use crate::name::Name;
-use crate::record::{self, HEADER_LEN, Header};
+use crate::records::record::{self, HEADER_LEN, Header};
+use crate::volume::log::{settle, sync_folder};
 
 /// A segment is full when it holds that much.
 pub(crate) const SEGMENT_LEN: u64 = 15 << 20;

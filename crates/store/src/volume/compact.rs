@@ -10,15 +10,17 @@ use std::time::{Duration, Instant};
 
 use crate::catalog::SnapshotRow;
 use crate::error::{Result, StoreError};
-use crate::extent_map::{BLOCK_LEN, ExtentMap, Place};
-use crate::head::{Head, State};
-use crate::log::{Change, LogFile, Spare};
 use crate::name::Name;
 use crate::node::{Node, Tree};
 use crate::pace::Pace;
 use crate::store::{Batch, is_zero};
+use crate::tree::reader::TreeReader;
 use crate::tree::{self, Root};
-use crate::volume::{Core, Frozen, TreeReader, lay};
+use crate::volume::core::Core;
+use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, Place};
+use crate::volume::head::{Head, State};
+use crate::volume::layers::{Frozen, lay};
+use crate::volume::log::{Change, LogFile, Spare};
 
 /// How soon a failed move is tried again.
 const RETRY: Duration = Duration::from_secs(1);

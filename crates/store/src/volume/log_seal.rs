@@ -15,9 +15,9 @@ use polder_trust::keys::{SECRET_BYTES, Secret};
 use polder_trust::seal::{LogCipher, LogPlace as Nonce, TAG_BYTES};
 
 use crate::error::{Result, StoreError};
-use crate::extent_map::{BLOCK_LEN, LogPlace};
 use crate::id::Id;
-use crate::log::{Change, LogFile};
+use crate::volume::extent_map::{BLOCK_LEN, LogPlace};
+use crate::volume::log::{Change, LogFile};
 
 const SALT_LEN: usize = 16;
 /// Blocks of a record at most; their numbers are eight bits of the nonce.

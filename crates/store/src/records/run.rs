@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Result, StoreError};
 use crate::name::Name;
-use crate::record::HEADER_LEN;
-use crate::segment::{Entry, SegmentNumber, read_up_to};
+use crate::records::record::HEADER_LEN;
+use crate::records::segment::{Entry, SegmentNumber, read_up_to};
 
 /// Entries of a page.
 const PAGE_ENTRIES: u64 = 256;

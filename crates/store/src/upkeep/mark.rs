@@ -5,14 +5,14 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use crate::cache::{NameHasher, NameMap};
 use crate::error::{Result, StoreError};
-use crate::head::Head;
 use crate::name::Name;
+use crate::records::cache::{NameHasher, NameMap};
+use crate::records::segment::{Location, SegmentNumber};
 use crate::remote::KnownElsewhere;
-use crate::segment::{Location, SegmentNumber};
 use crate::store::{Local, Store};
 use crate::tree::{self, NodeSource, Root};
+use crate::volume::head::Head;
 
 /// A tree that something keeps, and what that is.
 #[derive(Debug, Clone)]

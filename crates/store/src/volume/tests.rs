@@ -5,7 +5,7 @@ use polder_trust::keys::{KeyFile, Secret};
 use super::*;
 use crate::domain::Key;
 use crate::store::StoreOptions;
-use crate::volumes::{CHUNK_LEN_DEFAULT, Content};
+use crate::volume::volumes::{CHUNK_LEN_DEFAULT, Content};
 
 const MIB: u64 = 1 << 20;
 

@@ -3,13 +3,15 @@
 //! A node is the names of its 128 children one after the other (4 KiB); a leaf's children are chunks. The number of levels follows
 //! from the size of the disk, so that equal disks have equal roots. A node whose children are all absent is absent itself.
 
+pub(crate) mod reader;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Result, StoreError};
 use crate::name::Name;
-use crate::segment::Location;
+use crate::records::segment::Location;
 
 /// Children of a node.
 pub(crate) const FAN_OUT: usize = 128;
@@ -352,5 +354,4 @@ pub(crate) fn not_a_node(name: &Name) -> StoreError {
 }
 
 #[cfg(test)]
-#[path = "tree_tests.rs"]
 mod tests;

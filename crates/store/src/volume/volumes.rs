@@ -13,14 +13,14 @@ use rustix::fs::{FlockOperation, flock};
 use crate::catalog::{DomainRow, SnapshotRow, VolumeRow, check_name};
 use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
-use crate::extent_map::LogPlace;
-use crate::head::{Head, State};
 use crate::id::Id;
-use crate::log::{self, Position};
 use crate::name::Name;
 use crate::node::{Tree, is_chunk_len};
 use crate::store::Store;
 use crate::tree::{self, Root};
+use crate::volume::extent_map::LogPlace;
+use crate::volume::head::{Head, State};
+use crate::volume::log::{self, Position};
 use crate::volume::{Volume, VolumeOptions, check_capacity, now_ns};
 
 /// Bytes of a chunk unless another size is asked for.
@@ -215,7 +215,7 @@ impl Store {
         let row = self.catalog().volume(volume)?;
         match Volume::open(self, volume, VolumeOptions::default()) {
             Ok(volume) => volume.snapshot(name).map(drop)?,
-            Err(StoreError::InUse { .. }) => crate::control::snapshot(&self.volume_folder(row.id), name)?,
+            Err(StoreError::InUse { .. }) => crate::volume::control::snapshot(&self.volume_folder(row.id), name)?,
             Err(error) => return Err(error),
         }
         self.catalog().snapshot(row.id, name)
@@ -226,7 +226,9 @@ impl Store {
         let row = self.catalog().volume(volume)?;
         match Volume::open(self, volume, VolumeOptions::default()) {
             Ok(volume) => volume.resize(capacity_bytes),
-            Err(StoreError::InUse { .. }) => crate::control::resize(&self.volume_folder(row.id), capacity_bytes),
+            Err(StoreError::InUse { .. }) => {
+                crate::volume::control::resize(&self.volume_folder(row.id), capacity_bytes)
+            }
             Err(error) => Err(error),
         }
     }
@@ -277,7 +279,7 @@ impl Store {
         let row = row.ok_or_else(|| StoreError::NotFound { what: "volume", name: id.to_string() })?;
         match Volume::open(self, &row.name, VolumeOptions::default()) {
             Ok(volume) => volume.close(),
-            Err(StoreError::InUse { .. }) => crate::control::compact(&self.volume_folder(id)),
+            Err(StoreError::InUse { .. }) => crate::volume::control::compact(&self.volume_folder(id)),
             Err(error) => Err(error),
         }
     }

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::error::{Result, StoreError};
-use crate::volume::Core;
+use crate::volume::core::Core;
 
 const SOCKET: &str = "control";
 /// Longest line.

@@ -14,14 +14,14 @@ use io_uring::{IoUring, opcode, types};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::ReadWriteFlags;
 
+use crate::disk::open_disk::{OpenDisk, View};
 use crate::disk::{Buffer, Completion, DiskError, Durability, Operation, Queue};
-use crate::extent_map::BLOCK_LEN;
-use crate::log::LogFile;
 use crate::name::Name;
-use crate::open_disk::{OpenDisk, View};
-use crate::segment::Location;
+use crate::records::segment::Location;
 use crate::tree::{self, Root, TreeNode};
-use crate::volume::Piece;
+use crate::volume::extent_map::BLOCK_LEN;
+use crate::volume::layers::Piece;
+use crate::volume::log::LogFile;
 
 /// Reads that the ring holds; more wait for the next round.
 const RING_ENTRIES: u32 = 128;

@@ -1,0 +1,7 @@
+//! Records on disk, and from their names to where they lie.
+
+pub(crate) mod cache;
+pub(crate) mod index;
+pub(crate) mod record;
+pub(crate) mod run;
+pub(crate) mod segment;

@@ -1,0 +1,561 @@
+//! What front ends, the thread and the control of an open volume share: reading, appending to the log, and handing over what is to be
+//! moved into the tree.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::time::{Duration, Instant};
+
+use crate::catalog::{SnapshotRow, VolumeRow};
+use crate::domain::Domain;
+use crate::error::{Result, StoreError};
+use crate::store::Store;
+use crate::tree::Root;
+use crate::tree::reader::TreeReader;
+use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
+use crate::volume::flush::Syncs;
+use crate::volume::head::Head;
+use crate::volume::layers::{Frozen, Generation, LayeredPart, Layers, Piece, backlog, chunk_pieces, opening_of};
+use crate::volume::log::{self, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX, Spare};
+use crate::volume::log_seal::{LogSealer, SEALED_BLOCKS_MAX, sealed_len};
+use crate::volume::snapshot::decode_snapshot;
+use crate::volume::{VolumeOptions, check_range};
+
+/// How soon a full disk is looked at again.
+const SPACE_LOOK: Duration = Duration::from_millis(200);
+
+/// A log that needed its last file longer ago than that is written slowly.
+const SLOW_ROTATION: Duration = Duration::from_secs(1);
+
+/// What the volume's thread is asked, and what it did.
+#[derive(Default)]
+pub(crate) struct Work {
+    pub stop: bool,
+    /// Records up to this sequence number are to be in the tree.
+    pub wanted: u64,
+    /// Records up to this sequence number are.
+    pub done: u64,
+    /// Why the last attempt failed; it is repeated.
+    pub failure: Option<String>,
+    /// The file that the log goes on in.
+    pub spares: Vec<Spare>,
+    /// When the log went on in another file last.
+    pub last_rotation: Option<Instant>,
+}
+
+/// What front ends, the thread and the control of a volume share.
+pub(crate) struct Core {
+    pub store: Arc<Store>,
+    pub row: VolumeRow,
+    /// None: the volume is not encrypted.
+    pub domain: Option<Arc<Domain>>,
+    pub(super) sealer: Option<LogSealer>,
+    pub options: VolumeOptions,
+    pub folder: PathBuf,
+    pub(super) log: Mutex<LogWriter>,
+    pub(super) layers: RwLock<Layers>,
+    pub(super) syncs: Mutex<Syncs>,
+    /// A sync came to its end.
+    pub(super) synced: Condvar,
+    /// Records up to this sequence number are stable.
+    pub(super) stable: AtomicU64,
+    /// Bytes of log that are not in the tree.
+    pub(super) backlog: AtomicU64,
+    pub work: Mutex<Work>,
+    pub wake: Condvar,
+    /// The thread got on.
+    pub progress: Condvar,
+    /// Names of snapshots in the log; whoever makes one has them meanwhile.
+    pub(super) pending_names: Mutex<BTreeSet<String>>,
+    /// Signals of queues, which hear of another size.
+    pub(super) queues: Mutex<Vec<Weak<OwnedFd>>>,
+}
+
+impl Core {
+    /// Reads the log of a volume that nobody else has open.
+    pub(super) fn recover(
+        store: &Arc<Store>,
+        row: VolumeRow,
+        domain: Option<Arc<Domain>>,
+        options: VolumeOptions,
+        folder: PathBuf,
+        head: Head,
+    ) -> Result<(Core, Head)> {
+        let state = head.state;
+        let sealer = domain.as_ref().map(|domain| domain.log_sealer(row.id, state.epoch)).transpose()?;
+        let start = state.position.place;
+        // A volume that was never written or was rolled back has no file yet, and none behind that either.
+        let files = log::list(&folder)?.0;
+        let begun = start.offset() > 4096 || files.iter().any(|&file| file > start.file());
+        if begun && !files.contains(&start.file()) {
+            return Err(StoreError::Damaged {
+                path: folder.join("head"),
+                offset: 0,
+                what: format!("file {} of the log is missing", start.file()),
+            });
+        }
+        log::remove_before(&folder, state.position.place.file())?;
+        for spare in log::list(&folder)?.1 {
+            std::fs::remove_file(&spare).map_err(StoreError::file("remove", &spare))?;
+        }
+        let mut active = Generation::default();
+        let mut capacity_bytes = state.capacity_bytes;
+        let mut snapshots = Vec::new();
+        let mut damage = None;
+        let file_len = options.log_file_len();
+        let recovered = log::recover(&folder, row.id, state.epoch, state.position, file_len, |appended, payload| {
+            let old_capacity = capacity_bytes;
+            let opening = match opening_of(sealer.as_ref(), &active, &appended, payload) {
+                Ok(opening) => opening,
+                Err(what) => {
+                    damage = Some((appended.place, what));
+                    return;
+                }
+            };
+            let snapshot = match appended.change {
+                Change::Snapshot => match decode_snapshot(payload, &row, capacity_bytes) {
+                    Some(snapshot) => Some(Box::new(snapshot)),
+                    None => {
+                        damage = Some((appended.place, "a snapshot that cannot be read"));
+                        return;
+                    }
+                },
+                Change::Resize { capacity_bytes: new } => {
+                    capacity_bytes = new;
+                    None
+                }
+                _ => None,
+            };
+            snapshots.extend(snapshot.as_deref().cloned());
+            active.add(&appended, snapshot, opening, old_capacity);
+        })?;
+        if let Some((place, what)) = damage {
+            return Err(StoreError::Damaged {
+                path: folder.join(format!("log-{:08}", place.file())),
+                offset: place.offset(),
+                what: what.to_owned(),
+            });
+        }
+        let mut pending_names = BTreeSet::new();
+        for snapshot in snapshots {
+            if store.catalog().restore_snapshot(&snapshot)? {
+                pending_names.insert(snapshot.name);
+            }
+        }
+        let backlog = backlog(file_len, state.position.place, recovered.writer.position().place);
+        let work = Work { done: state.position.sequence, ..Work::default() };
+        let core = Core {
+            store: store.clone(),
+            row,
+            domain,
+            sealer,
+            options,
+            folder,
+            log: Mutex::new(recovered.writer),
+            layers: RwLock::new(Layers {
+                active,
+                frozen: None,
+                files: recovered.files,
+                root: state.root,
+                root_capacity: state.capacity_bytes,
+                capacity_bytes,
+            }),
+            syncs: Mutex::default(),
+            synced: Condvar::new(),
+            stable: AtomicU64::new(0),
+            backlog: AtomicU64::new(backlog),
+            work: Mutex::new(work),
+            wake: Condvar::new(),
+            progress: Condvar::new(),
+            pending_names: Mutex::new(pending_names),
+            queues: Mutex::default(),
+        };
+        Ok((core, head))
+    }
+
+    pub(super) fn log(&self) -> MutexGuard<'_, LogWriter> {
+        self.log.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn layers(&self) -> RwLockReadGuard<'_, Layers> {
+        self.layers.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub(super) fn layers_mut(&self) -> RwLockWriteGuard<'_, Layers> {
+        self.layers.write().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    pub fn chunk_len(&self) -> usize {
+        self.row.chunk_len as usize
+    }
+
+    /// The number of the next record.
+    pub fn sequence(&self) -> u64 {
+        self.log().position().sequence
+    }
+
+    /// Whether somebody waits for the log to be moved, or for the thread to end.
+    pub fn is_waited_for(&self) -> bool {
+        let work = self.work();
+        work.stop || work.wanted > work.done
+    }
+
+    /// Whether the volume ends and nobody waits for what the thread does.
+    pub fn is_given_up(&self) -> bool {
+        let work = self.work();
+        work.stop && work.wanted <= work.done
+    }
+
+    /// Bytes of log that are not in the tree.
+    pub fn backlog_bytes(&self) -> u64 {
+        self.backlog.load(Ordering::Relaxed)
+    }
+
+    /// Whether a range is whole sectors inside the volume.
+    pub fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        check_range(offset, len, self.layers().capacity_bytes)
+    }
+
+    // Reading
+
+    /// What a range is made of now, and the tree that its chunks are in.
+    pub fn plan(&self, offset: u64, len: usize, pieces: &mut Vec<Piece>) -> Result<Root> {
+        pieces.clear();
+        let layers = self.layers();
+        check_range(offset, len as u64, layers.capacity_bytes)?;
+        let end = offset + len as u64;
+        let mut add = |blocks: Range<u64>, place: Option<Place>| {
+            let start = (blocks.start * BLOCK_LEN).max(offset);
+            let len = ((blocks.end * BLOCK_LEN).min(end) - start) as usize;
+            let skipped = start - blocks.start * BLOCK_LEN;
+            match place {
+                Some(Place::Zeros) => pieces.push(Piece::Zeros { len }),
+                Some(Place::Log(place)) => match layers.log_piece(place, skipped, len) {
+                    Some(piece) => pieces.push(piece),
+                    None => unreachable!("the files and records of both generations are kept"),
+                },
+                None => chunk_pieces(start, len, self.chunk_len(), pieces),
+            }
+        };
+        let blocks = offset / BLOCK_LEN..end.div_ceil(BLOCK_LEN);
+        layers.parts(blocks, &mut add);
+        Ok(layers.root)
+    }
+
+    /// The parts of a range that lie over the tree, in bytes, and the tree.
+    pub fn layered(&self, range: Range<u64>) -> (Vec<LayeredPart>, Root) {
+        let layers = self.layers();
+        let mut parts = Vec::new();
+        let mut add = |blocks: Range<u64>, place| {
+            let bytes = (blocks.start * BLOCK_LEN).max(range.start)..(blocks.end * BLOCK_LEN).min(range.end);
+            parts.push((bytes, place));
+        };
+        layers.parts(range.start / BLOCK_LEN..range.end.div_ceil(BLOCK_LEN), &mut add);
+        (parts, layers.root)
+    }
+
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let mut pieces = Vec::new();
+        let root = self.plan(offset, bytes.len(), &mut pieces)?;
+        let mut rest = bytes;
+        let mut reader = TreeReader::new(&self.store, root, self.chunk_len());
+        for piece in &pieces {
+            let (part, behind) = rest.split_at_mut(piece.len());
+            piece.read(part, |index, from, part| reader.read(index, from, part))?;
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    // Writing
+
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.check_range(offset, bytes.len() as u64)?;
+        let end = offset + bytes.len() as u64;
+        let mut at = offset;
+        while at < end {
+            // Records end where payloads of whole blocks do.
+            let stop = ((at / BLOCK_LEN * BLOCK_LEN) + self.write_len_max()).min(end);
+            let part = &bytes[(at - offset) as usize..(stop - offset) as usize];
+            if at.is_multiple_of(BLOCK_LEN) && stop.is_multiple_of(BLOCK_LEN) {
+                self.wait_for_room()?;
+                self.append(Change::Write { offset: at }, part, None)?;
+            } else {
+                self.write_parts_of_blocks(at, part)?;
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Bytes that a record takes at most.
+    fn write_len_max(&self) -> u64 {
+        match self.sealer {
+            Some(_) => SEALED_BLOCKS_MAX as u64 * BLOCK_LEN,
+            None => PAYLOAD_LEN_MAX as u64,
+        }
+    }
+
+    /// Writes that begin or end inside a block: the rest of the block is read, and the write is repeated if somebody else changed
+    /// it meanwhile.
+    fn write_parts_of_blocks(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let end = offset + bytes.len() as u64;
+        let blocks = offset / BLOCK_LEN..end.div_ceil(BLOCK_LEN);
+        let start = blocks.start * BLOCK_LEN;
+        let mut whole = vec![0; ((blocks.end - blocks.start) * BLOCK_LEN) as usize];
+        loop {
+            self.wait_for_room()?;
+            let seen = self.edges(&blocks);
+            let capacity_bytes = self.layers().capacity_bytes;
+            let last = (blocks.end - 1) * BLOCK_LEN;
+            for block in [start, last] {
+                let len = BLOCK_LEN.min(capacity_bytes.saturating_sub(block)) as usize;
+                let at = (block - start) as usize;
+                self.read_at(block, &mut whole[at..at + len])?;
+            }
+            whole[(offset - start) as usize..(end - start) as usize].copy_from_slice(bytes);
+            if self.append(Change::Write { offset: start }, &whole, Some(&|| self.edges(&blocks) == seen))? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What the first and last of some blocks are made of.
+    fn edges(&self, blocks: &Range<u64>) -> ([Option<Place>; 4], Root) {
+        let layers = self.layers();
+        let at = |extents: &ExtentMap, block| extents.parts(block..block + 1).next().and_then(|(_, place)| place);
+        let frozen = |block| layers.frozen.as_ref().and_then(|frozen| at(&frozen.generation.extents, block));
+        let (first, last) = (blocks.start, blocks.end - 1);
+        let places = [at(&layers.active.extents, first), at(&layers.active.extents, last), frozen(first), frozen(last)];
+        (places, layers.root)
+    }
+
+    pub fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_range(offset, len)?;
+        let end = offset + len;
+        let (first, last) = (offset.next_multiple_of(BLOCK_LEN), end / BLOCK_LEN * BLOCK_LEN);
+        let capacity_bytes = self.capacity_bytes();
+        // The last block of a volume may be shorter than others.
+        let last = if end == capacity_bytes { end.next_multiple_of(BLOCK_LEN) } else { last };
+        let zeros = [0; BLOCK_LEN as usize];
+        if first >= last {
+            return self.write_at(offset, &vec![0; len as usize]);
+        }
+        if offset < first {
+            self.write_at(offset, &zeros[..(first - offset) as usize])?;
+        }
+        self.wait_for_room()?;
+        self.append(Change::Zeros { offset: first, len: last - first }, &[], None)?;
+        if last < end {
+            self.write_at(last, &zeros[..(end - last) as usize])?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        self.layers().capacity_bytes
+    }
+
+    /// Whether a write need not wait: the log has room, and a file to go on in.
+    pub fn has_room_now(&self, len: usize) -> bool {
+        let len = if self.sealer.is_some() { sealed_len(len) } else { len };
+        self.backlog_bytes() < self.options.log_bytes_max && (self.log().fits(len) || !self.work().spares.is_empty())
+    }
+
+    /// Waits while the log is as long as it may be.
+    fn wait_for_room(&self) -> Result<()> {
+        if self.backlog_bytes() < self.options.log_bytes_max {
+            return Ok(());
+        }
+        let mut work = self.work();
+        while self.backlog_bytes() >= self.options.log_bytes_max && !work.stop {
+            self.wake.notify_all();
+            work = self.progress.wait(work).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        Ok(())
+    }
+
+    /// Appends a record whose range is whole blocks, and lays it over what there was. With `unless_changed`, only if that still holds;
+    /// whether it did.
+    fn append(&self, change: Change, payload: &[u8], unchanged: Option<&dyn Fn() -> bool>) -> Result<bool> {
+        loop {
+            match self.try_append(change, payload, unchanged) {
+                Err(error) if self.wait_for_space(&error) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn try_append(&self, change: Change, payload: &[u8], unchanged: Option<&dyn Fn() -> bool>) -> Result<bool> {
+        match (change, &self.sealer) {
+            // Anew for each attempt: what an earlier one left of it may be on the disk.
+            (Change::Write { offset }, Some(sealer)) => sealer
+                .seal(offset, payload, |change, sealed| self.append_record(change, sealed, payload.len(), unchanged)),
+            _ => self.append_record(change, payload, payload.len(), unchanged),
+        }
+    }
+
+    /// Appends a record whose payload holds `written` bytes of the volume.
+    fn append_record(
+        &self,
+        change: Change,
+        payload: &[u8],
+        written: usize,
+        unchanged: Option<&dyn Fn() -> bool>,
+    ) -> Result<bool> {
+        let checksum = crc32c::crc32c(payload);
+        let mut log = self.log();
+        let range = match change {
+            Change::Write { offset } | Change::Sealed { offset, .. } => Some((offset, written as u64)),
+            Change::Zeros { offset, len } => Some((offset, len)),
+            Change::Snapshot | Change::Resize { .. } => None,
+        };
+        if let Some((offset, len)) = range {
+            // It may have shrunk since it was looked at.
+            check_range(offset, len, self.capacity_bytes().next_multiple_of(BLOCK_LEN))?;
+        }
+        if unchanged.is_some_and(|unchanged| !unchanged()) {
+            return Ok(false);
+        }
+        self.append_locked(&mut log, change, payload, checksum, None)?;
+        Ok(true)
+    }
+
+    /// Whether an operation failed because the host's disk is full, and is to be tried again: a guest waits then, as it would for a
+    /// slow disk, until somebody makes room.
+    fn wait_for_space(&self, error: &StoreError) -> bool {
+        if !error.is_no_space() {
+            return false;
+        }
+        tracing::warn!(volume = self.row.name, "the host's disk is full; writes wait");
+        let work = self.work();
+        let (work, _) = self.progress.wait_timeout(work, SPACE_LOOK).unwrap_or_else(|poisoned| poisoned.into_inner());
+        !work.stop
+    }
+
+    pub(super) fn append_locked(
+        &self,
+        log: &mut LogWriter,
+        change: Change,
+        payload: &[u8],
+        checksum: u32,
+        snapshot: Option<Box<SnapshotRow>>,
+    ) -> Result<()> {
+        let mut before = log.position().place;
+        if !log.fits(payload.len()) {
+            let spare = {
+                let mut work = self.work();
+                work.last_rotation = Some(Instant::now());
+                work.spares.pop()
+            };
+            let file = log.next_file(spare)?;
+            self.layers_mut().files.push(file);
+            // The record may fail: what is counted is how far the log is.
+            let begin = log.position().place;
+            self.backlog.fetch_add(backlog(self.options.log_file_len(), before, begin), Ordering::Relaxed);
+            before = begin;
+            self.wake.notify_all();
+        }
+        let appended = log.append(change, payload, checksum)?;
+        {
+            let mut layers = self.layers_mut();
+            let old_capacity = layers.capacity_bytes;
+            let opening = self.sealer.as_ref().filter(|_| matches!(change, Change::Sealed { .. }));
+            let opening = opening.map(|sealer| sealer.ours().clone());
+            layers.active.add(&appended, snapshot, opening, old_capacity);
+            if let Change::Resize { capacity_bytes } = change {
+                layers.capacity_bytes = capacity_bytes;
+            }
+        }
+        let more = backlog(self.options.log_file_len(), before, appended.end.place);
+        let had = self.backlog.fetch_add(more, Ordering::Relaxed);
+        let half = self.options.log_file_len() / 2;
+        let crossed = |mark: u64, before: u64, after: u64| before < mark && after >= mark;
+        if had == 0
+            || crossed(self.options.log_bytes_start, had, had + more)
+            || crossed(half, before.offset(), appended.end.place.offset())
+        {
+            self.wake.notify_all();
+        }
+        Ok(())
+    }
+
+    // Moving into the tree
+
+    pub fn compact(&self) -> Result<()> {
+        let wanted = self.log().position().sequence;
+        let mut work = self.work();
+        work.wanted = work.wanted.max(wanted);
+        work.failure = None;
+        self.wake.notify_all();
+        while work.done < wanted {
+            if let Some(failure) = &work.failure {
+                return Err(StoreError::Refused(format!(
+                    "what was written to volume {} cannot be moved into the store: {failure}",
+                    self.row.name
+                )));
+            }
+            if work.stop {
+                return Err(StoreError::Refused(format!("volume {} is being closed", self.row.name)));
+            }
+            work = self.progress.wait(work).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        Ok(())
+    }
+
+    /// Freezes what was written until now, unless there is a frozen generation: what is to be moved, if there is anything.
+    pub fn freeze(&self) -> Option<Arc<Frozen>> {
+        let log = self.log();
+        let mut layers = self.layers_mut();
+        if layers.frozen.is_none() && !layers.active.records.is_empty() {
+            let generation = std::mem::take(&mut layers.active);
+            layers.frozen = Some(Arc::new(Frozen {
+                generation,
+                files: layers.files.clone(),
+                root: layers.root,
+                root_capacity: layers.root_capacity,
+                end: log.position(),
+                capacity_bytes: layers.capacity_bytes,
+            }));
+        }
+        layers.frozen.clone()
+    }
+
+    /// The frozen generation is in the tree. Gives the log files that nothing points into any more.
+    pub fn thaw(&self, frozen: &Frozen, root: Root, moved_from: LogPlace) -> Vec<Arc<LogFile>> {
+        let mut layers = self.layers_mut();
+        layers.root = root;
+        layers.root_capacity = frozen.capacity_bytes;
+        let done = layers.frozen.take();
+        let keep = frozen.end.place.file();
+        let at = layers.files.partition_point(|file| file.number < keep);
+        let old = layers.files.drain(..at).collect();
+        drop(layers);
+        // Large maps take their time to go, and readers do not wait for it.
+        drop(done);
+        let moved = backlog(self.options.log_file_len(), moved_from, frozen.end.place);
+        self.backlog.fetch_sub(moved, Ordering::Relaxed);
+        let snapshots = frozen.generation.records.iter().filter_map(|record| record.snapshot.as_deref());
+        let names: Vec<&str> = snapshots.map(|snapshot| snapshot.name.as_str()).collect();
+        if !names.is_empty() {
+            let mut pending = self.pending_names();
+            pending.retain(|name| !names.contains(&name.as_str()));
+        }
+        old
+    }
+
+    /// Whether a spare is worth making now: the log is about to need one, and is written slowly enough for its flushes to matter.
+    pub fn wants_spare(&self) -> bool {
+        let offset = self.log().position().place.offset();
+        let work = self.work();
+        let slow = work.last_rotation.is_none_or(|last| last.elapsed() > SLOW_ROTATION);
+        work.spares.is_empty() && slow && offset >= self.options.log_file_len() / 2
+    }
+}
