@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use polder_basics::SystemClock;
 use polder_devices::pci::{Ecam, PciBus};
 use polder_devices::virtio::balloon::Balloon;
-use polder_devices::virtio::block::{Block, BlockOptions, DiskAccess, EngineChoice};
+use polder_devices::virtio::block::{Block, BlockOptions, DiskAccess, DiskMedium, EngineChoice};
 use polder_devices::virtio::console::Console;
 use polder_devices::virtio::net::{Net, NetBackend, NetOptions, Offloads};
 use polder_devices::virtio::rng::Rng;
@@ -67,7 +67,8 @@ fn block(engine: EngineChoice) -> Arc<dyn VirtioDevice> {
     let file = File::from(memfd_create("disk", MemfdFlags::CLOEXEC).expect("a memfd"));
     file.set_len(64 * 512).expect("a memfd grows");
     let access = DiskAccess::ReadWrite;
-    let options = BlockOptions { file, access, serial: "fuzz".to_owned(), queues: 1, engine };
+    let medium = DiskMedium::File(file);
+    let options = BlockOptions { medium, access, serial: "fuzz".to_owned(), queues: 1, engine };
     Arc::new(Block::new(options).expect("64 sectors are a disk"))
 }
 
