@@ -8,6 +8,7 @@ const STORE: &str = "POLDER_CRASH_STORE";
 const MODEL: &str = "POLDER_CRASH_MODEL";
 const SEED: &str = "POLDER_CRASH_SEED";
 const MAY_FAIL: &str = "POLDER_CRASH_MAY_FAIL";
+const OUTSIDE: &str = "POLDER_CRASH_OUTSIDE";
 
 /// What a child is to do.
 pub struct Task {
@@ -16,9 +17,21 @@ pub struct Task {
     pub seed: u64,
     /// Whether operations may fail.
     pub may_fail: bool,
+    /// A file or folder beside the store that the task is about.
+    pub outside: PathBuf,
 }
 
 impl Task {
+    /// A task at a store and its model.
+    pub fn new(store: impl Into<PathBuf>, model: impl Into<PathBuf>, seed: u64) -> Task {
+        Task { store: store.into(), model: model.into(), seed, may_fail: false, outside: PathBuf::new() }
+    }
+
+    /// The same, where operations may fail.
+    pub fn that_may_fail(self) -> Task {
+        Task { may_fail: true, ..self }
+    }
+
     /// Starts a process that runs one test, which is a task and not run otherwise.
     pub fn start(&self, test: &str) -> Child {
         Command::new(std::env::current_exe().unwrap())
@@ -27,6 +40,7 @@ impl Task {
             .env(MODEL, &self.model)
             .env(SEED, self.seed.to_string())
             .env(MAY_FAIL, self.may_fail.to_string())
+            .env(OUTSIDE, &self.outside)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -49,6 +63,7 @@ impl Task {
             model: std::env::var_os(MODEL)?.into(),
             seed: std::env::var(SEED).ok()?.parse().ok()?,
             may_fail: std::env::var(MAY_FAIL).ok()?.parse().ok()?,
+            outside: std::env::var_os(OUTSIDE)?.into(),
         })
     }
 }

@@ -1,15 +1,17 @@
-//! A full disk.
+//! A full disk: the one that the test serves, and an ext4 of the host.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use polder_store::{CollectOptions, Content, Volume};
 
 use super::child::Task;
+use super::host::{LoopMount, can_mount_files, make_ext4, run};
 use super::model::Shared;
 use super::power_disk::{Disk, PowerDisk};
 use super::random::{Random, nightly};
-use super::workload::{open_store, options, work_on_full_disk};
+use super::workload::{check, make, open_store, options, work_on_full_disk};
 
 #[test]
 #[ignore = "other tests run it as a process of its own"]
@@ -30,12 +32,7 @@ fn a_full_disk_makes_writes_wait_and_loses_nothing_that_was_promised() {
     let folder = tempfile::tempdir().unwrap();
     let model = Shared::open(&folder.path().join("model"));
     let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
-    let task = |mounted: &PowerDisk, seed| Task {
-        store: mounted.path(),
-        model: folder.path().join("model"),
-        seed,
-        may_fail: true,
-    };
+    let task = |mounted: &PowerDisk, seed| Task::new(mounted.path(), folder.path().join("model"), seed).that_may_fail();
     task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
     let mut disk = mounted.disk().clone();
     drop(mounted);
@@ -106,7 +103,7 @@ fn a_child_makes_room() {
 fn a_volume_can_be_removed_and_collected_on_a_full_disk() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
-    let task = Task { store: mounted.path(), model: folder.path().join("model"), seed: 0, may_fail: false };
+    let task = Task::new(mounted.path(), folder.path().join("model"), 0);
     task.run("full::a_child_fills_a_store").unwrap();
     {
         let mut disk = mounted.disk();
@@ -115,4 +112,66 @@ fn a_volume_can_be_removed_and_collected_on_a_full_disk() {
     let freed_from = mounted.disk().used_bytes();
     task.run("full::a_child_makes_room").unwrap();
     assert!(mounted.disk().used_bytes() + (15 << 20) < freed_from);
+}
+
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_collects_a_volume_beside_others() {
+    let Some(task) = Task::of_this_process() else { return };
+    let store = open_store(&task.store).unwrap();
+    store.remove_volume("gone").unwrap();
+    let options = CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() };
+    let collected = store.collect(options, &mut |_| Ok(())).unwrap();
+    assert!(collected.freed_bytes > 15 << 20, "{collected:?}");
+}
+
+#[test]
+fn writes_to_a_full_ext4_go_on_once_another_process_has_collected_and_nothing_is_lost() {
+    if !can_mount_files() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (file, at) = (folder.path().join("disk"), folder.path().join("mounted"));
+    std::fs::File::create(&file).and_then(|file| file.set_len(192 << 20)).unwrap();
+    make_ext4(&file).unwrap();
+    let mount = LoopMount::new(&file, &at).unwrap();
+    let model = Shared::open(&folder.path().join("model"));
+    let task = Task { may_fail: true, ..Task::new(at.join("store"), folder.path().join("model"), Random::seed()) };
+    task.run("full::a_child_fills_a_store").unwrap();
+    make(&task.store, &model).unwrap();
+    let mut child = task.start("full::a_child_works_on_a_full_disk");
+    let mut wait = |what: &str, patience: u64, until: &mut dyn FnMut() -> bool| {
+        let begin = Instant::now();
+        while !until() {
+            if begin.elapsed() > Duration::from_secs(patience) || child.try_wait().unwrap().is_some() {
+                let _ = child.kill();
+                let mut said = String::new();
+                let _ = std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut said);
+                panic!("{what}: {said}");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    let promises = || model.promises.load(SeqCst);
+    wait("nothing is promised", 20, &mut || promises() > 20);
+    // Somebody else takes all the room that there is.
+    let mut ballast = std::fs::File::create(at.join("ballast")).unwrap();
+    let mut seen = (promises(), Instant::now());
+    wait("writes go on without room", 60, &mut || {
+        while ballast.write_all(&[7; 64 << 10]).is_ok() {}
+        while ballast.write_all(&[7; 512]).is_ok() {}
+        if promises() != seen.0 {
+            seen = (promises(), Instant::now());
+        }
+        seen.1.elapsed() > Duration::from_secs(1)
+    });
+    task.run("full::a_child_collects_a_volume_beside_others").unwrap();
+    let before = promises();
+    wait("writes do not go on", 20, &mut || promises() > before + 20);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    check(&task.store, &model).unwrap();
+    drop(ballast);
+    mount.end().unwrap();
+    run("e2fsck", &["-f", "-n", file.to_str().unwrap()]).unwrap();
 }

@@ -4,9 +4,9 @@
 //! newest that a flush promised, and the newest that made it zeros; of snapshots, every sector's version. A volume holds what it promised if
 //! each sector's version lies between the two.
 
-use std::fs::File;
-use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
+
+use super::mapped::{Mapped, Shareable};
 
 pub const SECTOR_LEN: usize = 512;
 /// Of the volume, at its largest.
@@ -60,51 +60,11 @@ pub struct Model {
     pub promises: AtomicU64,
 }
 
-/// The model in a file's memory, which processes share.
-pub struct Shared {
-    model: *mut Model,
-}
+// SAFETY: everything in it is atomic.
+unsafe impl Shareable for Model {}
 
-// SAFETY: everything in the model is atomic.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// The model in a file, which is made if it is not there: all zeros, a volume never written.
-    pub fn open(path: &Path) -> Shared {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
-        file.set_len(size_of::<Model>() as u64).unwrap();
-        // SAFETY: a new mapping of a file of that length, which nobody shortens.
-        let model = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                size_of::<Model>(),
-                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
-                rustix::mm::MapFlags::SHARED,
-                &file,
-                0,
-            )
-        };
-        Shared { model: model.unwrap().cast() }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        // SAFETY: mapped in `open`, and nobody has a reference any more.
-        let _ = unsafe { rustix::mm::munmap(self.model.cast(), size_of::<Model>()) };
-    }
-}
-
-impl std::ops::Deref for Shared {
-    type Target = Model;
-
-    fn deref(&self) -> &Model {
-        // SAFETY: mapped while self lives, page-aligned, and every bit pattern is a value.
-        unsafe { &*self.model }
-    }
-}
+/// The model in a file's memory, which processes share; a new one is of a volume never written.
+pub type Shared = Mapped<Model>;
 
 /// A sector's bytes.
 pub fn sector(index: usize, version: u32) -> [u8; SECTOR_LEN] {

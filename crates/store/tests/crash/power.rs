@@ -30,12 +30,7 @@ fn nothing_that_was_promised_is_lost_when_the_power_goes_at_any_moment() {
     let time = Duration::from_secs(if nightly() { 3600 } else { 12 });
     let folder = tempfile::tempdir().unwrap();
     let model = Shared::open(&folder.path().join("model"));
-    let task = |mounted: &PowerDisk, seed| Task {
-        store: mounted.path(),
-        model: folder.path().join("model"),
-        seed,
-        may_fail: true,
-    };
+    let task = |mounted: &PowerDisk, seed| Task::new(mounted.path(), folder.path().join("model"), seed).that_may_fail();
     let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
     task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
     // A store that was made is promised.

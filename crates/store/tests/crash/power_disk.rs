@@ -6,21 +6,17 @@
 //! file systems would lose, and nothing that POSIX promises. It can also be full, and fail operations.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::CString;
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::time::Duration;
 
+use super::fuse::{self, Attributes, Fields, FileSystem, Mount, OPENED, ROOT};
 use super::random::Random;
 
 const PAGE_LEN: usize = 4096;
 const SECTOR_LEN: usize = 512;
-const WRITE_LEN_MAX: usize = 1 << 20;
-const ROOT: u64 = 1;
+/// How soon a request that is held up is looked at again.
+const HELD_LOOK: Duration = Duration::from_millis(5);
 
 /// The bytes of a file; pages that were never written are zeros.
 #[derive(Clone, Default)]
@@ -74,7 +70,7 @@ impl Content {
 /// Something that was done to a file and not synced.
 #[derive(Clone)]
 enum Change {
-    Write { offset: u64, bytes: Vec<u8> },
+    Write { offset: u64, bytes: Arc<[u8]> },
     SetLen(u64),
 }
 
@@ -121,11 +117,27 @@ impl Node {
     }
 }
 
-/// Which syncs fail, by a part of the file's name, and from which change on.
+/// What goes wrong with files, which are said by a part of their names.
 #[derive(Clone, Default)]
 pub struct Faults {
+    /// All syncs of such files fail, from a change on.
     pub syncs_of: Option<&'static str>,
     pub from: u64,
+    /// One such call fails, after so many that do not. A read fails twice: the kernel reads ahead, and asks again for what it needs.
+    pub once: Option<(Call, &'static str, u64)>,
+    /// The name of the file whose call failed.
+    pub failed: Option<String>,
+    /// What changes such files is not answered.
+    pub stuck: Option<&'static str>,
+    /// There was such a change.
+    pub held: bool,
+}
+
+/// A call that can fail by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    Read,
+    Write,
 }
 
 /// The state of the file system.
@@ -141,7 +153,11 @@ pub struct Disk {
     /// Bytes that files may take.
     pub space: u64,
     pub faults: Faults,
+    /// Sees the disk right before something of it is synced.
+    pub before_sync: Option<Arc<Watcher>>,
 }
+
+pub type Watcher = dyn Fn(&Disk) + Send + Sync;
 
 impl Default for Disk {
     fn default() -> Self {
@@ -154,6 +170,7 @@ impl Default for Disk {
             cut: false,
             space: u64::MAX,
             faults: Faults::default(),
+            before_sync: None,
         }
     }
 }
@@ -165,11 +182,14 @@ impl Disk {
         named.iter().filter_map(|number| self.nodes.get(number)).map(Node::used_bytes).sum()
     }
 
-    /// What is there when the power comes back.
+    /// What is there when the power comes back. Some cuts leave all or nothing of what was not synced, most leave some of it.
     pub fn after_power_loss(&self, random: &mut Random) -> Disk {
+        self.with_some_left([0, 10, 50, 90, 100][random.below(5) as usize], random)
+    }
+
+    /// As [`after_power_loss`](Self::after_power_loss), with so many per cent left of what was not synced.
+    pub fn with_some_left(&self, share: u64, random: &mut Random) -> Disk {
         let mut after = Disk::default();
-        // Some cuts leave all or nothing of what was not synced, most leave some of it.
-        let share = [0, 10, 50, 90, 100][random.below(5) as usize];
         let mut wanted = vec![ROOT];
         while let Some(number) = wanted.pop() {
             let Some(node) = self.nodes.get(&number) else { continue };
@@ -215,44 +235,20 @@ impl Disk {
 
 /// A [`Disk`] that is mounted.
 pub struct PowerDisk {
-    disk: Arc<Mutex<Disk>>,
+    files: Arc<Files>,
+    mount: Option<Mount>,
     folder: tempfile::TempDir,
-    server: Option<JoinHandle<()>>,
 }
+
+struct Files(Mutex<Disk>);
 
 impl PowerDisk {
     /// Mounts a disk; none, with a message, where that is not allowed.
     pub fn mount(disk: Disk) -> Option<PowerDisk> {
         let folder = tempfile::tempdir().unwrap();
-        let device = match File::options().read(true).write(true).open("/dev/fuse") {
-            Ok(device) => device,
-            Err(error) => {
-                eprintln!("not run: FUSE cannot be used: {error}");
-                return None;
-            }
-        };
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
-        let (target, options) = (path(folder.path()), CString::new(options).unwrap());
-        // SAFETY: the strings end with a zero and live until the call comes back.
-        let mounted = unsafe {
-            libc::mount(
-                c"polder-test".as_ptr(),
-                target.as_ptr(),
-                c"fuse".as_ptr(),
-                libc::MS_NOSUID | libc::MS_NODEV,
-                options.as_ptr().cast(),
-            )
-        };
-        if mounted != 0 {
-            eprintln!("not run: a FUSE file system cannot be mounted: {}", std::io::Error::last_os_error());
-            return None;
-        }
-        let disk = Arc::new(Mutex::new(disk));
-        let server = std::thread::spawn({
-            let disk = disk.clone();
-            move || serve(device, &disk)
-        });
-        Some(PowerDisk { disk, folder, server: Some(server) })
+        let files = Arc::new(Files(Mutex::new(disk)));
+        let mount = Mount::new(folder.path(), files.clone())?;
+        Some(PowerDisk { files, mount: Some(mount), folder })
     }
 
     pub fn path(&self) -> PathBuf {
@@ -260,327 +256,207 @@ impl PowerDisk {
     }
 
     pub fn disk(&self) -> MutexGuard<'_, Disk> {
-        self.disk.lock().unwrap()
+        self.files.0.lock().unwrap()
     }
-}
-
-fn path(path: &Path) -> CString {
-    CString::new(path.as_os_str().as_bytes()).unwrap()
 }
 
 impl Drop for PowerDisk {
     fn drop(&mut self) {
-        let target = path(self.folder.path());
-        // SAFETY: the string ends with a zero and lives until the call comes back.
-        unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-        if let Some(server) = self.server.take() {
-            let _ = server.join();
+        self.disk().faults.stuck = None;
+        self.mount = None;
+    }
+}
+
+impl FileSystem for Files {
+    fn answer(&self, opcode: u32, node: u64, body: Fields<'_>) -> Result<Vec<u8>, i32> {
+        loop {
+            let mut disk = self.0.lock().unwrap();
+            if !disk.is_stuck(opcode, node) {
+                return disk.answer(opcode, node, body);
+            }
+            disk.faults.held = true;
+            drop(disk);
+            std::thread::sleep(HELD_LOOK);
         }
     }
 }
 
-/// A request's fields, taken one after the other.
-struct Fields<'a>(&'a [u8]);
-
-impl Fields<'_> {
-    fn u32(&mut self) -> u32 {
-        let (field, rest) = self.0.split_at(4);
-        self.0 = rest;
-        u32::from_le_bytes(field.try_into().unwrap())
-    }
-
-    fn u64(&mut self) -> u64 {
-        let (field, rest) = self.0.split_at(8);
-        self.0 = rest;
-        u64::from_le_bytes(field.try_into().unwrap())
-    }
-
-    fn name(&mut self) -> String {
-        let end = self.0.iter().position(|&byte| byte == 0).unwrap();
-        let name = String::from_utf8(self.0[..end].to_vec()).unwrap();
-        self.0 = &self.0[end + 1..];
-        name
-    }
+fn attributes(number: u64, node: &Node) -> Attributes {
+    Attributes { node: number, mode: node.mode, len: node.now.len, used_bytes: node.used_bytes() }
 }
-
-fn serve(mut device: File, disk: &Mutex<Disk>) {
-    let mut buffer = vec![0; WRITE_LEN_MAX + (64 << 10)];
-    loop {
-        let len = match device.read(&mut buffer) {
-            Ok(len) => len,
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ENOENT | libc::EAGAIN)) => continue,
-            // Unmounted.
-            Err(_) => return,
-        };
-        let mut fields = Fields(&buffer[..len]);
-        let (_, opcode, unique, node) = (fields.u32(), fields.u32(), fields.u64(), fields.u64());
-        let body = Fields(&buffer[40..len]);
-        // FORGET, BATCH_FORGET and INTERRUPT have no answer.
-        if matches!(opcode, 2 | 36 | 42) {
-            continue;
-        }
-        let answer = answer(&mut disk.lock().unwrap(), opcode, node, body);
-        let (error, bytes) = match answer {
-            Ok(bytes) => (0, bytes),
-            Err(error) => (-error, Vec::new()),
-        };
-        let mut reply = Vec::with_capacity(16 + bytes.len());
-        reply.extend_from_slice(&(16 + bytes.len() as u32).to_le_bytes());
-        reply.extend_from_slice(&error.to_le_bytes());
-        reply.extend_from_slice(&unique.to_le_bytes());
-        reply.extend_from_slice(&bytes);
-        // Who asked may have been killed.
-        let _ = device.write(&reply);
-    }
-}
-
-fn attributes(number: u64, node: &Node) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for field in [number, node.now.len, node.used_bytes() / 512, 0, 0, 0] {
-        bytes.extend_from_slice(&field.to_le_bytes());
-    }
-    for field in [0, 0, 0, node.mode, 1, 0, 0, 0, PAGE_LEN as u32, 0] {
-        bytes.extend_from_slice(&field.to_le_bytes());
-    }
-    bytes
-}
-
-/// How long the kernel may remember: nobody else changes anything.
-const VALID_S: u64 = 1 << 20;
 
 fn entry(number: u64, node: &Node) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for field in [number, 0, VALID_S, VALID_S, 0] {
-        bytes.extend_from_slice(&field.to_le_bytes());
-    }
-    bytes.extend_from_slice(&attributes(number, node));
-    bytes
+    attributes(number, node).entry()
 }
 
-const OPENED: [u8; 16] = [0; 16];
-
-fn answer(disk: &mut Disk, opcode: u32, number: u64, mut fields: Fields<'_>) -> Result<Vec<u8>, i32> {
-    // SETATTR, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, WRITE, FSYNC, FSYNCDIR, CREATE, FALLOCATE and RENAME2 change something.
-    if matches!(opcode, 4 | 8 | 9 | 10 | 11 | 12 | 16 | 20 | 30 | 35 | 43 | 45) {
-        disk.changes += 1;
-        disk.cut |= disk.changes >= disk.cut_at;
-    }
-    if disk.cut && opcode != 26 {
-        return Err(libc::EIO);
-    }
-    match opcode {
-        // LOOKUP
-        1 => {
-            let child = *disk.folder(number)?.names.get(&fields.name()).ok_or(libc::ENOENT)?;
-            Ok(entry(child, disk.node(child)?))
+impl Disk {
+    fn answer(&mut self, opcode: u32, number: u64, mut fields: Fields<'_>) -> Result<Vec<u8>, i32> {
+        if changes_something(opcode) {
+            self.changes += 1;
+            self.cut |= self.changes >= self.cut_at;
         }
-        // GETATTR
-        3 => {
-            let mut bytes = [VALID_S.to_le_bytes(), [0; 8]].concat();
-            bytes.extend_from_slice(&attributes(number, disk.node(number)?));
-            Ok(bytes)
+        if self.cut || self.call_fails(opcode, number) {
+            return Err(libc::EIO);
         }
-        // SETATTR
-        4 => {
-            let valid = fields.u32();
-            let _ = (fields.u32(), fields.u64());
-            let len = fields.u64();
-            if valid & 1 << 3 != 0 {
-                let node = disk.node_mut(number)?;
-                node.now.set_len(len);
-                node.allocated = node.allocated.min(len);
-                node.changes.push(Change::SetLen(len));
+        match opcode {
+            fuse::LOOKUP => {
+                let child = *self.folder(number)?.names.get(&fields.name()).ok_or(libc::ENOENT)?;
+                Ok(entry(child, self.node(child)?))
             }
-            let mut bytes = [VALID_S.to_le_bytes(), [0; 8]].concat();
-            bytes.extend_from_slice(&attributes(number, disk.node(number)?));
-            Ok(bytes)
-        }
-        // MKNOD, MKDIR and CREATE
-        8 | 9 | 35 => {
-            let first = fields.u32();
-            let mode = match opcode {
-                8 => {
-                    let _ = (fields.u32(), fields.u32(), fields.u32());
-                    first
+            fuse::GETATTR => Ok(attributes(number, self.node(number)?).answer()),
+            fuse::SETATTR => {
+                let valid = fields.u32();
+                let _ = (fields.u32(), fields.u64());
+                let len = fields.u64();
+                if valid & 1 << 3 != 0 {
+                    let node = self.node_mut(number)?;
+                    node.now.set_len(len);
+                    node.allocated = node.allocated.min(len);
+                    node.changes.push(Change::SetLen(len));
                 }
-                9 => {
-                    let _ = fields.u32();
-                    libc::S_IFDIR | first
+                Ok(attributes(number, self.node(number)?).answer())
+            }
+            fuse::MKNOD | fuse::MKDIR | fuse::CREATE => {
+                let first = fields.u32();
+                let mode = match opcode {
+                    fuse::MKNOD => {
+                        let _ = (fields.u32(), fields.u32(), fields.u32());
+                        first
+                    }
+                    fuse::MKDIR => {
+                        let _ = fields.u32();
+                        libc::S_IFDIR | first
+                    }
+                    _ => {
+                        let mode = fields.u32();
+                        let _ = (fields.u32(), fields.u32());
+                        mode
+                    }
+                };
+                let name = fields.name();
+                self.take_space(0)?;
+                if self.folder(number)?.names.contains_key(&name) {
+                    return Err(libc::EEXIST);
                 }
-                _ => {
-                    let mode = fields.u32();
-                    let _ = (fields.u32(), fields.u32());
-                    mode
+                let child = self.next;
+                self.next += 1;
+                self.nodes.insert(child, Node { mode, ..Node::default() });
+                self.change_names(number, NameChange::Add(name, child))?;
+                let mut bytes = entry(child, self.node(child)?);
+                if opcode == fuse::CREATE {
+                    bytes.extend_from_slice(&OPENED);
                 }
-            };
-            let name = fields.name();
-            disk.take_space(0)?;
-            if disk.folder(number)?.names.contains_key(&name) {
-                return Err(libc::EEXIST);
+                Ok(bytes)
             }
-            let child = disk.next;
-            disk.next += 1;
-            disk.nodes.insert(child, Node { mode, ..Node::default() });
-            disk.change_names(number, NameChange::Add(name, child))?;
-            let mut bytes = entry(child, disk.node(child)?);
-            if opcode == 35 {
-                bytes.extend_from_slice(&OPENED);
+            fuse::UNLINK | fuse::RMDIR => {
+                let name = fields.name();
+                let child = *self.folder(number)?.names.get(&name).ok_or(libc::ENOENT)?;
+                if opcode == fuse::RMDIR && !self.folder(child)?.names.is_empty() {
+                    return Err(libc::ENOTEMPTY);
+                }
+                self.change_names(number, NameChange::Remove(name))?;
+                Ok(Vec::new())
             }
-            Ok(bytes)
-        }
-        // UNLINK and RMDIR
-        10 | 11 => {
-            let name = fields.name();
-            let child = *disk.folder(number)?.names.get(&name).ok_or(libc::ENOENT)?;
-            if opcode == 11 && !disk.folder(child)?.names.is_empty() {
-                return Err(libc::ENOTEMPTY);
+            fuse::RENAME | fuse::RENAME2 => {
+                let to_folder = fields.u64();
+                if opcode == fuse::RENAME2 {
+                    let _ = fields.u64();
+                }
+                let (from, to) = (fields.name(), fields.name());
+                if to_folder != number {
+                    return Err(libc::EXDEV);
+                }
+                if !self.folder(number)?.names.contains_key(&from) {
+                    return Err(libc::ENOENT);
+                }
+                self.change_names(number, NameChange::Rename(from, to))?;
+                Ok(Vec::new())
             }
-            disk.change_names(number, NameChange::Remove(name))?;
-            Ok(Vec::new())
-        }
-        // RENAME and RENAME2
-        12 | 45 => {
-            let to_folder = fields.u64();
-            if opcode == 45 {
+            fuse::OPEN | fuse::OPENDIR => self.node(number).map(|_| OPENED.to_vec()),
+            fuse::READ => {
                 let _ = fields.u64();
+                let (offset, len) = (fields.u64(), fields.u32());
+                Ok(self.node(number)?.now.read(offset, len as usize))
             }
-            let (from, to) = (fields.name(), fields.name());
-            if to_folder != number {
-                return Err(libc::EXDEV);
+            fuse::WRITE => {
+                let _ = fields.u64();
+                let (offset, len) = (fields.u64(), fields.u32() as usize);
+                let bytes: Arc<[u8]> = fields.last(len).into();
+                let node = self.node(number)?;
+                let pages = offset / PAGE_LEN as u64..(offset + len as u64).div_ceil(PAGE_LEN as u64);
+                let new = pages.filter(|page| !node.now.pages.contains_key(page)).count();
+                let after = ((node.now.pages.len() + new) * PAGE_LEN) as u64;
+                self.take_space(after.saturating_sub(node.used_bytes()))?;
+                let node = self.node_mut(number)?;
+                node.now.write(offset, &bytes);
+                node.changes.push(Change::Write { offset, bytes });
+                Ok(fuse::written(len))
             }
-            if !disk.folder(number)?.names.contains_key(&from) {
-                return Err(libc::ENOENT);
-            }
-            disk.change_names(number, NameChange::Rename(from, to))?;
-            Ok(Vec::new())
-        }
-        // OPEN and OPENDIR
-        14 | 27 => disk.node(number).map(|_| OPENED.to_vec()),
-        // READ
-        15 => {
-            let _ = fields.u64();
-            let (offset, len) = (fields.u64(), fields.u32());
-            Ok(disk.node(number)?.now.read(offset, len as usize))
-        }
-        // WRITE
-        16 => {
-            let _ = fields.u64();
-            let (offset, len) = (fields.u64(), fields.u32() as usize);
-            let bytes = fields.0[fields.0.len() - len..].to_vec();
-            let node = disk.node(number)?;
-            let pages = offset / PAGE_LEN as u64..(offset + len as u64).div_ceil(PAGE_LEN as u64);
-            let new = pages.filter(|page| !node.now.pages.contains_key(page)).count();
-            let after = ((node.now.pages.len() + new) * PAGE_LEN) as u64;
-            disk.take_space(after.saturating_sub(node.used_bytes()))?;
-            let node = disk.node_mut(number)?;
-            node.now.write(offset, &bytes);
-            node.changes.push(Change::Write { offset, bytes });
-            Ok([(len as u32).to_le_bytes(), [0; 4]].concat())
-        }
-        // STATFS
-        17 => {
-            let mut bytes = Vec::new();
-            let free = disk.space.saturating_sub(disk.used_bytes()).min(1 << 50) / PAGE_LEN as u64;
-            for field in [1u64 << 40, free, free, 1 << 20, 1 << 20] {
-                bytes.extend_from_slice(&field.to_le_bytes());
-            }
-            bytes.extend_from_slice(
-                &[PAGE_LEN as u32, 255, PAGE_LEN as u32, 0, 0, 0, 0, 0, 0, 0].map(u32::to_le_bytes).concat(),
-            );
-            Ok(bytes)
-        }
-        // RELEASE, FLUSH, RELEASEDIR, ACCESS and DESTROY
-        18 | 25 | 29 | 34 | 38 => Ok(Vec::new()),
-        // FSYNC
-        20 => {
-            let fails = disk.sync_fails(number);
-            let node = disk.node_mut(number)?;
-            if fails {
-                node.changes.clear();
-                node.now = node.stable.clone();
-                return Err(libc::EIO);
-            }
-            for change in std::mem::take(&mut node.changes) {
-                match change {
-                    Change::Write { offset, bytes } => node.stable.write(offset, &bytes),
-                    Change::SetLen(len) => node.stable.set_len(len),
+            fuse::STATFS => Ok(fuse::space(self.space.saturating_sub(self.used_bytes()))),
+            fuse::RELEASE | fuse::FLUSH | fuse::RELEASEDIR | fuse::ACCESS | fuse::DESTROY => Ok(Vec::new()),
+            fuse::FSYNC => {
+                self.show_before_sync();
+                let fails = self.sync_fails(number);
+                let node = self.node_mut(number)?;
+                if fails {
+                    node.changes.clear();
+                    node.now = node.stable.clone();
+                    return Err(libc::EIO);
                 }
-            }
-            Ok(Vec::new())
-        }
-        // INIT
-        26 => {
-            let mut bytes = Vec::new();
-            // Version 7.31, with writes of more than a page.
-            for field in [
-                7,
-                31,
-                128 << 10,
-                1 << 5 | 1 << 22,
-                64 << 16 | 64,
-                WRITE_LEN_MAX as u32,
-                1,
-                256,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-            ] {
-                bytes.extend_from_slice(&field.to_le_bytes());
-            }
-            Ok(bytes)
-        }
-        // READDIR
-        28 => {
-            let _ = fields.u64();
-            let (offset, len) = (fields.u64(), fields.u32() as usize);
-            let mut bytes = Vec::new();
-            for (at, (name, child)) in disk.folder(number)?.names.iter().enumerate().skip(offset as usize) {
-                let kind = disk.node(*child)?.mode >> 12;
-                let mut one = Vec::new();
-                one.extend_from_slice(&child.to_le_bytes());
-                one.extend_from_slice(&(at as u64 + 1).to_le_bytes());
-                one.extend_from_slice(&(name.len() as u32).to_le_bytes());
-                one.extend_from_slice(&kind.to_le_bytes());
-                one.extend_from_slice(name.as_bytes());
-                one.resize(one.len().next_multiple_of(8), 0);
-                if bytes.len() + one.len() > len {
-                    break;
+                for change in std::mem::take(&mut node.changes) {
+                    match change {
+                        Change::Write { offset, bytes } => node.stable.write(offset, &bytes),
+                        Change::SetLen(len) => node.stable.set_len(len),
+                    }
                 }
-                bytes.extend_from_slice(&one);
+                Ok(Vec::new())
             }
-            Ok(bytes)
-        }
-        // FSYNCDIR
-        30 => {
-            let node = disk.node_mut(number)?;
-            node.stable_names = node.names.clone();
-            node.name_changes.clear();
-            Ok(Vec::new())
-        }
-        // FALLOCATE
-        43 => {
-            let _ = fields.u64();
-            let (offset, len, mode) = (fields.u64(), fields.u64(), fields.u32());
-            if mode != 0 {
-                return Err(libc::EOPNOTSUPP);
+            fuse::READDIR => {
+                let _ = fields.u64();
+                let (offset, len) = (fields.u64(), fields.u32() as usize);
+                let mut bytes = Vec::new();
+                for (at, (name, child)) in self.folder(number)?.names.iter().enumerate().skip(offset as usize) {
+                    let kind = self.node(*child)?.mode >> 12;
+                    let mut one = Vec::new();
+                    one.extend_from_slice(&child.to_le_bytes());
+                    one.extend_from_slice(&(at as u64 + 1).to_le_bytes());
+                    one.extend_from_slice(&(name.len() as u32).to_le_bytes());
+                    one.extend_from_slice(&kind.to_le_bytes());
+                    one.extend_from_slice(name.as_bytes());
+                    one.resize(one.len().next_multiple_of(8), 0);
+                    if bytes.len() + one.len() > len {
+                        break;
+                    }
+                    bytes.extend_from_slice(&one);
+                }
+                Ok(bytes)
             }
-            let before = disk.node(number)?.used_bytes();
-            let end = offset + len;
-            disk.take_space(end.saturating_sub(before))?;
-            let node = disk.node_mut(number)?;
-            node.allocated = node.allocated.max(end);
-            if end > node.now.len {
-                node.now.set_len(end);
-                node.changes.push(Change::SetLen(end));
+            fuse::FSYNCDIR => {
+                self.show_before_sync();
+                let node = self.node_mut(number)?;
+                node.stable_names = node.names.clone();
+                node.name_changes.clear();
+                Ok(Vec::new())
             }
-            Ok(Vec::new())
+            fuse::FALLOCATE => {
+                let _ = fields.u64();
+                let (offset, len, mode) = (fields.u64(), fields.u64(), fields.u32());
+                if mode != 0 {
+                    return Err(libc::EOPNOTSUPP);
+                }
+                let before = self.node(number)?.used_bytes();
+                let end = offset + len;
+                self.take_space(end.saturating_sub(before))?;
+                let node = self.node_mut(number)?;
+                node.allocated = node.allocated.max(end);
+                if end > node.now.len {
+                    node.now.set_len(end);
+                    node.changes.push(Change::SetLen(end));
+                }
+                Ok(Vec::new())
+            }
+            _ => Err(libc::ENOSYS),
         }
-        _ => Err(libc::ENOSYS),
     }
 }
 
@@ -612,8 +488,65 @@ impl Disk {
     }
 
     fn sync_fails(&self, number: u64) -> bool {
-        let Some(of) = self.faults.syncs_of.filter(|_| self.changes >= self.faults.from) else { return false };
-        let is = |(name, child): (&String, &u64)| *child == number && name.contains(of);
-        self.nodes.values().any(|node| node.names.iter().any(is))
+        self.faults.syncs_of.filter(|_| self.changes >= self.faults.from).is_some_and(|of| self.is_called(number, of))
     }
+
+    /// The name of a file that holds a word.
+    fn name_with(&self, number: u64, part: &str) -> Option<&String> {
+        let is = |(name, child): &(&String, &u64)| **child == number && name.contains(part);
+        self.nodes.values().find_map(|node| node.names.iter().find(is)).map(|(name, _)| name)
+    }
+
+    fn is_called(&self, number: u64, part: &str) -> bool {
+        self.name_with(number, part).is_some()
+    }
+
+    fn is_stuck(&self, opcode: u32, number: u64) -> bool {
+        !self.cut && changes_something(opcode) && self.faults.stuck.is_some_and(|of| self.is_called(number, of))
+    }
+
+    /// Whether this is the call that fails.
+    fn call_fails(&mut self, opcode: u32, number: u64) -> bool {
+        let call = match opcode {
+            fuse::READ => Call::Read,
+            fuse::WRITE => Call::Write,
+            _ => return false,
+        };
+        let Some((_, of, before)) = self.faults.once.filter(|(fails, _, _)| *fails == call) else { return false };
+        let Some(name) = self.name_with(number, of).cloned() else { return false };
+        if before > 0 {
+            self.faults.once = Some((call, of, before - 1));
+            return false;
+        }
+        self.faults.once = match call {
+            Call::Read if self.faults.failed.is_none() => Some((call, of, 0)),
+            _ => None,
+        };
+        self.faults.failed = Some(name);
+        true
+    }
+
+    fn show_before_sync(&self) {
+        if let Some(watcher) = self.before_sync.clone() {
+            watcher(self);
+        }
+    }
+}
+
+fn changes_something(opcode: u32) -> bool {
+    matches!(
+        opcode,
+        fuse::SETATTR
+            | fuse::MKNOD
+            | fuse::MKDIR
+            | fuse::UNLINK
+            | fuse::RMDIR
+            | fuse::RENAME
+            | fuse::WRITE
+            | fuse::FSYNC
+            | fuse::FSYNCDIR
+            | fuse::CREATE
+            | fuse::FALLOCATE
+            | fuse::RENAME2
+    )
 }

@@ -13,8 +13,7 @@ use super::workload::{check, make, open_store, options};
 #[test]
 fn a_second_process_is_refused_and_told_who_was_first_until_that_is_killed_even_if_it_was_stopped() {
     let folder = tempfile::tempdir().unwrap();
-    let task =
-        Task { store: folder.path().join("store"), model: folder.path().join("model"), seed: 1, may_fail: false };
+    let task = Task::new(folder.path().join("store"), folder.path().join("model"), 1);
     let model = Shared::open(&task.model);
     make(&task.store, &model).unwrap();
     let mut child = task.start("killed::a_child_works_until_it_is_killed");
@@ -115,7 +114,7 @@ fn processes_that_open_clone_snapshot_and_collect_one_store_at_once_lose_nothing
     drop(open_store(&store).unwrap());
     let children: Vec<_> = (0..5)
         .map(|seed| {
-            let task = Task { store: store.clone(), model: folder.path().join("model"), seed, may_fail: false };
+            let task = Task::new(&store, folder.path().join("model"), seed);
             task.start("processes::a_child_uses_a_store_among_others")
         })
         .collect();

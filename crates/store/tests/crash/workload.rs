@@ -70,6 +70,25 @@ pub fn work_on_full_disk(
     Work { store, volume, model, all: RwLock::new(()), stop, can_be_full: true }.run(seed)
 }
 
+/// Rounds in which every kind of file of a store is written and read: enough segments that their tables are merged.
+pub fn work_on_every_file(store: &Arc<Store>, volume: &Volume, model: &Model, seed: u64) -> Result<(), StoreError> {
+    let stop = AtomicBool::new(false);
+    let work = Work { store, volume, model, all: RwLock::new(()), stop: &stop, can_be_full: false };
+    let mut random = Random::new(seed);
+    for round in 0..16 {
+        work.write_many(&mut random)?;
+        work.flush()?;
+        if round % 5 == 0 {
+            work.snapshot(&mut random)?;
+            work.remove_snapshot(&mut random)?;
+        }
+        volume.compact()?;
+        store.seal()?;
+        volume.read_at(0, &mut vec![0; volume.capacity_bytes() as usize])?;
+    }
+    work.collect()
+}
+
 impl Work<'_> {
     fn run(&self, seed: u64) -> Result<(), StoreError> {
         let work = self;
@@ -270,12 +289,15 @@ fn is_full(error: &StoreError) -> bool {
     error.is_no_space() || error.to_string().contains("No space left") || error.to_string().contains("disk is full")
 }
 
+/// An error with what caused it.
+pub fn explain(error: &StoreError) -> String {
+    let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+    format!("{error}{source}")
+}
+
 /// Opens the store after a crash and checks everything that it holds.
 pub fn check(folder: &Path, model: &Model) -> Result<(), String> {
-    let text = |error: StoreError| {
-        let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
-        format!("{error}{source}")
-    };
+    let text = |error: StoreError| explain(&error);
     let store = open_store(folder).map_err(text)?;
     let volume = Volume::open(&store, "disk", options()).map_err(text)?;
     let mut content = vec![0; volume.capacity_bytes() as usize];
