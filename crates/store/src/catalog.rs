@@ -4,6 +4,7 @@
 //! Two connections: what must be stable when the call comes back goes through `durable`; what a volume's log already holds
 //! goes through `quick`, which leaves syncing to whoever comes next.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -383,13 +384,19 @@ impl Catalog {
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// The newest snapshot of a volume whose content is in the store.
-    pub fn newest_node(&self, volume: Id) -> Result<Option<Name>> {
+    /// The newest snapshot of a volume whose content is in the store, but for some.
+    pub fn newest_node(&self, volume: Id, except: &BTreeSet<Id>) -> Result<Option<Name>> {
         let connection = self.quick();
         let mut statement = connection.prepare_cached(
-            "SELECT node FROM snapshot WHERE volume = ?1 AND node IS NOT NULL ORDER BY created_ns DESC LIMIT 1",
+            "SELECT id, node FROM snapshot WHERE volume = ?1 AND node IS NOT NULL ORDER BY created_ns DESC, rowid DESC",
         )?;
-        Ok(statement.query_row([volume], |row| row.get(0)).optional()?)
+        let mut rows = statement.query([volume])?;
+        while let Some(row) = rows.next()? {
+            if !except.contains(&row.get(0)?) {
+                return Ok(Some(row.get(1)?));
+            }
+        }
+        Ok(None)
     }
 
     pub fn remove_snapshot(&self, id: Id) -> Result<()> {

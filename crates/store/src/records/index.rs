@@ -14,8 +14,9 @@ use crate::catalog::{Catalog, SegmentRow};
 use crate::error::{Result, StoreError};
 use crate::name::Name;
 use crate::records::cache::NameMap;
+use crate::records::record::Header;
 use crate::records::run::{self, Run};
-use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
+use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, SegmentWriter, State, Summary};
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;
@@ -283,8 +284,9 @@ impl Index {
                 catalog.skip_segments(number)?;
                 catalog.add_segment(summary)
             };
+            let rescue = |records: Vec<(Header, Vec<u8>)>| self.keep_records(catalog, &records);
             match state {
-                State::Open => segment::adopt(&self.segments, number, publish)?,
+                State::Open => segment::adopt(&self.segments, number, rescue, publish)?,
                 State::Sealed => {
                     let path = self.segments.sealed(number);
                     let Ok(file) = File::open(&path) else { continue };
@@ -294,7 +296,7 @@ impl Index {
                             // Its records are as good as those of a segment that was never finished.
                             let open = self.segments.open(number);
                             std::fs::rename(&path, open).map_err(StoreError::file("rename", &path))?;
-                            segment::adopt(&self.segments, number, publish)?;
+                            segment::adopt(&self.segments, number, rescue, publish)?;
                         }
                         Err(error) => return Err(error),
                     }
@@ -302,6 +304,19 @@ impl Index {
             }
         }
         Ok(())
+    }
+
+    /// Puts records into a segment of their own.
+    fn keep_records(&self, catalog: &Catalog, records: &[(Header, Vec<u8>)]) -> Result<()> {
+        let mut segment = loop {
+            if let Some(segment) = SegmentWriter::create(&self.segments, catalog.new_segment()?)? {
+                break segment;
+            }
+        };
+        for (header, packed) in records {
+            segment.append(header, packed)?;
+        }
+        segment.seal(|summary| catalog.add_segment(summary)).map(drop)
     }
 
     /// Merges runs where there are many: the smaller ones, so that each entry is rewritten a few times at most as the store grows.

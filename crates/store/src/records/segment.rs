@@ -11,8 +11,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
-use crate::name::Name;
+use crate::name::{Name, Namer};
 use crate::records::record::{self, HEADER_LEN, Header};
 use crate::volume::log::{settle, sync_folder};
 
@@ -485,10 +486,12 @@ pub(crate) fn scan(
     Ok((at, None))
 }
 
-/// Finishes a segment whose process died: its whole records stay, what follows is cut off.
+/// Finishes a segment whose process died: it ends before the first record that is not whole. Those behind that are whole may have been
+/// promised, where it was damaged and not torn: `rescue` takes them elsewhere first.
 pub(crate) fn adopt(
     folder: &SegmentFolder,
     number: SegmentNumber,
+    rescue: impl FnOnce(Vec<(Header, Vec<u8>)>) -> Result<()>,
     publish: impl FnOnce(&Summary) -> Result<()>,
 ) -> Result<()> {
     let path = folder.open(number);
@@ -523,6 +526,11 @@ pub(crate) fn adopt(
         end = found.location.offset() + found.header.record_len() as u64;
         entries.push(found.entry());
     }
+    let behind = whole_behind(&file, end, len).map_err(StoreError::file("read", &path))?;
+    if !behind.is_empty() {
+        tracing::warn!(segment = %path.display(), offset = end, records = behind.len(), "records behind a damaged one are copied");
+        rescue(behind)?;
+    }
     if entries.is_empty() {
         return std::fs::remove_file(&path).map_err(StoreError::file("remove", &path));
     }
@@ -537,6 +545,35 @@ pub(crate) fn adopt(
     publish(&finish().map_err(StoreError::file("finish", &path))?)?;
     name_sealed(folder, number);
     Ok(())
+}
+
+/// The whole records behind a place where none is. Where a header is damaged, nobody knows any more where records begin, and a guest's
+/// data can look like one: from there on a record counts only if its content has its name.
+fn whole_behind(file: &File, from: u64, end: u64) -> io::Result<Vec<(Header, Vec<u8>)>> {
+    let mut bytes = vec![0; end.saturating_sub(from).min(SEGMENT_LEN_MAX) as usize];
+    let len = read_up_to(file, &mut bytes, from)?;
+    let bytes = &bytes[..len];
+    let mut records = Vec::new();
+    let (mut at, mut in_step) = (0, true);
+    while let Some(rest) = bytes.get(at..).filter(|rest| rest.len() >= HEADER_LEN) {
+        let record = record::split(rest).ok().filter(|(header, packed)| in_step || has_its_name(header, packed));
+        at += match (&record, Header::from_bytes(rest)) {
+            (None, Ok(header)) if in_step => header.record_len(),
+            (Some((header, _)), _) => header.record_len(),
+            _ => {
+                in_step = false;
+                HEADER_LEN
+            }
+        };
+        records.extend(record.map(|(header, packed)| (header, packed.to_vec())));
+    }
+    Ok(records)
+}
+
+/// Whether a record that is not encrypted holds what its name says. Names of encrypted domains cannot be told without their keys.
+fn has_its_name(header: &Header, packed: &[u8]) -> bool {
+    header.domain == OPEN_DOMAIN
+        && record::unpack(header, packed).is_ok_and(|content| Namer::open().name(header.kind, &content) == header.name)
 }
 
 /// Reads a record whole: its header and packed bytes, checksums compared; or what is wrong with it.

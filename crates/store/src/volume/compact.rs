@@ -4,12 +4,14 @@
 //! the head says so. Doing it again after a crash finds the same chunks there already. It holds no lock that a write or a flush waits
 //! for, and runs at low priority.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::catalog::SnapshotRow;
 use crate::error::{Result, StoreError};
+use crate::id::Id;
 use crate::name::Name;
 use crate::node::{Node, Tree};
 use crate::pace::Pace;
@@ -291,7 +293,10 @@ impl<'a> Making<'a> {
             self.apply(&self.frozen.generation.extents)?;
             return Ok(Made { root: self.root, snapshots: self.nodes });
         }
-        self.parent = self.core.store.catalog().newest_node(self.core.row.id)?;
+        // A move that is repeated after a crash may find its own: then it would be its own parent, and another node.
+        let ours: BTreeSet<Id> =
+            records.iter().filter_map(|record| record.snapshot.as_ref().map(|row| row.id)).collect();
+        self.parent = self.core.store.catalog().newest_node(self.core.row.id, &ours)?;
         let mut extents = ExtentMap::default();
         for record in records {
             lay(&mut extents, record.change, record.place, record.payload_len, self.capacity_bytes);

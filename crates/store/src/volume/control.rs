@@ -1,14 +1,15 @@
 //! How other processes of the host reach a volume that one has open: a Unix socket in the volume's folder.
 //!
-//! A request is a line, and so is the answer: `ok`, or `error` and why.
+//! A request is a line, and so is the answer: `ok`, or `error` and why. None is carried out once the socket is closed: whoever opens the
+//! volume next would not know of it.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -28,9 +29,54 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(600);
 /// The socket of a volume that is open.
 pub(crate) struct ControlSocket {
     stop: Arc<AtomicBool>,
+    door: Arc<Door>,
     socket: UnixListener,
     folder: std::path::PathBuf,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What requests go through to be carried out.
+#[derive(Default)]
+struct Door {
+    state: Mutex<DoorState>,
+    left: Condvar,
+}
+
+#[derive(Default)]
+struct DoorState {
+    closed: bool,
+    /// Requests that are being carried out.
+    inside: usize,
+}
+
+impl Door {
+    fn state(&self) -> MutexGuard<'_, DoorState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Carries something out, unless it is too late.
+    fn through(&self, act: impl FnOnce() -> Result<()>) -> Result<()> {
+        {
+            let mut state = self.state();
+            if state.closed {
+                return Err(StoreError::Refused("the volume is being closed".to_owned()));
+            }
+            state.inside += 1;
+        }
+        let result = act();
+        self.state().inside -= 1;
+        self.left.notify_all();
+        result
+    }
+
+    /// Lets nobody in any more, and waits for those who are.
+    fn close(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        while state.inside > 0 {
+            state = self.left.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 /// A short way to a folder, as paths of sockets are limited to 107 bytes.
@@ -48,12 +94,13 @@ impl ControlSocket {
             let _ = std::fs::remove_file(&path);
             let listener = in_folder(&folder, |path| UnixListener::bind(path))?;
             let stop = Arc::new(AtomicBool::new(false));
+            let door = Arc::new(Door::default());
             let socket = listener.try_clone()?;
             let thread = std::thread::Builder::new().name("volume-control".to_owned()).spawn({
-                let (core, stop) = (core.clone(), stop.clone());
-                move || serve(&listener, &core, &stop)
+                let (core, stop, door) = (core.clone(), stop.clone(), door.clone());
+                move || serve(&listener, &core, &stop, &door)
             })?;
-            Ok(ControlSocket { stop, socket, folder: folder.clone(), thread: Some(thread) })
+            Ok(ControlSocket { stop, door, socket, folder: folder.clone(), thread: Some(thread) })
         })();
         listening.map_err(StoreError::file("listen at", &path))
     }
@@ -67,11 +114,12 @@ impl Drop for ControlSocket {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+        self.door.close();
         let _ = std::fs::remove_file(self.folder.join(SOCKET));
     }
 }
 
-fn serve(listener: &UnixListener, core: &Arc<Core>, stop: &AtomicBool) {
+fn serve(listener: &UnixListener, core: &Arc<Core>, stop: &AtomicBool, door: &Arc<Door>) {
     let working = Arc::new(AtomicUsize::new(0));
     for stream in listener.incoming() {
         if stop.load(Ordering::SeqCst) {
@@ -83,10 +131,10 @@ fn serve(listener: &UnixListener, core: &Arc<Core>, stop: &AtomicBool) {
             working.fetch_sub(1, Ordering::SeqCst);
             continue;
         }
-        let (core, done) = (core.clone(), working.clone());
+        let (core, done, door) = (core.clone(), working.clone(), door.clone());
         let spawned = std::thread::Builder::new().name("volume-request".to_owned()).spawn(move || {
             // A peer that went away gets no answer.
-            let _ = answer(&core, &stream);
+            let _ = answer(&core, &door, &stream);
             done.fetch_sub(1, Ordering::SeqCst);
         });
         if spawned.is_err() {
@@ -95,13 +143,13 @@ fn serve(listener: &UnixListener, core: &Arc<Core>, stop: &AtomicBool) {
     }
 }
 
-fn answer(core: &Arc<Core>, mut stream: &UnixStream) -> io::Result<()> {
+fn answer(core: &Arc<Core>, door: &Door, mut stream: &UnixStream) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let mut line = String::new();
     BufReader::new(stream.take(LINE_LEN_MAX)).read_line(&mut line)?;
     let mut words = line.split_whitespace();
-    let done = match (words.next(), words.next(), words.next()) {
+    let done = door.through(|| match (words.next(), words.next(), words.next()) {
         (Some("compact"), None, None) => core.compact(),
         (Some("snapshot"), Some(name), None) => core.snapshot(name).map(drop),
         (Some("resize"), Some(bytes), None) => match bytes.parse() {
@@ -109,7 +157,7 @@ fn answer(core: &Arc<Core>, mut stream: &UnixStream) -> io::Result<()> {
             Err(_) => Err(StoreError::Refused(format!("{bytes:?} is no size"))),
         },
         _ => Err(StoreError::Refused("that is no request".to_owned())),
-    };
+    });
     match done {
         Ok(()) => writeln!(stream, "ok"),
         Err(error) => {

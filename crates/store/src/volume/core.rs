@@ -139,6 +139,10 @@ impl Core {
                 what: what.to_owned(),
             });
         }
+        if !snapshots.is_empty() {
+            // What the catalog says is there is not to be gone with the name of its file.
+            log::sync_folder(&folder)?;
+        }
         let mut pending_names = BTreeSet::new();
         for snapshot in snapshots {
             if store.catalog().restore_snapshot(&snapshot)? {

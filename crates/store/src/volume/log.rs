@@ -424,8 +424,49 @@ pub(crate) fn recover(
     epoch: u32,
     start: Position,
     file_len: u64,
-    mut found: impl FnMut(Appended, &[u8]),
+    found: impl FnMut(Appended, &[u8]),
 ) -> Result<Recovered> {
+    let volume = volume_tag(id);
+    let (mut files, mut at) = read(folder, id, start, found)?;
+    let file = match files.last() {
+        Some(file) => file.clone(),
+        None => {
+            let number = at.place.file();
+            let file = Arc::new(make_file(folder, number, volume, file_len, None)?);
+            // Not before the start: the next recovery begins there again.
+            at.place = LogPlace::new(number, at.place.offset().max(PAGE_LEN) as u32);
+            files.push(file.clone());
+            file
+        }
+    };
+    let writer = LogWriter {
+        folder: folder.to_path_buf(),
+        volume,
+        epoch,
+        file_len,
+        offset: at.place.offset(),
+        sequence: at.sequence,
+        fresh_page: true,
+        allocated: 0,
+        // The names of the files may not be stable, and not every host forgets what it could not write.
+        unsynced: files.iter().map(|file| (file.clone(), at.sequence)).collect(),
+        promised: 0,
+        names: 1,
+        stable_names: 0,
+        file,
+        broken: false,
+    };
+    Ok(Recovered { writer, files })
+}
+
+/// Reads a log from a position on and changes nothing: `found` hears of every record that counts. Gives the files that were read, and
+/// where the log ends.
+pub(crate) fn read(
+    folder: &Path,
+    id: Id,
+    start: Position,
+    mut found: impl FnMut(Appended, &[u8]),
+) -> Result<(Vec<Arc<LogFile>>, Position)> {
     let volume = volume_tag(id);
     let mut files: Vec<Arc<LogFile>> = Vec::new();
     let mut at = start;
@@ -467,35 +508,7 @@ pub(crate) fn recover(
         }
         at = next;
     }
-    let file = match files.last() {
-        Some(file) => file.clone(),
-        None => {
-            let number = at.place.file();
-            let file = Arc::new(make_file(folder, number, volume, file_len, None)?);
-            // Not before the start: the next recovery begins there again.
-            at.place = LogPlace::new(number, at.place.offset().max(PAGE_LEN) as u32);
-            files.push(file.clone());
-            file
-        }
-    };
-    let writer = LogWriter {
-        folder: folder.to_path_buf(),
-        volume,
-        epoch,
-        file_len,
-        offset: at.place.offset(),
-        sequence: at.sequence,
-        fresh_page: true,
-        allocated: 0,
-        // The names of the files may not be stable, and not every host forgets what it could not write.
-        unsynced: files.iter().map(|file| (file.clone(), at.sequence)).collect(),
-        promised: 0,
-        names: 1,
-        stable_names: 0,
-        file,
-        broken: false,
-    };
-    Ok(Recovered { writer, files })
+    Ok((files, at))
 }
 
 /// Sees to it that what is read from a file is what the host's disk holds. After a sync that failed the host's cache holds what

@@ -70,7 +70,8 @@ pub struct Volume {
     core: Arc<Core>,
     control: Option<ControlSocket>,
     thread: Option<JoinHandle<()>>,
-    _lock: std::fs::File,
+    /// Others may open the volume once it is gone.
+    lock: Option<std::fs::File>,
 }
 
 impl Volume {
@@ -98,7 +99,7 @@ impl Volume {
             let spawned = thread.spawn(move || crate::volume::compact::run(&core, head));
             spawned.map_err(|error| StoreError::Refused(format!("cannot start a thread for volume {name}: {error}")))?
         };
-        let mut volume = Volume { core, control: None, thread: Some(thread), _lock: lock };
+        let mut volume = Volume { core, control: None, thread: Some(thread), lock: Some(lock) };
         volume.control = Some(ControlSocket::open(&volume.core)?);
         Ok(volume)
     }
@@ -161,14 +162,24 @@ impl Volume {
         drop(self);
         Ok(())
     }
+
+    /// As [`close`](Self::close), and nobody opens the volume before what this gives is dropped.
+    pub(crate) fn close_and_keep_out(mut self) -> Result<Option<std::fs::File>> {
+        // Who asks for a snapshot now would lose it.
+        self.control = None;
+        let lock = self.lock.take();
+        self.close()?;
+        Ok(lock)
+    }
 }
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        self.control = None;
         self.core.work().stop = true;
         self.core.wake.notify_all();
         self.core.progress.notify_all();
+        // Requests that wait for the thread hear that the volume ends.
+        self.control = None;
         if let Some(thread) = self.thread.take() {
             // A thread that panicked has said so; the log holds what it did not move.
             let _ = thread.join();
@@ -236,6 +247,8 @@ pub(crate) fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
 }
 
+#[cfg(test)]
+mod crash_rules_tests;
 /// The same for volumes of an encrypted domain.
 #[cfg(test)]
 #[expect(clippy::duplicate_mod, reason = "the tests look at what their module is called")]

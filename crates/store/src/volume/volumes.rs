@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -20,8 +21,12 @@ use crate::store::Store;
 use crate::tree::{self, Root};
 use crate::volume::extent_map::LogPlace;
 use crate::volume::head::{Head, State};
-use crate::volume::log::{self, Position};
+use crate::volume::log::{self, Change, Position};
+use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{Volume, VolumeOptions, check_capacity, now_ns};
+
+/// How long whoever only looks has a volume's lock at most, on a busy host.
+const LOOK_TIME: Duration = Duration::from_millis(20);
 
 /// Bytes of a chunk unless another size is asked for.
 pub const CHUNK_LEN_DEFAULT: u32 = 16 << 10;
@@ -171,11 +176,44 @@ impl Store {
 
     /// The snapshots of a volume, oldest first.
     pub fn snapshots(&self, volume: &str) -> Result<Vec<SnapshotRow>> {
-        self.catalog().snapshots(Some(self.catalog().volume(volume)?.id))
+        let row = self.catalog().volume(volume)?;
+        self.find_snapshots(&row)?;
+        self.catalog().snapshots(Some(row.id))
     }
 
     pub fn snapshot(&self, volume: &str, name: &str) -> Result<SnapshotRow> {
-        self.catalog().snapshot(self.catalog().volume(volume)?.id, name)
+        let row = self.catalog().volume(volume)?;
+        match self.catalog().snapshot(row.id, name) {
+            Err(StoreError::NotFound { .. }) => {
+                self.find_snapshots(&row)?;
+                self.catalog().snapshot(row.id, name)
+            }
+            found => found,
+        }
+    }
+
+    /// Brings snapshots into the catalog that a crash left in the log of a volume only. Whoever opens the volume does so as well: here
+    /// it stays closed, and nothing of it is changed.
+    fn find_snapshots(&self, row: &VolumeRow) -> Result<()> {
+        let folder = self.volume_folder(row.id);
+        let Some(state) = Head::peek(&folder)?.filter(|_| user(&folder).is_none()) else { return Ok(()) };
+        let found = match log_snapshots(&folder, row, &state) {
+            Ok(found) if found.is_empty() => return Ok(()),
+            // Those that are known are still of use.
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!(volume = row.name, %error, "snapshots that are in its log only are not known");
+                return Ok(());
+            }
+            other => other?,
+        };
+        // Who has opened it meanwhile has found them too.
+        let Ok(_lock) = lock(&folder, "volume", &row.name) else { return Ok(()) };
+        if Head::peek(&folder)? == Some(state) {
+            for snapshot in found {
+                self.catalog().restore_snapshot(&snapshot)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes a volume that begins as a snapshot of another, or as what that is now.
@@ -244,16 +282,14 @@ impl Store {
 
     /// Makes a volume what it was at a snapshot. It must not be open; what was written since is gone, later snapshots stay.
     pub fn roll_back(self: &Arc<Self>, volume: &str, name: &str) -> Result<()> {
-        let row = self.catalog().volume(volume)?;
-        let root = self.settled_root(&self.catalog().snapshot(row.id, name)?)?;
-        let snapshot = self.catalog().snapshot(row.id, name)?;
-        // Later snapshots may be in the log only.
-        self.settle(row.id)?;
-        let folder = self.volume_folder(row.id);
-        let _lock = lock(&folder, "volume", volume)?;
-        let Some(mut head) = Head::open(&folder)? else {
-            return self.catalog().set_volume_root(row.id, root);
-        };
+        let snapshot = self.snapshot(volume, name)?;
+        // The log goes, and snapshots may be nowhere else: all of it is in the tree before, and nobody adds to it meanwhile.
+        let _lock = Volume::open(self, volume, VolumeOptions::default())?.close_and_keep_out()?;
+        let missing = || StoreError::NotFound { what: "snapshot", name: name.to_owned() };
+        let snapshot = self.catalog().snapshot_by_id(snapshot.id)?.ok_or_else(missing)?;
+        let root = snapshot.root.ok_or_else(missing)?;
+        let folder = self.volume_folder(snapshot.volume);
+        let mut head = Head::open(&folder)?.ok_or_else(missing)?;
         let files = log::list(&folder)?.0;
         let next = files.last().copied().unwrap_or(0).max(head.state.position.place.file()) + 1;
         let epoch = head.state.epoch + 1;
@@ -338,12 +374,34 @@ fn take_domain(row: &mut VolumeRow, wanted: Option<&DomainRow>, origin: u32) -> 
     }
 }
 
-/// Takes the lock of a volume's folder, and writes who has it.
+/// The snapshots in the log of a volume that nobody has open, stable.
+fn log_snapshots(folder: &Path, row: &VolumeRow, state: &State) -> Result<Vec<SnapshotRow>> {
+    let mut capacity_bytes = state.capacity_bytes;
+    let mut found = Vec::new();
+    log::read(folder, row.id, state.position, |appended, payload| match appended.change {
+        Change::Snapshot => found.extend(decode_snapshot(payload, row, capacity_bytes)),
+        Change::Resize { capacity_bytes: new } => capacity_bytes = new,
+        _ => {}
+    })?;
+    if !found.is_empty() {
+        log::sync_folder(folder)?;
+    }
+    Ok(found)
+}
+
+/// Takes the lock of a volume's folder, and writes who has it. Whoever only looks has it for a moment.
 pub(crate) fn lock(folder: &Path, what: &'static str, name: &str) -> Result<File> {
     let path = folder.join("lock");
     let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
     let mut file = file.map_err(StoreError::file("open", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+    let begin = Instant::now();
+    let locked = loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < LOOK_TIME => std::thread::sleep(LOOK_TIME / 20),
+            locked => break locked,
+        }
+    };
+    match locked {
         Ok(()) => {
             file.set_len(0)
                 .and_then(|()| write!(file, "{}", std::process::id()))
