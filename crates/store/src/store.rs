@@ -378,12 +378,16 @@ impl Store {
         let local = self.read_local(name);
         let Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) = &local else { return local };
         let origins = self.origins.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut failure = None;
         for origin in origins {
-            if origin.bring(self, name)? {
-                return self.read_local(name);
+            match origin.bring(self, name) {
+                Ok(true) => return self.read_local(name),
+                Ok(false) => {}
+                // Another may have it.
+                Err(error) => drop(failure.get_or_insert(error)),
             }
         }
-        local
+        failure.map_or(local, Err)
     }
 
     /// Reads a record by its name, from whichever copy here is whole.

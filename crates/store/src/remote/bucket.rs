@@ -1,10 +1,11 @@
 //! Objects by their paths: an S3-compatible server, asked by a thread of its own.
 //!
 //! Calls wait. What may be gone in a moment (no connection, an overloaded server) is tried again until the patience ends; wrong
-//! credentials and objects that are not there are said at once.
+//! credentials, a bucket that is not there and objects that are not there are said at once. The thread and the connection come with
+//! the first call: a store with attached images costs nothing as long as nothing of them is missing.
 
 use std::ops::Range;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
@@ -13,7 +14,7 @@ use object_store::{ClientOptions, ObjectStore, ObjectStoreExt, RetryConfig};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use super::RemoteOptions;
+use super::address::{RemoteAddress, RemoteOptions};
 use super::error::RemoteError;
 
 /// The first pause before another try, and the longest.
@@ -37,6 +38,8 @@ pub(super) enum BucketError {
     Credentials(String),
     /// It may go better another time.
     Again(String),
+    /// It will go no better.
+    Final(RemoteError),
 }
 
 type Outcome<T> = Result<T, BucketError>;
@@ -75,6 +78,7 @@ impl Client {
                 Ok(value) => return Ok(value),
                 Err(BucketError::NotFound) => return Err(RemoteError::Missing { object }),
                 Err(BucketError::Credentials(why)) => return Err(RemoteError::Credentials { object, why }),
+                Err(BucketError::Final(error)) => return Err(error),
                 Err(BucketError::Again(why)) if Instant::now() + pause >= end => {
                     return Err(RemoteError::Gone { object, seconds: self.patience.as_secs(), why });
                 }
@@ -123,6 +127,12 @@ impl Client {
 
 /// A bucket of an S3-compatible server.
 pub(super) struct S3 {
+    options: RemoteOptions,
+    bucket: String,
+    connection: OnceLock<Result<Connection, RemoteError>>,
+}
+
+struct Connection {
     store: Arc<AmazonS3>,
     handle: Handle,
     /// Its end ends the thread.
@@ -132,28 +142,61 @@ pub(super) struct S3 {
 impl S3 {
     /// The bucket, and the prefix in it, that an address names: `s3://BUCKET/PREFIX`.
     pub fn open(options: &RemoteOptions) -> Result<(Self, String), RemoteError> {
-        let address = |what: &str| RemoteError::Address { url: options.url.clone(), what: what.to_owned() };
-        let rest = options.url.strip_prefix("s3://").ok_or_else(|| address("it begins with s3://"))?;
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        if bucket.is_empty() {
-            return Err(address("it names no bucket"));
+        let (bucket, prefix) = options.address.parts()?;
+        let s3 = S3 { options: options.clone(), bucket: bucket.to_owned(), connection: OnceLock::new() };
+        Ok((s3, prefix.to_owned()))
+    }
+
+    fn connection(&self) -> Outcome<&Connection> {
+        let connection = self.connection.get_or_init(|| Connection::new(&self.options, &self.bucket));
+        connection.as_ref().map_err(|error| BucketError::Final(error.clone()))
+    }
+
+    /// Has the thread of the network do something with the bucket, and waits.
+    fn wait<T: Send + 'static, F>(&self, act: impl FnOnce(Arc<AmazonS3>) -> F) -> Outcome<T>
+    where
+        F: Future<Output = object_store::Result<T>> + Send + 'static,
+    {
+        let connection = self.connection()?;
+        let (send, receive) = mpsc::channel();
+        let act = act(connection.store.clone());
+        connection.handle.spawn(async move {
+            // Nobody may wait any more.
+            let _ = send.send(act.await);
+        });
+        match receive.recv() {
+            Ok(outcome) => outcome.map_err(|error| bucket_error(error, &self.options, &self.bucket)),
+            Err(_) => Err(BucketError::Again("the thread of the network has ended".to_owned())),
         }
+    }
+}
+
+impl Connection {
+    fn new(options: &RemoteOptions, bucket: &str) -> Result<Self, RemoteError> {
+        let RemoteAddress { url, endpoint, region, patience } = &options.address;
+        // Without any, the client would ask the network for some.
+        let credentials =
+            options.credentials.as_ref().ok_or_else(|| RemoteError::NoCredentials { url: url.clone() })?;
         let client = ClientOptions::new()
             .with_allow_http(true)
             .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_timeout(options.patience.max(CONNECT_TIMEOUT));
+            .with_timeout((*patience).max(CONNECT_TIMEOUT));
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
-            .with_region(&options.region)
-            .with_access_key_id(&options.access_key)
-            .with_secret_access_key(&options.secret_key)
+            .with_region(region)
+            .with_access_key_id(&credentials.access_key)
+            .with_secret_access_key(&credentials.secret_key)
             .with_client_options(client)
             // Trying again is ours.
             .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() });
-        if let Some(endpoint) = &options.endpoint {
+        if let Some(token) = &credentials.session_token {
+            builder = builder.with_token(token);
+        }
+        if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
-        let store = Arc::new(builder.build().map_err(|error| address(&error.to_string()))?);
+        let wrong = |error: object_store::Error| RemoteError::Address { url: url.clone(), what: chain(&error) };
+        let store = Arc::new(builder.build().map_err(wrong)?);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -168,41 +211,31 @@ impl S3 {
                 runtime.shutdown_background();
             })
             .map_err(|error| RemoteError::Refused(format!("no thread can be had for the network: {error}")))?;
-        Ok((S3 { store, handle, _stop: stop }, prefix.to_owned()))
-    }
-
-    /// Has the thread of the network do something, and waits.
-    fn wait<T: Send + 'static>(
-        &self,
-        act: impl Future<Output = object_store::Result<T>> + Send + 'static,
-    ) -> Outcome<T> {
-        let (send, receive) = mpsc::channel();
-        self.handle.spawn(async move {
-            // Nobody may wait any more.
-            let _ = send.send(act.await);
-        });
-        match receive.recv() {
-            Ok(outcome) => outcome.map_err(bucket_error),
-            Err(_) => Err(BucketError::Again("the thread of the network has ended".to_owned())),
-        }
+        Ok(Connection { store, handle, _stop: stop })
     }
 }
 
-fn bucket_error(error: object_store::Error) -> BucketError {
+/// How servers say that requests were signed for another region.
+const OTHER_REGION: [&str; 3] = ["AuthorizationHeaderMalformed", "PermanentRedirect", "incorrectly configured region"];
+
+fn bucket_error(error: object_store::Error, options: &RemoteOptions, bucket: &str) -> BucketError {
     use object_store::Error;
+    // Only the text of the answer tells these from an object that is not there and from a server that is busy.
+    let why = chain(&error);
+    if why.contains("NoSuchBucket") {
+        return BucketError::Final(RemoteError::NoBucket { bucket: bucket.to_owned() });
+    }
+    if OTHER_REGION.iter().any(|word| why.contains(word)) {
+        return BucketError::Final(RemoteError::Region { region: options.address.region.clone(), why });
+    }
     match error {
         Error::NotFound { .. } => BucketError::NotFound,
         Error::PermissionDenied { source, .. } | Error::Unauthenticated { source, .. } => {
             BucketError::Credentials(chain(&*source))
         }
-        error => {
-            let why = chain(&error);
-            // Refused lists come without a kind of their own; the status is in the text only.
-            match why.contains("403 Forbidden") || why.contains("401 Unauthorized") {
-                true => BucketError::Credentials(why),
-                false => BucketError::Again(why),
-            }
-        }
+        // Refused lists come without a kind of their own; the status is in the text only.
+        _ if why.contains("403 Forbidden") || why.contains("401 Unauthorized") => BucketError::Credentials(why),
+        _ => BucketError::Again(why),
     }
 }
 
@@ -221,28 +254,28 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 impl Bucket for S3 {
     fn put(&self, path: &str, bytes: Vec<u8>) -> Outcome<()> {
-        let (store, path) = (self.store.clone(), Path::from(path));
-        self.wait(async move { store.put(&path, bytes.into()).await.map(drop) })
+        let path = Path::from(path);
+        self.wait(|store| async move { store.put(&path, bytes.into()).await.map(drop) })
     }
 
     fn get(&self, path: &str) -> Outcome<Vec<u8>> {
-        let (store, path) = (self.store.clone(), Path::from(path));
-        self.wait(async move { Ok(store.get(&path).await?.bytes().await?.into()) })
+        let path = Path::from(path);
+        self.wait(|store| async move { Ok(store.get(&path).await?.bytes().await?.into()) })
     }
 
     fn get_range(&self, path: &str, range: Range<u64>) -> Outcome<Vec<u8>> {
-        let (store, path) = (self.store.clone(), Path::from(path));
-        self.wait(async move { Ok(store.get_range(&path, range).await?.into()) })
+        let path = Path::from(path);
+        self.wait(|store| async move { Ok(store.get_range(&path, range).await?.into()) })
     }
 
     fn remove(&self, path: &str) -> Outcome<()> {
-        let (store, path) = (self.store.clone(), Path::from(path));
-        self.wait(async move { store.delete(&path).await })
+        let path = Path::from(path);
+        self.wait(|store| async move { store.delete(&path).await })
     }
 
     fn list(&self, folder: &str) -> Outcome<Vec<Object>> {
-        let (store, path) = (self.store.clone(), Path::from(folder));
-        let listed = self.wait(async move { store.list_with_delimiter(Some(&path)).await })?;
+        let path = Path::from(folder);
+        let listed = self.wait(|store| async move { store.list_with_delimiter(Some(&path)).await })?;
         let object = |meta: object_store::ObjectMeta| {
             Some(Object {
                 name: meta.location.filename()?.to_owned(),

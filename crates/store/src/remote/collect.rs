@@ -104,7 +104,7 @@ fn needed_segments(
     watcher: Watcher<'_>,
 ) -> Result<BTreeSet<Id>, RemoteError> {
     let known = Known::load(client, None)?;
-    let fetcher = Fetcher::new(client.clone(), Known::load(client, None)?);
+    let fetcher = Fetcher::new(client.clone(), Known::load(client, None)?, None);
     let mut needed = BTreeSet::new();
     let mut seen = BTreeSet::new();
     let mut done = 0;

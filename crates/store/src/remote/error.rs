@@ -9,6 +9,12 @@ use crate::error::StoreError;
 pub enum RemoteError {
     #[error("{url:?} is no address of a remote store: {what}")]
     Address { url: String, what: String },
+    #[error("there are no credentials for {url}")]
+    NoCredentials { url: String },
+    #[error("there is no bucket {bucket}")]
+    NoBucket { bucket: String },
+    #[error("the remote store is not in region {region}: {why}")]
+    Region { region: String, why: String },
     #[error("the remote store did not answer in {seconds} s when asked for {object}: {why}")]
     Gone { object: String, seconds: u64, why: String },
     #[error("the remote store does not accept the credentials (asked for {object}): {why}")]

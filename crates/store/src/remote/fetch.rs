@@ -4,6 +4,7 @@
 //! next. Who asks for a record that is on its way already waits for that. What came is verified and appended to this process's segment.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -81,7 +82,10 @@ type Spans = HashMap<Id, BTreeMap<u64, Span>>;
 /// Brings records from one remote store.
 pub(super) struct Fetcher {
     client: Arc<Client>,
-    known: RwLock<Arc<Known>>,
+    /// Nothing before the first record is missing.
+    known: RwLock<Option<Arc<Known>>>,
+    /// Where a store keeps a copy of what is known.
+    folder: Option<PathBuf>,
     spans: Mutex<Spans>,
     /// The names that somebody waited for, in their order.
     profile: Mutex<Vec<Name>>,
@@ -98,22 +102,44 @@ enum Look {
 }
 
 impl Fetcher {
-    pub fn new(client: Arc<Client>, known: Known) -> Self {
+    /// Brings what is known; `folder` is where a store keeps a copy of that.
+    pub fn new(client: Arc<Client>, known: Known, folder: Option<PathBuf>) -> Self {
         Fetcher {
             client,
-            known: RwLock::new(Arc::new(known)),
+            known: RwLock::new(Some(Arc::new(known))),
+            folder,
             spans: Mutex::default(),
             profile: Mutex::default(),
             fetched_bytes: AtomicU64::new(0),
         }
     }
 
+    /// Brings what the copy in a folder of a store knows, which is read when the first record is missing.
+    pub fn late(client: Arc<Client>, folder: PathBuf) -> Self {
+        let fetcher = Fetcher::new(client, Known::default(), Some(folder));
+        Fetcher { known: RwLock::default(), ..fetcher }
+    }
+
     fn spans(&self) -> MutexGuard<'_, Spans> {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn known(&self) -> Arc<Known> {
-        self.known.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn known(&self) -> Result<Arc<Known>, RemoteError> {
+        if let Some(known) = &*self.known.read().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(known.clone());
+        }
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let found = match (&*known, &self.folder) {
+            (Some(known), _) => known.clone(),
+            (None, Some(folder)) => Arc::new(Known::kept(folder)?),
+            (None, None) => Arc::new(Known::load(&self.client, None)?),
+        };
+        Ok(known.insert(found).clone())
+    }
+
+    /// Whether the remote store has a record.
+    pub fn knows(&self, name: &Name) -> Result<bool, RemoteError> {
+        Ok(self.known()?.find(name).next().is_some())
     }
 
     pub fn fetched_bytes(&self) -> u64 {
@@ -131,7 +157,7 @@ impl Fetcher {
             if store.read_local(name).is_ok() {
                 return Ok(Look::Here);
             }
-            let Some(place) = self.known().find(name).next() else { return Ok(Look::Unknown) };
+            let Some(place) = self.known()?.find(name).next() else { return Ok(Look::Unknown) };
             let flight = match self.claim(&place, reach) {
                 Ok((flight, end)) => self.fly(store, name, &place, end, &flight),
                 Err(_) if patience == Patience::Pass => return Ok(Look::Coming),
@@ -142,8 +168,8 @@ impl Fetcher {
                 // A collection has removed the segment; what is needed is in another.
                 Err(RemoteError::Missing { .. }) if !reloaded => {
                     reloaded = true;
-                    let known = Known::load(&self.client, None)?;
-                    *self.known.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(known);
+                    let known = Known::load(&self.client, self.folder.as_deref())?;
+                    *self.known.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(known));
                 }
                 Err(error) => return Err(error),
             }
@@ -217,10 +243,47 @@ impl Fetcher {
         watcher: Watcher<'_>,
     ) -> Result<(), RemoteError> {
         let pace = Mutex::new((Pace::limited(bytes_per_second), self.fetched_bytes()));
+        // The walk below asks for nodes as well, so that it is not to begin before these are here.
+        self.by_threads(store, &pace, |hand_out| profile.iter().try_for_each(|name| hand_out(*name, REACH)))?;
+        let total: u64 = node.trees().map(|tree| tree.len_bytes).sum();
+        let through = Through { store, fetcher: self };
+        self.by_threads(store, &pace, |hand_out| {
+            let mut before = 0;
+            for tree in node.trees() {
+                tree::walk(&through, tree.root, &mut |visit| match visit {
+                    Visit::Node(_) => Ok(true),
+                    Visit::Chunk(index, name) => {
+                        let done = before + (index * u64::from(tree.chunk_len)).min(tree.len_bytes);
+                        watcher(Step { what: "receiving", done, total })?;
+                        hand_out(name, REACH_OF_ALL).map(|()| true)
+                    }
+                })?;
+                before += tree.len_bytes;
+            }
+            Ok(())
+        })?;
+        // What others were bringing has come now, or has failed.
+        for tree in node.trees() {
+            tree::walk(&through, tree.root, &mut |visit| {
+                if let Visit::Chunk(_, name) = visit {
+                    self.must_bring(store, &name, REACH_OF_ALL)?;
+                }
+                Ok(true)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Has a few threads bring what `hand_out` is called with, and waits for them.
+    fn by_threads(
+        &self,
+        store: &Store,
+        pace: &Mutex<(Pace, u64)>,
+        act: impl FnOnce(&mut dyn FnMut(Name, u64) -> Result<()>) -> Result<()>,
+    ) -> Result<(), RemoteError> {
         let failure = Mutex::new(None);
         let (send, receive) = std::sync::mpsc::sync_channel::<(Name, u64)>(1024);
         let receive = Mutex::new(receive);
-        let total: u64 = node.trees().map(|tree| tree.len_bytes).sum();
         std::thread::scope(|scope| {
             for _ in 0..THREADS {
                 scope.spawn(|| {
@@ -241,48 +304,18 @@ impl Fetcher {
                     }
                 });
             }
-            let hand_out = |name: Name, reach: u64| {
+            let acted = act(&mut |name, reach| {
                 // The threads take until the sender is gone.
                 let _ = send.send((name, reach));
                 match &*failure.lock().unwrap_or_else(PoisonError::into_inner) {
                     Some(error) => Err(StoreError::Remote(RemoteError::clone(error))),
                     None => Ok(()),
                 }
-            };
-            let through = Through { store, fetcher: self };
-            let walked = (|| {
-                profile.iter().try_for_each(|name| hand_out(*name, REACH))?;
-                let mut before = 0;
-                for tree in node.trees() {
-                    tree::walk(&through, tree.root, &mut |visit| match visit {
-                        Visit::Node(_) => Ok(true),
-                        Visit::Chunk(index, name) => {
-                            let done = before + (index * u64::from(tree.chunk_len)).min(tree.len_bytes);
-                            watcher(Step { what: "receiving", done, total })?;
-                            hand_out(name, REACH_OF_ALL).map(|()| true)
-                        }
-                    })?;
-                    before += tree.len_bytes;
-                }
-                Ok::<(), StoreError>(())
-            })();
+            });
             drop(send);
-            walked
+            acted
         })?;
-        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
-        }
-        // What others were bringing has come now, or has failed.
-        let through = Through { store, fetcher: self };
-        for tree in node.trees() {
-            tree::walk(&through, tree.root, &mut |visit| {
-                if let Visit::Chunk(_, name) = visit {
-                    self.must_bring(store, &name, REACH_OF_ALL)?;
-                }
-                Ok(true)
-            })?;
-        }
-        Ok(())
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     pub fn must_bring(&self, store: &Store, name: &Name, reach: u64) -> Result<()> {

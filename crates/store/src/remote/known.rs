@@ -2,21 +2,28 @@
 //!
 //! The copy tells every process, with the network or without, which records are not lost but elsewhere.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use super::address::{ADDRESS_FILE, FOLDER, RemoteAddress};
 use super::bucket::Client;
 use super::error::RemoteError;
 use super::layout::{self, RemoteIndex, RemotePlace};
 use crate::error::{Result, StoreError};
+use crate::id::Id;
 use crate::name::Name;
-use crate::store::Store;
+use crate::node::Tree;
+use crate::store::{Local, Store};
+use crate::tree::{self, Visit};
+use crate::upkeep::mark::Marks;
 
-/// The folder of a store that holds copies of indexes, in a folder for each remote store.
-const FOLDER: &str = "remotes";
-/// The file that says which remote store it is.
-const ADDRESS_FILE: &str = "url";
+/// How a file is called while it is written.
+const MAKING: &str = "making";
+/// How often a folder is looked through that another process changes meanwhile.
+const LOOKS_MAX: usize = 10;
 
 /// The index of a remote store.
+#[derive(Default)]
 pub(super) struct Known {
     pub indexes: Vec<(String, RemoteIndex)>,
 }
@@ -47,14 +54,41 @@ impl Known {
             indexes.push((object.name, index));
         }
         if let Some(folder) = folder {
-            for name in files(folder)? {
-                if name != ADDRESS_FILE && !indexes.iter().any(|(known, _)| *known == name) {
+            for name in index_files(folder)? {
+                if !indexes.iter().any(|(known, _)| *known == name) {
                     let path = folder.join(&name);
-                    std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
+                    match std::fs::remove_file(&path) {
+                        Err(error) if error.kind() != ErrorKind::NotFound => {
+                            return Err(StoreError::file("remove", &path)(error).into());
+                        }
+                        _ => {}
+                    }
                 }
             }
         }
         Ok(Known { indexes })
+    }
+
+    /// The copy in a folder, as it is.
+    pub fn kept(folder: &Path) -> Result<Self> {
+        let mut looks = 0;
+        'look: loop {
+            looks += 1;
+            let mut indexes = Vec::new();
+            for name in index_files(folder)? {
+                let path = folder.join(&name);
+                let bytes = match std::fs::read(&path) {
+                    // Another process has brought the folder up to date.
+                    Err(error) if error.kind() == ErrorKind::NotFound && looks < LOOKS_MAX => continue 'look,
+                    read => read.map_err(StoreError::file("read", &path))?,
+                };
+                match RemoteIndex::from_object(&name, &bytes) {
+                    Ok(index) => indexes.push((name, index)),
+                    Err(error) => tracing::warn!(%error, path = %path.display(), "attached images may seem incomplete"),
+                }
+            }
+            return Ok(Known { indexes });
+        }
     }
 
     /// Where copies of a record are.
@@ -64,15 +98,16 @@ impl Known {
 }
 
 /// The folder for a remote store's index, made if it is not there.
-pub(super) fn folder_of(store: &Store, url: &str) -> Result<PathBuf> {
-    let folder = store.folder().join(FOLDER).join(&blake3::hash(url.as_bytes()).to_hex()[..32]);
+pub(super) fn make_folder(store: &Store, address: &RemoteAddress) -> Result<PathBuf> {
+    let folder = address.folder_in(store);
     std::fs::create_dir_all(&folder).map_err(StoreError::file("make", &folder))?;
-    write(&folder.join(ADDRESS_FILE), url.as_bytes())?;
+    write(&folder.join(ADDRESS_FILE), address.to_text().as_bytes())?;
     Ok(folder)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let making = path.with_extension("making");
+    // Several threads and processes may bring the same.
+    let making = path.with_extension(format!("{}.{MAKING}", Id::random()));
     std::fs::write(&making, bytes)
         .and_then(|()| std::fs::rename(&making, path))
         .map_err(StoreError::file("write", path))
@@ -81,7 +116,7 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 fn files(folder: &Path) -> Result<Vec<String>> {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(StoreError::file("list", folder)(error)),
     };
     let mut names = Vec::new();
@@ -92,45 +127,107 @@ fn files(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The addresses of the remote stores that a store has attached images of.
-pub fn attached(store: &Store) -> Result<Vec<String>> {
-    let folder = store.folder().join(FOLDER);
-    let mut urls = Vec::new();
+fn index_files(folder: &Path) -> Result<Vec<String>> {
+    let mut names = files(folder)?;
+    names.retain(|name| name != ADDRESS_FILE && !name.ends_with(MAKING));
+    Ok(names)
+}
+
+/// The remote stores that the store in a folder has attached images of.
+pub fn attached(folder: &Path) -> Result<Vec<RemoteAddress>> {
+    let folder = folder.join(FOLDER);
+    let mut addresses = Vec::new();
     for name in files(&folder)? {
         let path = folder.join(name).join(ADDRESS_FILE);
-        urls.push(std::fs::read_to_string(&path).map_err(StoreError::file("read", &path))?);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => addresses.push(RemoteAddress::from_text(&text)),
+            // It is being made, or removed.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(StoreError::file("read", &path)(error)),
+        }
     }
-    Ok(urls)
+    addresses.sort_by(|a, b| (&a.url, &a.endpoint).cmp(&(&b.url, &b.endpoint)));
+    Ok(addresses)
 }
 
 /// Forgets a remote store: what only it holds counts as lost from now on, until an image of it is attached again.
-pub fn detach(store: &Store, url: &str) -> Result<()> {
-    let folder = folder_of(store, url)?;
-    std::fs::remove_dir_all(&folder).map_err(StoreError::file("remove", &folder))
+pub fn detach(store: &Store, address: &RemoteAddress) -> Result<()> {
+    let folder = address.folder_in(store);
+    match std::fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(StoreError::file("remove", &folder)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// How much of something is in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locality {
+    Whole,
+    /// The rest is in a remote store.
+    Part {
+        /// Of its disks and files, in whole chunks.
+        local_bytes: u64,
+    },
 }
 
 /// The records that a store can have from remote stores of which images are attached.
-pub(crate) struct KnownElsewhere(Vec<RemoteIndex>);
+pub struct Elsewhere(Vec<Known>);
 
-impl KnownElsewhere {
+impl Elsewhere {
     pub fn load(store: &Store) -> Result<Self> {
-        let folder = store.folder().join(FOLDER);
-        let mut indexes = Vec::new();
-        for remote in files(&folder)? {
-            let folder = folder.join(remote);
-            for name in files(&folder)?.iter().filter(|name| *name != ADDRESS_FILE) {
-                let path = folder.join(name);
-                let bytes = std::fs::read(&path).map_err(StoreError::file("read", &path))?;
-                match RemoteIndex::from_object(name, &bytes) {
-                    Ok(index) => indexes.push(index),
-                    Err(error) => tracing::warn!(%error, path = %path.display(), "attached images may seem incomplete"),
-                }
-            }
-        }
-        Ok(KnownElsewhere(indexes))
+        Elsewhere::load_if(store, |_| true)
     }
 
-    pub fn contains(&self, name: &Name) -> bool {
-        self.0.iter().any(|index| index.find(name).next().is_some())
+    fn load_if(store: &Store, wanted: impl Fn(&Path) -> bool) -> Result<Self> {
+        let top = store.folder().join(FOLDER);
+        let folders = files(&top)?.into_iter().map(|remote| top.join(remote)).filter(|folder| wanted(folder));
+        Ok(Elsewhere(folders.map(|folder| Known::kept(&folder)).collect::<Result<_>>()?))
     }
+
+    pub(crate) fn contains(&self, name: &Name) -> bool {
+        self.0.iter().any(|known| known.find(name).next().is_some())
+    }
+
+    /// How much of a node is here, of which these are the trees. One that no remote store knows is whole.
+    pub fn locality<'t>(
+        &self,
+        store: &Store,
+        node: &Name,
+        trees: impl IntoIterator<Item = &'t Tree>,
+    ) -> Result<Locality> {
+        if !self.contains(node) {
+            return Ok(Locality::Whole);
+        }
+        let is_here = |name: &Name| Ok::<bool, StoreError>(!store.index().find(name)?.is_empty());
+        let (mut local_bytes, mut whole) = (0, true);
+        for tree in trees {
+            tree::walk(&Local(store), tree.root, &mut |visit| {
+                let here = match visit {
+                    Visit::Node(name) => is_here(&name)?,
+                    Visit::Chunk(_, name) => {
+                        let here = is_here(&name)?;
+                        local_bytes += if here { u64::from(tree.chunk_len) } else { 0 };
+                        here
+                    }
+                };
+                whole &= here;
+                Ok(here)
+            })?;
+        }
+        Ok(if whole { Locality::Whole } else { Locality::Part { local_bytes } })
+    }
+}
+
+/// Who needs something that only this remote store holds.
+pub fn needed_by(store: &Store, address: &RemoteAddress) -> Result<Vec<String>> {
+    let folder = address.folder_in(store);
+    let known = Known::kept(&folder)?;
+    let mut marks = Marks::with_elsewhere(Elsewhere::load_if(store, |other| *other != folder)?);
+    store.index().refresh(store.catalog())?;
+    marks.add(store, &store.roots()?, &mut || Ok(()))?;
+    let only_there = marks.lost.into_iter().filter(|lost| known.find(&lost.name).next().is_some());
+    let mut owners: Vec<String> = only_there.map(|lost| lost.owner).collect();
+    owners.sort();
+    owners.dedup();
+    Ok(owners)
 }

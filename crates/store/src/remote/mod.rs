@@ -7,6 +7,7 @@
 //! What always holds: nothing is kept that is not what its name says; a call that the network does not answer ends when its patience does;
 //! no thread of a device waits here (what has to be looked up is done by a store's workers).
 
+mod address;
 mod bucket;
 mod collect;
 mod error;
@@ -32,43 +33,17 @@ use bucket::{Client, S3};
 use fetch::Fetcher;
 use known::Known;
 
+pub use address::{Credentials, PATIENCE_DEFAULT, PATIENCE_MAX, REGION_DEFAULT, RemoteAddress, RemoteOptions};
 pub use collect::{GRACE_DEFAULT, RemoteCollected};
 pub use error::RemoteError;
-pub(crate) use known::KnownElsewhere;
-pub use known::{attached, detach};
+pub use known::{Elsewhere, Locality, attached, detach, needed_by};
 pub use layout::RemoteImage;
 pub use push::Pushed;
-
-/// Where a remote store is, and who we are there.
-#[derive(Clone)]
-pub struct RemoteOptions {
-    /// `s3://BUCKET/PREFIX`.
-    pub url: String,
-    /// The server, as `http://HOST:PORT`; Amazon's without.
-    pub endpoint: Option<String>,
-    pub region: String,
-    pub access_key: String,
-    pub secret_key: String,
-    /// How long a call tries to reach a server that does not answer.
-    pub patience: Duration,
-}
-
-impl std::fmt::Debug for RemoteOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RemoteOptions")
-            .field("url", &self.url)
-            .field("endpoint", &self.endpoint)
-            .finish_non_exhaustive()
-    }
-}
-
-/// How long a call tries, unless another time is asked for.
-pub const PATIENCE_DEFAULT: Duration = Duration::from_secs(30);
 
 /// A remote store.
 pub struct Remote {
     client: Arc<Client>,
-    url: String,
+    address: RemoteAddress,
 }
 
 impl Remote {
@@ -76,8 +51,8 @@ impl Remote {
     pub fn open(options: &RemoteOptions) -> Result<Self, RemoteError> {
         let (bucket, prefix) = S3::open(options)?;
         Ok(Remote {
-            client: Arc::new(Client::new(Box::new(bucket), &prefix, options.patience)),
-            url: options.url.clone(),
+            client: Arc::new(Client::new(Box::new(bucket), &prefix, options.address.patience)),
+            address: options.address.clone(),
         })
     }
 
@@ -85,6 +60,10 @@ impl Remote {
     pub fn list(&self) -> Result<Vec<RemoteImage>, RemoteError> {
         let mut images = Vec::new();
         for object in self.client.list(layout::IMAGES)? {
+            // Not what a push has put there.
+            if check_name("image", &object.name).is_err() {
+                continue;
+            }
             // One may be removed meanwhile.
             if let Some(bytes) = self.client.find(&layout::path(layout::IMAGES, &object.name))? {
                 images.push(layout::read_image(&object.name, &bytes)?);
@@ -115,7 +94,7 @@ impl Remote {
     ) -> Result<ImageRow, RemoteError> {
         check_name("image", &options.image)?;
         let found = self.find(store, image)?;
-        let fetcher = Fetcher::new(self.client.clone(), Known::load(&self.client, None)?);
+        let fetcher = Fetcher::new(self.client.clone(), Known::load(&self.client, None)?, None);
         let mut batch = store.batch()?;
         fetcher.must_bring(store, &found.node, 0)?;
         let node = store.load_node(&found.node)?;
@@ -133,7 +112,9 @@ impl Remote {
     pub fn attach(&self, store: &Arc<Store>, image: &str, options: &TransferOptions) -> Result<Attached, RemoteError> {
         check_name("image", &options.image)?;
         let found = self.find(store, image)?;
-        let attached = self.resume(store)?;
+        let folder = known::make_folder(store, &self.address)?;
+        let known = Known::load(&self.client, Some(&folder))?;
+        let attached = self.attached(store, Fetcher::new(self.client.clone(), known, Some(folder)));
         let mut batch = store.batch()?;
         attached.fetcher.must_bring(store, &found.node, 0)?;
         batch.sync()?;
@@ -142,12 +123,16 @@ impl Remote {
         Ok(attached)
     }
 
-    /// Has a store look here for records that it does not hold, as images of this remote store are attached to it.
-    pub fn resume(&self, store: &Arc<Store>) -> Result<Attached, RemoteError> {
-        let folder = known::folder_of(store, &self.url)?;
-        let fetcher = Arc::new(Fetcher::new(self.client.clone(), Known::load(&self.client, Some(&folder))?));
+    /// Has a store look here for records that it does not hold, as images of this remote store are attached to it. Nothing is read or asked
+    /// before one is missing.
+    pub fn resume(&self, store: &Arc<Store>) -> Attached {
+        self.attached(store, Fetcher::late(self.client.clone(), self.address.folder_in(store)))
+    }
+
+    fn attached(&self, store: &Arc<Store>, fetcher: Fetcher) -> Attached {
+        let fetcher = Arc::new(fetcher);
         store.add_origin(fetcher.clone());
-        Ok(Attached { client: self.client.clone(), store: store.clone(), fetcher })
+        Attached { client: self.client.clone(), store: store.clone(), fetcher }
     }
 
     /// Takes an image's name away. What only it needs goes with later collections; a store that has it attached loses what it does not hold.
@@ -187,21 +172,46 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Brings what an image needs and the store does not hold yet: first what is usually read first, then the rest. For a thread of its
-    /// own; reads of others go first where they wait for the same.
+    /// Brings what something needs and the store does not hold yet: first what is usually read first of an image, then the rest. For a
+    /// thread of its own; reads of others go first where they wait for the same.
     pub fn prefetch(
         &self,
-        image: &str,
+        what: &NodeRef,
         bytes_per_second: Option<u64>,
         watcher: Watcher<'_>,
     ) -> Result<(), RemoteError> {
-        let (row, node) = self.node(image)?;
-        let path = layout::path(layout::PROFILES, row.node);
-        let profile = match self.client.find(&path)? {
-            Some(bytes) => layout::read_profile(&path, &bytes)?,
-            None => Vec::new(),
+        let disk = |tree| Node { disks: vec![tree], ..Node::default() };
+        let (node, profile) = match what {
+            NodeRef::Image(image) => {
+                let (row, node) = self.node(image)?;
+                (node, self.kept_profile(&row)?)
+            }
+            NodeRef::Volume(volume) => (disk(self.store.settled_disk(volume, None)?), Vec::new()),
+            NodeRef::Snapshot { volume, snapshot } => {
+                (disk(self.store.settled_disk(volume, Some(snapshot))?), Vec::new())
+            }
         };
         self.fetcher.fill(&self.store, &node, &profile, bytes_per_second, watcher)
+    }
+
+    /// Brings what is usually read first of an image, and nothing else. For a thread of its own, too.
+    pub fn prefetch_profile(&self, image: &str) -> Result<(), RemoteError> {
+        let (row, _) = self.node(image)?;
+        let profile = self.kept_profile(&row)?;
+        self.fetcher.fill(&self.store, &Node::default(), &profile, None, &mut |_| Ok(()))
+    }
+
+    /// Whether the remote store has the image, as far as is known here.
+    pub fn has(&self, image: &str) -> Result<bool, RemoteError> {
+        self.fetcher.knows(&self.node(image)?.0.node)
+    }
+
+    fn kept_profile(&self, row: &ImageRow) -> Result<Vec<Name>, RemoteError> {
+        let path = layout::path(layout::PROFILES, row.node);
+        match self.client.find(&path)? {
+            Some(bytes) => layout::read_profile(&path, &bytes),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Keeps, beside the image there, what was read of it until now and in which order: the next one who attaches it gets that first.

@@ -110,7 +110,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 fn remote(bucket: &Arc<MemoryBucket>) -> Remote {
     let client = Client::new(Box::new(bucket.clone()), "/store/", PATIENCE);
-    Remote { client: Arc::new(client), url: "s3://bucket/store".to_owned() }
+    Remote { client: Arc::new(client), address: RemoteAddress::new("s3://bucket/store") }
 }
 
 /// A store in a folder of its own.
@@ -223,6 +223,9 @@ fn an_attached_image_is_read_and_written_while_it_is_still_remote() {
     disk.write_at(70 * CHUNK as u64, &[9; 512]).unwrap();
     let fetched = attached.fetched_bytes();
     assert!(fetched < 8 << 20, "{fetched}");
+    let Locality::Part { local_bytes } = locality(&there, "disk") else { panic!("most of it is remote") };
+    assert!(local_bytes > 40 * CHUNK as u64 && local_bytes <= fetched, "{local_bytes} of {fetched}");
+    assert!(needed_by(&there, &remote.address).unwrap().contains(&"image disk".to_owned()));
     // Collected, closed, opened by a process that knows no network: nothing is lost.
     disk.close().unwrap();
     there.seal().unwrap();
@@ -235,7 +238,7 @@ fn an_attached_image_is_read_and_written_while_it_is_still_remote() {
     assert!(matches!(content(&again, "disk"), Err(StoreError::Missing { .. })));
     assert_eq!(attached_urls(&again), ["s3://bucket/store"]);
     // With the network, everything is there, and what came before comes no more.
-    let resumed = remote.resume(&again).unwrap();
+    let resumed = remote.resume(&again);
     let volume = Volume::open(&again, "volume", VolumeOptions::default()).unwrap();
     let mut whole = vec![0; bytes.len()];
     volume.read_at(0, &mut whole).unwrap();
@@ -245,15 +248,22 @@ fn an_attached_image_is_read_and_written_while_it_is_still_remote() {
     volume.close().unwrap();
     let rest = resumed.fetched_bytes();
     assert!(fetched + rest < bytes.len() as u64 * 125 / 100, "{fetched} and {rest}");
+    assert_eq!(locality(&again, "disk"), Locality::Whole);
     // Whole now: without the remote store nothing is missing.
-    detach(&again, "s3://bucket/store").unwrap();
+    assert!(needed_by(&again, &remote.address).unwrap().is_empty());
+    detach(&again, &remote.address).unwrap();
     assert!(again.usage(&mut quiet).unwrap().lost.is_empty());
     bucket.down.store(true, Ordering::Relaxed);
     assert!(content(&again, "disk").unwrap() == bytes);
 }
 
+fn locality(store: &Arc<Store>, image: &str) -> Locality {
+    let (row, node) = store.image(image).unwrap();
+    Elsewhere::load(store).unwrap().locality(store, &row.node, node.trees()).unwrap()
+}
+
 fn attached_urls(store: &Store) -> Vec<String> {
-    super::attached(store).unwrap()
+    super::attached(store.folder()).unwrap().into_iter().map(|address| address.url).collect()
 }
 
 #[test]
@@ -364,7 +374,7 @@ fn what_is_damaged_or_missing_in_a_remote_store_is_named() {
     assert!(error.to_string().contains(&segment), "{error}");
     bucket.objects.lock().unwrap().insert(segment, original);
     assert!(content(&there, "disk").unwrap() == content(&here, "disk").unwrap());
-    let other = Remote { client: remote.client.clone(), url: String::new() };
+    let other = Remote { client: remote.client.clone(), address: remote.address.clone() };
     bucket.objects.lock().unwrap().get_mut("store/format").unwrap().0[30] ^= 1;
     let error = other.pull(&there, "disk", &TransferOptions::new("again"), &mut quiet).unwrap_err();
     assert!(matches!(error, RemoteError::Damaged { .. }), "{error}");
@@ -477,7 +487,7 @@ fn what_was_read_first_is_fetched_first() {
     let (bucket2, other) = (bucket.clone(), store());
     let attached = self::remote(&bucket2).attach(&other, "disk", &TransferOptions::new("disk")).unwrap();
     bucket.take_ranges();
-    attached.prefetch("disk", None, &mut quiet).unwrap();
+    attached.prefetch(&image("disk"), None, &mut quiet).unwrap();
     let wanted: Vec<Name> = attached.store.image("disk").map(|_| attached_names(&there, &node, &chunks)).unwrap();
     let known = Known::load(&remote.client, None).unwrap();
     let places: Vec<u64> = wanted.iter().map(|name| known.find(name).next().unwrap().offset).collect();
@@ -553,15 +563,15 @@ impl Garage {
     }
 
     fn remote(&self, secret_key: &str, patience: Duration) -> Remote {
-        Remote::open(&RemoteOptions {
+        let address = RemoteAddress {
             url: "s3://polder/some/where".to_owned(),
             endpoint: Some(format!("http://127.0.0.1:{}", self.port)),
             region: "garage".to_owned(),
-            access_key: ACCESS_KEY.to_owned(),
-            secret_key: secret_key.to_owned(),
             patience,
-        })
-        .unwrap()
+        };
+        let credentials =
+            Credentials { access_key: ACCESS_KEY.to_owned(), secret_key: secret_key.to_owned(), session_token: None };
+        Remote::open(&RemoteOptions { address, credentials: Some(credentials) }).unwrap()
     }
 
     fn stop(&mut self) {
@@ -619,7 +629,7 @@ fn garage_keeps_images_and_an_attached_one_outlasts_its_restart() {
     });
     assert!(attached.fetched_bytes() < bytes.len() as u64 / 2);
     attached.save_profile("disk").unwrap();
-    attached.prefetch("disk", None, &mut quiet).unwrap();
+    attached.prefetch(&image("disk"), None, &mut quiet).unwrap();
     remote.remove("disk").unwrap();
     assert_eq!(remote.collect(&here, Duration::ZERO, &mut quiet).unwrap().listed, pushed.segments);
     assert_eq!(remote.collect(&here, Duration::ZERO, &mut quiet).unwrap().removed, pushed.segments);

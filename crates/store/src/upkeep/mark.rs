@@ -9,7 +9,7 @@ use crate::error::{Result, StoreError};
 use crate::name::Name;
 use crate::records::cache::{NameHasher, NameMap};
 use crate::records::segment::{Location, SegmentNumber};
-use crate::remote::KnownElsewhere;
+use crate::remote::Elsewhere;
 use crate::store::{Local, Store};
 use crate::tree::{self, NodeSource, Root};
 use crate::volume::head::Head;
@@ -80,7 +80,7 @@ pub(crate) struct Marks {
     /// Bytes of all trees without zeros, what trees share counted for each.
     pub used_bytes: u64,
     pub lost: Vec<Lost>,
-    elsewhere: Option<KnownElsewhere>,
+    elsewhere: Option<Elsewhere>,
     sorted: bool,
 }
 
@@ -88,6 +88,11 @@ pub(crate) struct Marks {
 const LOST_MAX: usize = 1000;
 
 impl Marks {
+    /// No marks, and what is to count as being elsewhere.
+    pub fn with_elsewhere(elsewhere: Elsewhere) -> Self {
+        Marks { elsewhere: Some(elsewhere), ..Marks::default() }
+    }
+
     /// Marks what roots need and was not marked before. `visited` hears of every node, so that whoever waits sees that it goes on.
     pub fn add(&mut self, store: &Store, roots: &Roots, visited: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.sorted = false;
@@ -182,7 +187,7 @@ impl Marks {
     pub fn is_elsewhere(&mut self, store: &Store, name: &Name) -> Result<bool> {
         let known = match &self.elsewhere {
             Some(known) => known,
-            None => self.elsewhere.insert(KnownElsewhere::load(store)?),
+            None => self.elsewhere.insert(Elsewhere::load(store)?),
         };
         Ok(known.contains(name))
     }

@@ -134,7 +134,7 @@ impl Store {
             damages.iter().filter_map(|damage| damage.name).filter(|name| !self.is_whole(name)).collect();
         // Tables still lead to records whose headers are damaged.
         let headless = damages.iter().any(|damage| damage.name.is_none());
-        let elsewhere = crate::remote::KnownElsewhere::load(self)?;
+        let elsewhere = crate::remote::Elsewhere::load(self)?;
         if !broken.is_empty() || headless {
             self.find_needed(&mut |name, owner, offset| {
                 let gone = match headless {
