@@ -4,6 +4,8 @@ use std::io::ErrorKind;
 
 use polder_machine::boot::BootError;
 use polder_memory::MemoryError;
+use polder_store::StoreError;
+use polder_store::remote::RemoteError;
 use polder_vmm::VmmError;
 
 /// A hint for an error, from whatever cause in its chain has one.
@@ -11,7 +13,11 @@ pub fn hint(error: &anyhow::Error) -> Option<&'static str> {
     error.chain().find_map(|cause| {
         let boot = cause.downcast_ref().and_then(boot_hint);
         let memory = cause.downcast_ref().and_then(memory_hint);
-        boot.or(memory).or_else(|| cause.downcast_ref().and_then(vmm_hint))
+        let remote = match cause.downcast_ref() {
+            Some(StoreError::Remote(error)) => remote_hint(error),
+            _ => cause.downcast_ref().and_then(remote_hint),
+        };
+        boot.or(memory).or(remote).or_else(|| cause.downcast_ref().and_then(vmm_hint))
     })
 }
 
@@ -66,9 +72,31 @@ fn memory_hint(error: &MemoryError) -> Option<&'static str> {
     }
 }
 
+fn remote_hint(error: &RemoteError) -> Option<&'static str> {
+    match error {
+        RemoteError::NoCredentials { .. } => Some("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        RemoteError::Credentials { .. } => {
+            Some("compare AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY with the server's, and the clocks of both")
+        }
+        RemoteError::NoBucket { .. } => Some("make the bucket first, or check --endpoint and AWS_ENDPOINT_URL"),
+        RemoteError::Region { .. } => Some("name the server's region with --region or AWS_REGION"),
+        RemoteError::Gone { .. } => Some("check --endpoint and AWS_ENDPOINT_URL, and that the server runs"),
+        RemoteError::NoImage { .. } => Some("`polder store remote ls` lists what is there"),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_disk_lacks_because_of_a_remote_store_gives_a_hint() {
+        let error = RemoteError::NoCredentials { url: "s3://images".to_owned() };
+        assert!(hint(&anyhow::Error::new(error.clone())).unwrap().contains("AWS_ACCESS_KEY_ID"));
+        let error = VmmError::Volume { name: "data".to_owned(), source: StoreError::Remote(error) };
+        assert!(hint(&anyhow::Error::new(error)).unwrap().contains("AWS_ACCESS_KEY_ID"));
+    }
 
     #[test]
     fn the_cause_deep_in_a_chain_gives_the_hint() {

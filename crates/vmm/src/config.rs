@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use polder_basics::{ByteSize, GIB, MIB};
 use polder_memory::PAGE_SIZE;
+use polder_store::remote::RemoteOptions;
 
 use crate::VmmError;
 
@@ -56,6 +57,22 @@ pub enum VolumeEnding {
 pub struct DiskConfig {
     pub source: DiskSource,
     pub access: DiskAccess,
+}
+
+/// The profile of an image in a remote store: what machines read of it first, in their order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    pub image: String,
+    pub act: ProfileAct,
+}
+
+/// What is done about a profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProfileAct {
+    /// What it names is fetched while the machine starts.
+    Fetch,
+    /// It is made anew of what this machine reads.
+    Record,
 }
 
 /// The network card.
@@ -149,6 +166,10 @@ pub struct MachineConfig {
     /// The kernel's command line.
     pub append: String,
     pub disks: Vec<DiskConfig>,
+    /// Remote stores that have what the stores of the volumes do not hold.
+    pub remotes: Vec<RemoteOptions>,
+    /// What is done about the profile of the image that the volumes began as.
+    pub profile: Option<Profile>,
     pub cpus: u32,
     pub ram_bytes: u64,
     pub engine: EngineChoice,
@@ -185,6 +206,8 @@ impl MachineConfig {
             initrd: None,
             append: String::new(),
             disks: Vec::new(),
+            remotes: Vec::new(),
+            profile: None,
             cpus: 1,
             ram_bytes: 512 * MIB,
             engine: EngineChoice::default(),

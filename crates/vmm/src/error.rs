@@ -51,6 +51,12 @@ pub enum VmmError {
         #[source]
         source: polder_store::StoreError,
     },
+    #[error("the profile of image {image} cannot be kept")]
+    Profile {
+        image: String,
+        #[source]
+        source: polder_store::remote::RemoteError,
+    },
     #[error("the kernel {} cannot be started", path.display())]
     Boot {
         path: PathBuf,

@@ -10,11 +10,12 @@ use std::time::Duration;
 use polder_machine::boot::KERNEL_LEN_MAX;
 
 use polder_devices::virtio::net::Tap;
+use polder_store::remote::{Attached, Remote, RemoteOptions};
 use polder_store::{FixedDisk, OpenDisk, Store, StoreOptions, Volume, VolumeOptions};
 
 use crate::build::Drained;
 use crate::listening_socket::ListeningSocket;
-use crate::{DiskAccess, DiskConfig, DiskSource, MachineConfig, NetConfig, VmmError, VolumeEnding};
+use crate::{DiskAccess, DiskConfig, DiskSource, MachineConfig, NetConfig, ProfileAct, VmmError, VolumeEnding};
 
 /// How long what a guest wrote last may take to get out of its volume's log; the rest is done when the volume is opened again.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
@@ -32,12 +33,19 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    fn open(config: &DiskConfig) -> Result<Self, VmmError> {
+    fn open(config: &DiskConfig, remotes: &[RemoteOptions], attached: &mut Vec<Attached>) -> Result<Self, VmmError> {
         let medium = match &config.source {
             DiskSource::File(path) => OpenMedium::File(open("disk", path, config.access)?),
             DiskSource::Volume { store, name, ending } => {
                 let error = |source| VmmError::Volume { name: name.clone(), source };
                 let store = Store::open_existing(store, StoreOptions::default()).map_err(error)?;
+                for options in remotes {
+                    match Remote::open(options) {
+                        Ok(remote) => attached.push(remote.resume(&store)),
+                        // The volume may need nothing from there.
+                        Err(error) => tracing::warn!(%error, "an attached store is passed over"),
+                    }
+                }
                 let disk = match config.access {
                     DiskAccess::ReadWrite => Volume::open(&store, name, VolumeOptions::default()).map(OpenDisk::Volume),
                     DiskAccess::ReadOnly => {
@@ -58,19 +66,27 @@ pub(crate) struct Files {
     pub(crate) disks: Vec<Disk>,
     pub(crate) tap: Option<Arc<Tap>>,
     pub(crate) vsock: Option<ListeningSocket>,
+    /// The remote stores whose profile of the image is to be made anew.
+    recording: Vec<Attached>,
 }
 
 impl Files {
     pub(crate) fn open(config: &MachineConfig) -> Result<Self, VmmError> {
+        let mut attached = Vec::new();
         Ok(Files {
             kernel: open("kernel", &config.kernel, DiskAccess::ReadOnly)?,
             initrd: config.initrd.as_deref().map(|path| open("initrd", path, DiskAccess::ReadOnly)).transpose()?,
-            disks: config.disks.iter().map(Disk::open).collect::<Result<_, _>>()?,
+            disks: config
+                .disks
+                .iter()
+                .map(|disk| Disk::open(disk, &config.remotes, &mut attached))
+                .collect::<Result<_, _>>()?,
             tap: match &config.net {
                 NetConfig::None => None,
                 NetConfig::Tap(name) => Some(Arc::new(Tap::open(name)?)),
             },
             vsock: config.vsock.as_deref().map(bind_vsock).transpose()?,
+            recording: begin_profile(config, attached)?,
         })
     }
 
@@ -111,6 +127,13 @@ impl Files {
         Ok(drained)
     }
 
+    /// Keeps what the machine read first, where that is wanted.
+    pub(crate) fn save_profile(&self, config: &MachineConfig) -> Result<(), VmmError> {
+        let Some(profile) = &config.profile else { return Ok(()) };
+        let error = |source| VmmError::Profile { image: profile.image.clone(), source };
+        self.recording.iter().try_for_each(|attached| attached.save_profile(&profile.image).map_err(error))
+    }
+
     /// The kernel file's bytes: one more than any kernel has at most, if it is that long.
     pub(crate) fn read_kernel(&self) -> std::io::Result<Vec<u8>> {
         let mut bytes = Vec::new();
@@ -127,6 +150,28 @@ impl Files {
         file.seek(SeekFrom::Start(0))?;
         Ok(Some((file, len)))
     }
+}
+
+/// Begins what is to be done about the image's profile. Gives the remote stores that are to hear of it in the end.
+fn begin_profile(config: &MachineConfig, mut attached: Vec<Attached>) -> Result<Vec<Attached>, VmmError> {
+    let Some(profile) = &config.profile else { return Ok(Vec::new()) };
+    // An image that was removed meanwhile has no profile.
+    attached.retain(|attached| attached.has(&profile.image).unwrap_or(false));
+    if profile.act == ProfileAct::Record {
+        return Ok(attached);
+    }
+    for attached in attached {
+        let image = profile.image.clone();
+        let body = move || {
+            if let Err(error) = attached.prefetch_profile(&image) {
+                // What it would have brought comes when it is read.
+                tracing::info!(image, %error, "the profile was not fetched");
+            }
+        };
+        let spawned = std::thread::Builder::new().name("prefetch".to_owned()).spawn(body);
+        spawned.map_err(|source| VmmError::Host { what: "thread", source })?;
+    }
+    Ok(Vec::new())
 }
 
 fn bind_vsock(path: &Path) -> Result<ListeningSocket, VmmError> {

@@ -37,7 +37,7 @@ pub use calibration::{CalibrationGuest, SoftwareCalibration};
 pub use config::{
     CODE_CACHE_BYTES_DEFAULT, CODE_CACHE_BYTES_MAX, CODE_CACHE_BYTES_MIN, CPU_MODEL_NEWEST, CPUS_MAX, ConsolePort,
     DiskAccess, DiskConfig, DiskSource, EngineChoice, Identity, MachineConfig, Measurements, NetConfig, PerfMap,
-    RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices, Translation, VolumeEnding,
+    Profile, ProfileAct, RAM_BYTES_MAX, RAM_BYTES_MIN, ResetPolicy, TestDevices, Translation, VolumeEnding,
 };
 pub use config::{GdbConfig, GdbPlace, GdbStart};
 pub use control::{Control, GuestShare};

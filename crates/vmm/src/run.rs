@@ -149,6 +149,9 @@ pub(crate) fn run_with(
         Drained::Left => Drained::Left,
         _ => files.close_disks(config, FLUSH_AT_END)?,
     };
+    if drained == Drained::All {
+        files.save_profile(config)?;
+    }
     stats.times.first_vcpu_entry_ns = first_entry_ns.get().copied();
     stats.outcome = outcome.word().to_owned();
     Ok(Report { outcome, stats, drained })

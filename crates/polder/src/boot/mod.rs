@@ -25,6 +25,7 @@ use polder_vmm::{
 };
 
 use crate::state_folder::StateFolder;
+use crate::store::attached_options;
 use crate::watched::{Hold, Orders, say_what_is_left};
 use options::{CODE_CACHE_DEFAULT, parse_address, parse_code_cache, parse_disk, parse_net, parse_volume};
 use stats_file::StatsFile;
@@ -203,8 +204,10 @@ impl EngineName {
 impl BootArguments {
     fn config(&self) -> Result<MachineConfig> {
         let mut disks = self.disks.clone();
+        let mut remotes = Vec::new();
         if !self.volumes.is_empty() {
             let store = StateFolder::open()?.store();
+            remotes = attached_options(&store)?;
             disks.extend(self.volumes.iter().map(|(name, access)| {
                 let source =
                     DiskSource::Volume { store: store.clone(), name: name.clone(), ending: VolumeEnding::Settle };
@@ -216,6 +219,8 @@ impl BootArguments {
             initrd: self.initrd.clone(),
             append: self.append.clone(),
             disks,
+            remotes,
+            profile: None,
             cpus: self.cpus,
             ram_bytes: self.memory.0,
             engine: self.engine.choice(),

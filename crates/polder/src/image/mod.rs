@@ -16,9 +16,10 @@ use std::sync::Arc;
 pub use record::{ImageRecord, utc};
 
 use crate::state_folder::StateFolder;
-use crate::store::rough;
+use crate::store::{elsewhere, rough};
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
+use polder_store::remote::{Elsewhere, Locality};
 use polder_store::{Store, StoreError};
 use serde_json::json;
 
@@ -82,34 +83,58 @@ pub fn image(arguments: ImageArguments) -> Result<()> {
     }
 }
 
-fn described(image: &ImageRecord) -> serde_json::Value {
+/// How much of an image is here.
+fn locality(store: &Store, elsewhere: Option<&Elsewhere>, image: &ImageRecord) -> Result<Locality> {
+    let trees = [&image.disk].into_iter().chain(&image.kernel).chain(&image.initrd);
+    Ok(elsewhere.map_or(Ok(Locality::Whole), |elsewhere| elsewhere.locality(store, &image.node, trees))?)
+}
+
+fn described(image: &ImageRecord, locality: Locality) -> serde_json::Value {
+    let local_bytes = match locality {
+        Locality::Whole => None,
+        Locality::Part { local_bytes } => Some(local_bytes),
+    };
     json!({
         "name": image.name, "created_utc": image.created_utc, "node": image.node.to_string(),
         "disk_bytes": image.disk.len_bytes, "kernel_package": image.kernel_package,
         "command_line": image.command_line, "has_kernel": image.kernel.is_some(), "has_initrd": image.initrd.is_some(),
+        "is_local": locality == Locality::Whole, "local_bytes": local_bytes,
     })
 }
 
 fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
-    let images = ImageRecord::all(store)?;
+    let elsewhere = elsewhere(store)?;
+    let images = ImageRecord::all(store)?.into_iter().map(|image| {
+        let locality = locality(store, elsewhere.as_ref(), &image)?;
+        Ok((image, locality))
+    });
+    let images = images.collect::<Result<Vec<_>>>()?;
     if as_json {
-        println!("{:#}", images.iter().map(described).collect::<serde_json::Value>());
+        let values = images.iter().map(|(image, locality)| described(image, *locality));
+        println!("{:#}", values.collect::<serde_json::Value>());
         return Ok(());
     }
-    println!("{:<20} {:<21} {:>10}  KERNEL", "NAME", "CREATED", "DISK");
-    for image in images {
+    println!("{:<20} {:<21} {:>10} {:>10}  KERNEL", "NAME", "CREATED", "DISK", "LOCAL");
+    for (image, locality) in images {
+        let local = match locality {
+            Locality::Whole => "all".to_owned(),
+            Locality::Part { local_bytes } => rough(local_bytes),
+        };
         let kernel = match (&image.kernel, image.kernel_package.as_str()) {
             (None, _) => "none",
             (Some(_), "") => "given with it",
             (Some(_), package) => package,
         };
-        println!("{:<20} {:<21} {:>10}  {kernel}", image.name, image.created_utc, rough(image.disk.len_bytes));
+        let disk = rough(image.disk.len_bytes);
+        println!("{:<20} {:<21} {disk:>10} {local:>10}  {kernel}", image.name, image.created_utc);
     }
     Ok(())
 }
 
 fn inspect(store: &Arc<Store>, name: &str) -> Result<()> {
-    println!("{:#}", described(&ImageRecord::load(store, name)?));
+    let image = ImageRecord::load(store, name)?;
+    let locality = locality(store, elsewhere(store)?.as_ref(), &image)?;
+    println!("{:#}", described(&image, locality));
     Ok(())
 }
 

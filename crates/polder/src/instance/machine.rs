@@ -14,7 +14,8 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use polder_basics::SystemClock;
 use polder_vmm::{
-    Console, Control, DiskAccess, DiskConfig, DiskSource, GdbConfig, MachineConfig, Outcome, VolumeEnding,
+    Console, Control, DiskAccess, DiskConfig, DiskSource, GdbConfig, MachineConfig, Outcome, Profile, ProfileAct,
+    VolumeEnding,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -27,6 +28,7 @@ use super::record::{InstanceRecord, InstanceTable, Lifetime};
 use crate::boot::{EngineName, StopSignals, parse_gdb, random_identity};
 use crate::image::{ImageRecord, open_store};
 use crate::state_folder::StateFolder;
+use crate::store::attached_options;
 use crate::watched::{Orders, say_what_is_left};
 
 /// How soon it is noticed that the machine runs.
@@ -39,6 +41,9 @@ pub struct MachineArguments {
     /// gdb's way in
     #[arg(long, value_parser = parse_gdb)]
     gdb: Option<GdbConfig>,
+    /// Keep what the machine reads first of an attached image
+    #[arg(long)]
+    record_profile: bool,
 }
 
 /// Whoever started this process, who hears once how that went.
@@ -85,6 +90,8 @@ fn run_instance(
     let folder = InstanceFolder::open(&state, name)?;
     let mut config = config(&state, &folder, &record)?;
     config.gdb.clone_from(&arguments.gdb);
+    let act = if arguments.record_profile { ProfileAct::Record } else { ProfileAct::Fetch };
+    config.profile = Some(Profile { image: record.image.clone(), act });
 
     let control = Control::new();
     let caught = signals.stop_on_arrival(control.clone())?;
@@ -148,6 +155,7 @@ fn config(state: &StateFolder, folder: &InstanceFolder, record: &InstanceRecord)
     };
     let source = DiskSource::Volume { store: state.store(), name: disk::volume_name(&record.name), ending };
     config.disks = vec![DiskConfig { source, access: DiskAccess::ReadWrite }];
+    config.remotes = attached_options(&state.store())?;
     config.cpus = record.cpus;
     config.ram_bytes = record.ram_bytes;
     config.engine = engine.choice();

@@ -56,6 +56,13 @@ fn start_of(pid: i32) -> Option<u64> {
     (*state != "Z" && *state != "X").then(|| fields.get(19)?.parse().ok()).flatten()
 }
 
+/// What is asked of a machine's process for this time only.
+#[derive(Clone, Copy)]
+pub struct StartOptions<'a> {
+    pub gdb: Option<&'a GdbConfig>,
+    pub record_profile: bool,
+}
+
 /// A started machine.
 pub struct MachineProcess {
     child: Child,
@@ -69,14 +76,17 @@ impl MachineProcess {
         state: &StateFolder,
         folder: &InstanceFolder,
         record: &InstanceRecord,
-        gdb: Option<&GdbConfig>,
+        options: &StartOptions<'_>,
     ) -> Result<Self> {
         let log = File::create(folder.log()).context("cannot make the instance's log")?;
         // The same binary, even if its file has been replaced since.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("polder").args(["machine-process", &record.name]).env("POLDER_HOME", state.path());
-        if let Some(gdb) = gdb {
+        if let Some(gdb) = options.gdb {
             command.arg("--gdb").arg(gdb_word(gdb));
+        }
+        if options.record_profile {
+            command.arg("--record-profile");
         }
         command.stdout(Stdio::piped()).stderr(log);
         command.stdin(if record.lifetime == Lifetime::Command { Stdio::piped() } else { Stdio::null() });

@@ -14,7 +14,7 @@ use polder_vmm::{CPUS_MAX, GdbConfig};
 use super::console::{Detached, attach};
 use super::disk;
 use super::folder::InstanceFolder;
-use super::process::MachineProcess;
+use super::process::{MachineProcess, StartOptions};
 use super::record::{InstanceTable, Lifetime, NewInstance, Phase};
 use super::session::{self, TerminalWish};
 use super::stop::{self, STOP_TIMEOUT};
@@ -53,6 +53,9 @@ pub struct RunArguments {
     /// Let gdb attach: at a port of 127.0.0.1 or at a Unix socket; with ",wait" nothing runs until gdb says so
     #[arg(long, value_name = "PORT|SOCKET[,wait]", value_parser = parse_gdb)]
     gdb: Option<GdbConfig>,
+    /// Keep, beside the attached image in its object store, what this machine reads of it: the next one to run it gets that first
+    #[arg(long)]
+    record_profile: bool,
     /// Give the command a terminal
     #[arg(short, long, requires = "command")]
     tty: bool,
@@ -80,7 +83,8 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
         engine: arguments.engine.word().to_owned(),
         lifetime: if kept { Lifetime::Kept } else { Lifetime::Command },
     };
-    let (folder, process) = start(&state, &store, &table, &new, arguments.gdb.as_ref())?;
+    let options = StartOptions { gdb: arguments.gdb.as_ref(), record_profile: arguments.record_profile };
+    let (folder, process) = start(&state, &store, &table, &new, &options)?;
     if arguments.detach {
         println!("{}", new.name);
         return Ok(ExitCode::SUCCESS);
@@ -97,13 +101,13 @@ fn start(
     store: &Arc<Store>,
     table: &InstanceTable,
     new: &NewInstance,
-    gdb: Option<&GdbConfig>,
+    options: &StartOptions<'_>,
 ) -> Result<(InstanceFolder, MachineProcess)> {
     table.claim(new)?;
     let made = (|| {
         let folder = InstanceFolder::make(state, &new.name)?;
         disk::make(store, &new.name, &new.image)?;
-        let process = MachineProcess::start(state, &folder, &table.get(&new.name)?, gdb)?;
+        let process = MachineProcess::start(state, &folder, &table.get(&new.name)?, options)?;
         Ok((folder, process))
     })();
     if made.is_err() {

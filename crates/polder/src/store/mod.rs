@@ -2,6 +2,7 @@
 
 mod domain;
 mod progress;
+mod remote;
 mod transfer;
 
 use std::process::ExitCode;
@@ -10,11 +11,13 @@ use std::sync::Arc;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use polder_basics::ByteSize;
+use polder_store::remote::Attached;
 use polder_store::{CollectOptions, Lost, Store, StoreOptions, Usage};
 use serde_json::json;
 
 pub use domain::{KeyArguments, create as create_domain};
 pub use progress::Progress;
+pub use remote::{attached_options, elsewhere};
 
 use crate::state_folder::StateFolder;
 
@@ -52,10 +55,18 @@ enum StoreCommand {
     },
     /// Make, list, rekey and erase encrypted domains
     Domain(domain::DomainArguments),
-    /// Put an image or snapshot into another host's store; only what is missing there travels
+    /// Put an image or snapshot into another host's store or an object store; only what is missing there travels
     Push(transfer::TransferArguments),
-    /// Get an image or snapshot of another host's store
+    /// Get an image or snapshot of another host's store, or an image of an object store
     Pull(transfer::TransferArguments),
+    Attach(remote::AttachArguments),
+    Prefetch(remote::PrefetchArguments),
+    Detach(remote::DetachArguments),
+    /// List, remove and collect what is in an object store
+    Remote {
+        #[command(subcommand)]
+        command: remote::RemoteCommand,
+    },
     Serve(transfer::ServeArguments),
     /// Make the best of a damaged store: exit status 3 if something is lost
     Repair {
@@ -65,15 +76,21 @@ enum StoreCommand {
     },
 }
 
-/// Opens the store of the state folder.
+/// Opens the store of the state folder, which finds what is not here in the remote stores of which images are attached.
 pub fn open(state: &StateFolder) -> Result<Arc<Store>> {
-    Ok(Store::open(&state.store(), StoreOptions::default())?)
+    Ok(open_with_remotes(state)?.0)
+}
+
+fn open_with_remotes(state: &StateFolder) -> Result<(Arc<Store>, Vec<Attached>)> {
+    let store = Store::open(&state.store(), StoreOptions::default())?;
+    let remotes = remote::resume(&store)?;
+    Ok((store, remotes))
 }
 
 /// Carries out `polder store ...`.
 pub fn store(arguments: &StoreArguments) -> Result<ExitCode> {
     let state = StateFolder::open()?;
-    let store = open(&state)?;
+    let (store, remotes) = open_with_remotes(&state)?;
     match &arguments.command {
         StoreCommand::Status { json } => status(&store, *json),
         StoreCommand::Gc { rate, json } => collect(&store, *rate, *json),
@@ -82,6 +99,10 @@ pub fn store(arguments: &StoreArguments) -> Result<ExitCode> {
         StoreCommand::Domain(arguments) => domain::domain(&state, &store, arguments),
         StoreCommand::Push(arguments) => transfer::push(&store, arguments),
         StoreCommand::Pull(arguments) => transfer::pull(&store, arguments),
+        StoreCommand::Attach(arguments) => remote::attach(&store, arguments),
+        StoreCommand::Prefetch(arguments) => remote::prefetch(&store, &remotes, arguments),
+        StoreCommand::Detach(arguments) => remote::detach(&store, arguments),
+        StoreCommand::Remote { command } => remote::remote(&store, command),
         StoreCommand::Serve(arguments) => transfer::serve(&store, arguments),
     }
 }

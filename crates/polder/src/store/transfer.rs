@@ -1,4 +1,4 @@
-//! `polder store push`, `pull` and `serve`: images and snapshots between the stores of two hosts.
+//! `polder store push`, `pull` and `serve`: images and snapshots between the stores of two hosts, or a host and an object store.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -21,6 +21,7 @@ use polder_trust::tls::{
     client_config, server_config,
 };
 
+use super::remote::{self, S3Url, ServerArguments};
 use super::{Progress, rough};
 use crate::boot::StopSignals;
 
@@ -28,6 +29,27 @@ use crate::boot::StopSignals;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Peers that are served at a time.
 const PEERS_MAX: usize = 64;
+
+/// Where something goes to, or comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Other {
+    Store(Place),
+    Bucket(S3Url),
+}
+
+impl FromStr for Other {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.starts_with("s3:") {
+            true => text.parse().map(Other::Bucket),
+            false => {
+                let wrong = || "write unix:PATH, tcp:HOST:PORT or s3://BUCKET/PREFIX".to_owned();
+                text.parse().map(Other::Store).map_err(|_: String| wrong())
+            }
+        }
+    }
+}
 
 /// Where another store is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +94,16 @@ impl TlsOptions {
         Some(IdentityFiles { certificate, key })
     }
 
+    /// Refuses them where nobody would look at them.
+    fn must_be_empty(&self) -> Result<()> {
+        match self.tls_authority.is_some() {
+            true => bail!(
+                "an object store is reached by TLS where --endpoint begins with https://: it takes no --tls-authority"
+            ),
+            false => Ok(()),
+        }
+    }
+
     fn client(&self) -> Result<Option<Arc<ClientConfig>>> {
         let Some(authority) = &self.tls_authority else { return Ok(None) };
         Ok(Some(client_config(authority, self.identity().as_ref())?))
@@ -90,8 +122,8 @@ impl TlsOptions {
 pub struct TransferArguments {
     /// An image; VOLUME@SNAPSHOT; or volume:NAME for its newest snapshot
     what: String,
-    /// The other store: unix:PATH or tcp:HOST:PORT
-    place: Place,
+    /// The other store: unix:PATH, tcp:HOST:PORT or s3://BUCKET/PREFIX
+    place: Other,
     /// Name of the image that it becomes there [default: its own, or the volume's]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -103,6 +135,8 @@ pub struct TransferArguments {
     rate: Option<ByteSize>,
     #[command(flatten)]
     tls: TlsOptions,
+    #[command(flatten)]
+    server: ServerArguments,
 }
 
 /// Serve this store to others, until SIGTERM or Ctrl-C
@@ -136,15 +170,20 @@ trait Stream: Read + Write {}
 
 impl<S: Read + Write> Stream for S {}
 
-/// What is meant, and the name of the image that it becomes.
-fn meant(arguments: &TransferArguments) -> (NodeRef, String) {
-    let (what, name) = match (arguments.what.strip_prefix("volume:"), arguments.what.split_once('@')) {
+/// What a word means, and the name in it.
+pub fn node_ref(word: &str) -> (NodeRef, &str) {
+    match (word.strip_prefix("volume:"), word.split_once('@')) {
         (Some(volume), _) => (NodeRef::Volume(volume.to_owned()), volume),
         (None, Some((volume, snapshot))) => {
             (NodeRef::Snapshot { volume: volume.to_owned(), snapshot: snapshot.to_owned() }, volume)
         }
-        (None, None) => (NodeRef::Image(arguments.what.clone()), arguments.what.as_str()),
-    };
+        (None, None) => (NodeRef::Image(word.to_owned()), word),
+    }
+}
+
+/// What is meant, and the name of the image that it becomes.
+fn meant(arguments: &TransferArguments) -> (NodeRef, String) {
+    let (what, name) = node_ref(&arguments.what);
     (what, arguments.name.clone().unwrap_or_else(|| name.to_owned()))
 }
 
@@ -183,27 +222,45 @@ fn prepare(stream: &TcpStream) -> Result<()> {
 /// Carries out `polder store push`.
 pub fn push(store: &Arc<Store>, arguments: &TransferArguments) -> Result<ExitCode> {
     let (what, image) = meant(arguments);
-    let stream = connect(&arguments.place, &arguments.tls)?;
+    let options = options(arguments, &image);
+    let place = match &arguments.place {
+        Other::Bucket(place) => {
+            arguments.tls.must_be_empty()?;
+            remote::push(store, &what, place, &arguments.server, &options)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Other::Store(place) => place,
+    };
+    let stream = connect(place, &arguments.tls)?;
     let mut progress = Progress::new();
-    let moved = transfer::push(store, &what, stream, &options(arguments, &image), &mut |step| progress.show(step))?;
+    let moved = transfer::push(store, &what, stream, &options, &mut |step| progress.show(step))?;
     progress.finish();
-    tell(&what, &image, &moved);
+    tell(&what, &image, "there", &moved);
     Ok(ExitCode::SUCCESS)
 }
 
 /// Carries out `polder store pull`.
 pub fn pull(store: &Arc<Store>, arguments: &TransferArguments) -> Result<ExitCode> {
     let (what, image) = meant(arguments);
-    let stream = connect(&arguments.place, &arguments.tls)?;
+    let options = options(arguments, &image);
+    let place = match &arguments.place {
+        Other::Bucket(place) => {
+            arguments.tls.must_be_empty()?;
+            remote::pull(store, &what, place, &arguments.server, &options)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Other::Store(place) => place,
+    };
+    let stream = connect(place, &arguments.tls)?;
     let mut progress = Progress::new();
-    let pulled = transfer::pull(store, &what, stream, &options(arguments, &image), &mut |step| progress.show(step))?;
+    let pulled = transfer::pull(store, &what, stream, &options, &mut |step| progress.show(step))?;
     progress.finish();
-    tell(&what, &image, &pulled.1);
+    tell(&what, &image, "here", &pulled.1);
     Ok(ExitCode::SUCCESS)
 }
 
-fn tell(what: &NodeRef, image: &str, moved: &Transferred) {
-    println!("{what} is image {image} there: {} records, {}", moved.records, rough(moved.record_bytes));
+fn tell(what: &NodeRef, image: &str, place: &str, moved: &Transferred) {
+    println!("{what} is image {image} {place}: {} records, {}", moved.records, rough(moved.record_bytes));
 }
 
 fn names(listed: &[String]) -> Names {
@@ -298,10 +355,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_store_is_a_socket_or_a_host_with_a_port() {
+    fn a_store_is_a_socket_a_host_with_a_port_or_a_bucket() {
         assert_eq!("unix:/run/x".parse(), Ok(Place::Unix("/run/x".into())));
         assert_eq!("tcp:a.example:99".parse(), Ok(Place::Tcp { host: "a.example".to_owned(), port: 99 }));
         assert_eq!("tcp:[::1]:99".parse(), Ok(Place::Tcp { host: "::1".to_owned(), port: 99 }));
+        assert_eq!("unix:/run/x".parse(), Ok(Other::Store(Place::Unix("/run/x".into()))));
+        assert!(matches!("s3://images/prod".parse(), Ok(Other::Bucket(_))));
+        assert!("s3:images".parse::<Other>().is_err() && "images".parse::<Other>().is_err());
         for text in ["", "unix:", "tcp:a", "tcp::1", "tcp:a:b", "/run/x"] {
             assert!(text.parse::<Place>().is_err(), "{text}");
         }
