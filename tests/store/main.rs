@@ -356,6 +356,43 @@ fn what_is_in_an_encrypted_domain_needs_its_key_and_is_gone_when_it_is_erased() 
     export("own").expect_status(0);
 }
 
+#[test]
+fn a_volume_is_encrypted_under_a_key_of_its_own_or_not_made_at_all() {
+    let home = Home::new();
+    let (raw, out) = (home.path("disk.raw"), home.path("out.raw"));
+    let bytes = disk_content(3 << 20);
+    std::fs::write(&raw, &bytes).unwrap();
+    home.done(&["image", "import", "--format", "raw", &raw, "open"]);
+    // What cannot be made leaves neither a domain nor a key.
+    for arguments in [&["--size", "1000"][..], &["--image", "missing"]] {
+        home.polder(&[&["volume", "create", "own", "--encrypt"], arguments].concat()).expect_status(1);
+        assert_eq!(home.done(&["store", "domain", "ls", "--json"]).trim(), "[]", "{arguments:?}");
+        assert!(!home.folder.join("keys/own.key").exists(), "{arguments:?}");
+    }
+    // A copy of what is open.
+    home.done(&["volume", "create", "own", "--encrypt", "--image", "open"]);
+    home.done(&["volume", "clone", "own", "shared"]);
+    home.done(&["volume", "clone", "own", "other", "--encrypt"]);
+    let volumes: serde_json::Value = serde_json::from_str(&home.done(&["volume", "ls", "--json"])).unwrap();
+    let domains: Vec<_> = volumes.as_array().unwrap().iter().map(|volume| volume["domain"].as_str().unwrap()).collect();
+    assert_eq!(domains, ["other", "own", "own"]);
+    assert_eq!(home.done(&["volume", "ls"]).matches(" own ").count(), 2);
+    for name in ["own", "shared", "other"] {
+        home.done(&["image", "export", "--volume", name, &out]);
+        assert!(std::fs::read(&out).unwrap() == bytes, "{name}");
+        std::fs::remove_file(&out).unwrap();
+    }
+    // The key of one opens none of the other's.
+    home.done(&["store", "domain", "erase", "other", "--yes"]);
+    home.polder(&["image", "export", "--volume", "other", &out]).expect_status(1);
+    home.done(&["image", "export", "--volume", "shared", &out]);
+    home.done(&["volume", "rm", "shared"]);
+    let said = home.done(&["volume", "rm", "own"]);
+    assert!(said.contains("polder store domain erase own --yes"), "{said}");
+    home.done(&["store", "domain", "erase", "own", "--yes"]);
+    home.done(&["volume", "create", "own", "--encrypt", "--size", "1M"]);
+}
+
 /// All files below a folder.
 fn walk(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();

@@ -4,7 +4,7 @@
 //! and not in the catalog, because a file can be overwritten where it lies and a database writes copies of what it holds.
 //!
 //! Records of data are sealed. Trees and nodes are named under the domain's secret and are not sealed: collection, marking and
-//! repair work without keys.
+//! repair work without keys. Who has the key compares them with their names, so that nobody without it can make one.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -35,6 +35,9 @@ pub const OPEN_DOMAIN: u32 = 0;
 const BOUND_LEN: usize = 52;
 /// What a seal adds to the packed bytes.
 const SEAL_LEN: usize = NONCE_BYTES + TAG_BYTES;
+
+/// How the name of a file with a wrapped secret ends that is being made.
+const MAKING: &str = ".making";
 
 /// The longest passphrase.
 const PASSPHRASE_LEN_MAX: u64 = 4096;
@@ -95,6 +98,9 @@ fn read_passphrase(path: &Path) -> io::Result<Vec<u8>> {
     if facts.mode() & 0o077 != 0 {
         return Err(io::Error::other("it is open to others; only its owner may have access: chmod 600"));
     }
+    if facts.uid() != 0 && facts.uid() != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::other("it belongs to another user"));
+    }
     // As long as the longest, so that no copy is left where it grew.
     let mut text = Vec::with_capacity(PASSPHRASE_LEN_MAX as usize + 1);
     file.take(PASSPHRASE_LEN_MAX).read_to_end(&mut text)?;
@@ -115,6 +121,8 @@ pub(crate) struct Keyring {
 pub struct DomainErased {
     /// What became of the file with the wrapped secret; none if it was gone already.
     pub wrapped: Option<Erased>,
+    /// Nothing was in the domain, so the store does not know it any more.
+    pub is_forgotten: bool,
 }
 
 /// A domain whose secret is known.
@@ -126,8 +134,9 @@ pub(crate) struct Domain {
 }
 
 impl Domain {
-    pub fn new(id: u32, secret: Secret) -> Self {
-        Domain { id, namer: Namer::new(secret.bytes()), cipher: ChunkCipher::of(&secret), secret }
+    pub fn new(id: u32, secret: Secret) -> Result<Self> {
+        let cipher = ChunkCipher::of(&secret).map_err(refused)?;
+        Ok(Domain { id, namer: Namer::new(secret.bytes()), cipher, secret })
     }
 
     /// Seals the log of a volume that is opened now.
@@ -149,14 +158,14 @@ impl Domain {
         header
     }
 
-    /// The packed bytes that [`seal`](Self::seal) has sealed.
-    pub fn open(&self, header: &Header, sealed: &[u8]) -> Result<Vec<u8>, String> {
-        let parts = sealed.split_first_chunk().and_then(|(nonce, rest)| Some((nonce, rest.split_first_chunk()?)));
+    /// Opens in place what [`seal`](Self::seal) has sealed: the packed bytes.
+    pub fn open<'a>(&self, header: &Header, sealed: &'a mut [u8]) -> Result<&'a [u8], String> {
+        let parts =
+            sealed.split_first_chunk_mut().and_then(|(nonce, rest)| Some((nonce, rest.split_first_chunk_mut()?)));
         let (nonce, (tag, payload)) = parts.ok_or_else(|| format!("chunk {} is shorter than a seal", header.name))?;
-        let mut payload = payload.to_vec();
         let seal = Seal { nonce: *nonce, tag: *tag };
         let bound = &header.to_bytes()[..BOUND_LEN];
-        let opened = self.cipher.open(&header.name.0, form(header.packing), bound, &seal, &mut payload);
+        let opened = self.cipher.open(&header.name.0, form(header.packing), bound, &seal, payload);
         opened.map_err(|broken| format!("chunk {}: {broken}", header.name))?;
         Ok(payload)
     }
@@ -182,16 +191,15 @@ impl Store {
             let wrapped = WrappedKey::wrap(&secret, self.subject(row.id), key.protection()).map_err(refused)?;
             std::fs::create_dir_all(self.domains_folder()).map_err(StoreError::file("make", &self.domains_folder()))?;
             sync_folder(self.folder())?;
-            self.write_wrapped(row.id, &wrapped)?;
-            Ok(secret)
+            self.make_wrapped(row.id, &wrapped)?;
+            self.take_making(row.id)?;
+            self.add_to_keyring(row.id, secret)
         })();
         match made {
-            Ok(secret) => {
-                self.add_to_keyring(row.id, secret);
-                Ok(row)
-            }
+            Ok(()) => Ok(row),
             Err(error) => {
-                // Nothing was encrypted under it.
+                // Nothing was encrypted under it. What cannot be erased is a secret of nothing; the first error is the one that matters.
+                let _ = self.erase_others(row.id).and_then(|_| erase_if_there(&self.wrapped_path(row.id)));
                 self.catalog().remove_domain(row.id)?;
                 Err(error)
             }
@@ -210,35 +218,40 @@ impl Store {
     /// Unlocks a domain for this process.
     pub fn unlock_domain(&self, name: &str, key: &Key) -> Result<()> {
         let row = self.catalog().domain(name)?;
-        let secret = self.unwrap(&row, key.opener())?;
-        self.add_to_keyring(row.id, secret);
-        Ok(())
+        let secret = self.unwrap(&row, key)?;
+        self.add_to_keyring(row.id, secret)
     }
 
-    /// Puts a domain's secret under another key; what is encrypted with it stays as it is. The record under the old key is
-    /// overwritten.
-    pub fn rewrap_domain(
-        &self,
-        name: &str,
-        key: &Key,
-        new_key: &Key,
-        key_file: Option<&Path>,
-    ) -> Result<Option<Erased>> {
+    /// Puts a domain's secret under another key; what is encrypted with it stays as it is. Records under other keys are overwritten once the
+    /// catalog knows the new one; until then both open it, so that a crash or a full disk leaves it under one of them. If it is under the new key
+    /// already, as where a key file was moved, that is only written down.
+    pub fn rewrap_domain(&self, name: &str, new_key: &Key, key_file: Option<&Path>) -> Result<Option<Erased>> {
         let row = self.catalog().domain(name)?;
-        let secret = self.unwrap(&row, key.opener())?;
-        let wrapped = WrappedKey::wrap(&secret, self.subject(row.id), new_key.protection()).map_err(refused)?;
-        let (path, old) = (self.wrapped_path(row.id), self.old_wrapped_path(row.id));
-        // What a crash left of an earlier one.
-        erase_if_there(&old)?;
-        std::fs::hard_link(&path, &old).map_err(StoreError::file("link", &path))?;
-        self.write_wrapped(row.id, &wrapped)?;
+        let path = self.wrapped_path(row.id);
+        let is_under =
+            self.read_wrapped(&row, &path).and_then(|wrapped| self.unwrap_one(&row, &wrapped, new_key)).is_ok();
+        if !is_under {
+            let domain = match self.unlocked(row.id) {
+                Err(error) => match self.unwrap(&row, new_key) {
+                    Ok(secret) => Some(Arc::new(Domain::new(row.id, secret)?)),
+                    Err(_) => return Err(error),
+                },
+                found => found?,
+            };
+            let Some(domain) = domain else { return Err(locked(&row, "it is not encrypted".to_owned())) };
+            let wrapped = WrappedKey::wrap(&domain.secret, self.subject(row.id), new_key.protection());
+            self.make_wrapped(row.id, &wrapped.map_err(refused)?)?;
+            self.keep_old(row.id)?;
+            self.take_making(row.id)?;
+        }
         let key_file = key_file.map(|path| path.to_string_lossy().into_owned());
         self.catalog().set_key_file(row.id, key_file.as_deref())?;
-        erase_if_there(&old)
+        self.erase_others(row.id)
     }
 
     /// Destroys the wrapped secret of a domain: nobody reads again what was encrypted with it, wherever copies of it are, unless a copy of
-    /// this file and of the key is left as well. Nothing of the domain may be in use.
+    /// this file and of the key is left as well. No volume of the domain may be in use; who reads a snapshot or an image of it does so until that
+    /// process ends.
     pub fn erase_domain(&self, name: &str) -> Result<DomainErased> {
         let row = self.catalog().domain(name)?;
         for volume in self.volumes()?.into_iter().filter(|volume| volume.row.domain == row.id) {
@@ -248,10 +261,21 @@ impl Store {
         }
         // First of all nobody makes anything new in it.
         self.catalog().set_domain_erased(row.id)?;
-        erase_if_there(&self.old_wrapped_path(row.id))?;
-        let wrapped = erase_if_there(&self.wrapped_path(row.id))?;
+        let others = self.erase_others(row.id)?;
+        let wrapped = erase_if_there(&self.wrapped_path(row.id))?.or(others);
         self.keyring().write().unwrap_or_else(|poisoned| poisoned.into_inner()).domains.remove(&row.id);
-        Ok(DomainErased { wrapped })
+        let is_forgotten = self.is_domain_in_use(row.id).is_ok_and(|used| !used);
+        if is_forgotten {
+            self.catalog().remove_domain(row.id)?;
+        }
+        Ok(DomainErased { wrapped, is_forgotten })
+    }
+
+    /// Whether a volume, a snapshot or an image is in a domain.
+    pub fn is_domain_in_use(&self, id: u32) -> Result<bool> {
+        Ok(self.catalog().volumes()?.iter().any(|row| row.domain == id)
+            || self.catalog().snapshots(None)?.iter().any(|row| row.domain == id)
+            || self.images()?.iter().any(|(_, node)| node.trees().any(|tree| tree.domain == id)))
     }
 
     /// A domain that something new can be in.
@@ -302,59 +326,153 @@ impl Store {
         let found = if row.is_erased {
             Err("it was erased".to_owned())
         } else {
-            self.find_key_of(&row).and_then(|key| match self.unwrap(&row, key.opener()) {
-                Ok(secret) => Ok(Arc::new(Domain::new(id, secret))),
-                Err(StoreError::Locked { why, .. }) => Err(why),
-                Err(error) => Err(error.to_string()),
-            })
+            self.find_secret(&row)
+                .and_then(|secret| Domain::new(id, secret).map(Arc::new).map_err(|error| error.to_string()))
         };
         found.map_err(|why| (row.name, why))
     }
 
-    /// The key of a domain, from where it was said to be.
-    pub fn find_key_of(&self, row: &DomainRow) -> Result<Key, String> {
+    /// The secret of a domain, by the key that is where it was said to be; or why not.
+    fn find_secret(&self, row: &DomainRow) -> Result<Secret, String> {
         let path = row.key_file.as_deref().ok_or_else(|| "no key was given".to_owned())?;
-        Key::read(self.key_kind(row).map_err(|error| error.to_string())?, Path::new(path))
+        let why = |error: StoreError| match error {
+            StoreError::Locked { why, .. } => why,
+            error => error.to_string(),
+        };
+        let mut first = None;
+        for file in self.wrapped_paths(row.id).map_err(why)? {
+            let opened = self.read_wrapped(row, &file).map_err(why).and_then(|wrapped| {
+                let key = Key::read(kind_of(&wrapped), Path::new(path))?;
+                self.unwrap_one(row, &wrapped, &key).map_err(why)
+            });
+            match opened {
+                Ok(secret) => return Ok(secret),
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        Err(first.unwrap_or_else(|| "its wrapped secret is missing".to_owned()))
     }
 
-    /// What kind of key a domain is under.
+    /// Why a domain cannot be read by this process; none if it can.
+    pub fn why_locked(&self, row: &DomainRow) -> Option<String> {
+        match self.unlocked(row.id) {
+            Ok(_) => None,
+            Err(StoreError::Locked { why, .. }) => Some(why),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    /// What kind of key a domain is under; of one that is being erased as well.
     pub fn key_kind(&self, row: &DomainRow) -> Result<KeyKind> {
-        let is_passphrase = self.wrapped(row)?.passphrase_cost().is_some();
-        Ok(if is_passphrase { KeyKind::Passphrase } else { KeyKind::File })
+        self.read_wrapped(row, &self.wrapped_path(row.id)).map(|wrapped| kind_of(&wrapped))
     }
 
-    fn add_to_keyring(&self, id: u32, secret: Secret) {
-        let mut keyring = self.keyring().write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        keyring.domains.insert(id, Ok(Arc::new(Domain::new(id, secret))));
+    fn add_to_keyring(&self, id: u32, secret: Secret) -> Result<()> {
+        let domain = Arc::new(Domain::new(id, secret)?);
+        self.keyring().write().unwrap_or_else(|poisoned| poisoned.into_inner()).domains.insert(id, Ok(domain));
+        Ok(())
     }
 
-    fn unwrap(&self, row: &DomainRow, opener: Opener<'_>) -> Result<Secret> {
-        let wrapped = self.wrapped(row)?;
-        wrapped.unwrap(self.subject(row.id), opener).map_err(|error| locked(row, error.to_string()))
-    }
-
-    fn wrapped(&self, row: &DomainRow) -> Result<WrappedKey> {
+    /// The secret from whichever of its records the key opens; what is wrong with the first if it opens none.
+    fn unwrap(&self, row: &DomainRow, key: &Key) -> Result<Secret> {
         if row.is_erased {
             return Err(locked(row, "it was erased".to_owned()));
         }
-        let path = self.wrapped_path(row.id);
+        let mut first = None;
+        for path in self.wrapped_paths(row.id)? {
+            match self.read_wrapped(row, &path).and_then(|wrapped| self.unwrap_one(row, &wrapped, key)) {
+                Ok(secret) => return Ok(secret),
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        Err(first.unwrap_or_else(|| locked(row, "its wrapped secret is missing".to_owned())))
+    }
+
+    fn unwrap_one(&self, row: &DomainRow, wrapped: &WrappedKey, key: &Key) -> Result<Secret> {
+        wrapped.unwrap(self.subject(row.id), key.opener()).map_err(|error| locked(row, error.to_string()))
+    }
+
+    fn read_wrapped(&self, row: &DomainRow, path: &Path) -> Result<WrappedKey> {
         let failed = |error: &dyn std::fmt::Display| locked(row, format!("{}: {error}", path.display()));
-        let bytes = std::fs::read(&path).map_err(|error| failed(&error))?;
+        let bytes = std::fs::read(path).map_err(|error| failed(&error))?;
         WrappedKey::from_bytes(&bytes).map_err(|error| failed(&error))
     }
 
-    /// Brings a wrapped secret to the disk under its name.
-    fn write_wrapped(&self, id: u32, wrapped: &WrappedKey) -> Result<()> {
-        let path = self.wrapped_path(id);
-        let making = path.with_extension("making");
+    /// Brings a wrapped secret to the disk, for [`take_making`](Self::take_making). What lacks room or fails does so here, before anything is changed.
+    fn make_wrapped(&self, id: u32, wrapped: &WrappedKey) -> Result<()> {
+        let making = self.domains_folder().join(format!("{id}{MAKING}"));
+        // What a crash left of an earlier one, which nothing counts on.
+        erase_if_there(&making)?;
         let written = (|| {
-            let mut file = File::options().write(true).create(true).truncate(true).open(&making)?;
+            let mut file = File::options().write(true).create_new(true).mode(0o600).open(&making)?;
             file.write_all(&wrapped.to_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&making, &path)
+            file.sync_all()
         })();
-        written.map_err(StoreError::file("write", &path))?;
+        written.map_err(StoreError::file("write", &making))
+    }
+
+    /// The wrapped secret that was made takes its place.
+    fn take_making(&self, id: u32) -> Result<()> {
+        let making = self.domains_folder().join(format!("{id}{MAKING}"));
+        std::fs::rename(&making, self.wrapped_path(id)).map_err(StoreError::file("rename", &making))?;
         sync_folder(&self.domains_folder())
+    }
+
+    /// Gives the wrapped secret another name beside its own, under which it stays until it is erased. There may be several: an attempt to put it under
+    /// another key can end anywhere.
+    fn keep_old(&self, id: u32) -> Result<()> {
+        let path = self.wrapped_path(id);
+        for number in 1u32.. {
+            let old = self.domains_folder().join(format!("{id}.old-{number}"));
+            match std::fs::hard_link(&path, &old) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                // What lies under the old names has to do.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                linked => return linked.map_err(StoreError::file("link", &path)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Files with a domain's wrapped secret: the one that counts, and what attempts to put it under another key have left.
+    fn wrapped_paths(&self, id: u32) -> Result<Vec<PathBuf>> {
+        let mut paths = self.other_paths(id)?;
+        paths.retain(|path| !path.to_string_lossy().ends_with(MAKING));
+        paths.insert(0, self.wrapped_path(id));
+        Ok(paths)
+    }
+
+    fn other_paths(&self, id: u32) -> Result<Vec<PathBuf>> {
+        let (folder, prefix) = (self.domains_folder(), format!("{id}."));
+        let entries = match std::fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(StoreError::file("list", &folder))?,
+        };
+        let mut paths = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(StoreError::file("list", &folder))?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                paths.push(entry.path());
+            }
+        }
+        paths.sort_unstable();
+        Ok(paths)
+    }
+
+    /// Overwrites and removes all files with a domain's wrapped secret but the one that counts.
+    fn erase_others(&self, id: u32) -> Result<Option<Erased>> {
+        let file_of = |path: &Path| std::fs::metadata(path).ok().map(|facts| (facts.dev(), facts.ino()));
+        let counts = file_of(&self.wrapped_path(id));
+        let mut worst = None;
+        for path in self.other_paths(id)? {
+            if counts.is_some() && file_of(&path) == counts {
+                // Another name of the one that counts.
+                std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
+            } else if let Some(erased) = erase_if_there(&path)? {
+                worst = if worst == Some(Erased::OldBytesMayRemain) { worst } else { Some(erased) };
+            }
+        }
+        Ok(worst)
     }
 
     fn subject(&self, id: u32) -> Subject {
@@ -372,10 +490,10 @@ impl Store {
     fn wrapped_path(&self, id: u32) -> PathBuf {
         self.domains_folder().join(id.to_string())
     }
+}
 
-    fn old_wrapped_path(&self, id: u32) -> PathBuf {
-        self.domains_folder().join(format!("{id}.old"))
-    }
+fn kind_of(wrapped: &WrappedKey) -> KeyKind {
+    if wrapped.passphrase_cost().is_some() { KeyKind::Passphrase } else { KeyKind::File }
 }
 
 fn locked(row: &DomainRow, why: String) -> StoreError {

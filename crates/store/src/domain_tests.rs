@@ -223,7 +223,7 @@ fn a_domain_under_another_key_opens_with_that_only() {
     let store = store_with(folder.path(), &["vault"]);
     volume(&store, "disk", "vault").close().unwrap();
     let old = std::fs::read(store.wrapped_path(1)).unwrap();
-    store.rewrap_domain("vault", &key(1), &key(2), Some(Path::new("/keys/new"))).unwrap();
+    store.rewrap_domain("vault", &key(2), Some(Path::new("/keys/new"))).unwrap();
     assert_eq!(store.domain("vault").unwrap().key_file.as_deref(), Some("/keys/new"));
     assert_eq!(files_with(folder.path(), &old[76..108]), none());
     let store = open(folder.path());
@@ -547,7 +547,7 @@ fn a_queue_reads_an_encrypted_volume_from_memory_and_from_the_hosts_disk() {
 /// If this fails the format has changed: stores that exist could no longer be read.
 #[test]
 fn the_format_of_sealed_store_records_is_as_it_was() {
-    let domain = Domain::new(7, Secret::take(&mut [0x11; 32]));
+    let domain = Domain::new(7, Secret::take(&mut [0x11; 32])).unwrap();
     let content = marked(4096);
     let name = domain.namer.name(Kind::Data, &content);
     let packed = b"as if a codec had packed it";
@@ -560,19 +560,295 @@ fn the_format_of_sealed_store_records_is_as_it_was() {
         domain: 7,
         checksum: 0,
     };
-    let mut sealed = Vec::new();
-    let header = domain.seal(&header, packed, &mut sealed);
-    assert_eq!(domain.open(&header, &sealed).unwrap(), packed);
+    assert_eq!(name.to_string(), "f78fc6782923056f171869ca01fbbe7563f045251f4b2936e868cdfc379feccf");
+    // As an earlier release has sealed it, under a nonce of its own.
+    let sealed = "92bf6c020353146688618305880a284583c492253a3ef11c0b097071d2b817d4c2cf3115d58cf6a14b475fa6d281d411bc0d7b7976acc0";
+    let digit = |digit: u8| (digit as char).to_digit(16).unwrap() as u8;
+    let mut sealed: Vec<u8> = sealed.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
+    let was = Header { packed_len: sealed.len() as u32, checksum: crc32c::crc32c(&sealed), ..header };
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    let found = [name.to_string(), hex(&sealed), hex(&header.to_bytes()[48..])];
-    assert_eq!(
-        found,
-        [
-            "f78fc6782923056f171869ca01fbbe7563f045251f4b2936e868cdfc379feccf",
-            "92bf6c020353146688618305880a284583c492253a3ef11c0b097071d2b817d4c2cf3115d58cf6a14b475fa6d281d411bc0d7b7976acc0",
-            "070000001afa3ea20000000086ea3a07"
-        ]
-    );
+    assert_eq!(hex(&was.to_bytes()[48..]), "070000001afa3ea20000000086ea3a07");
+    assert_eq!(domain.open(&was, &mut sealed).unwrap(), packed);
+    // And as this one does.
+    let mut ours = Vec::new();
+    let is = domain.seal(&header, packed, &mut ours);
+    assert_eq!((is.packed_len, is.domain, is.checksum), (was.packed_len, 7, crc32c::crc32c(&ours)));
+    assert_eq!(domain.open(&is, &mut ours).unwrap(), packed);
+}
+
+/// The names of the files with wrapped secrets.
+fn wrapped_files(store: &Store) -> Vec<String> {
+    let mut names: Vec<String> = files(&store.domains_folder())
+        .iter()
+        .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A key file, as the command line names one.
+fn key_file(folder: &Path, byte: u8) -> PathBuf {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = folder.join(format!("{byte}.key"));
+    File::options().write(true).create_new(true).mode(0o600).open(&path).unwrap().write_all(&[byte; 32]).unwrap();
+    path
+}
+
+#[test]
+fn a_rewrap_that_ends_anywhere_leaves_the_domain_under_the_key_that_the_catalog_names() {
+    for end in 0..5 {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = [1, 2, 3].map(|byte| key_file(folder.path(), byte));
+        let store = open(&folder.path().join("store"));
+        store.create_domain("vault", &key(1), Some(&keys[0])).unwrap();
+        volume(&store, "disk", "vault").close().unwrap();
+        let old = std::fs::read(store.wrapped_path(1)).unwrap();
+        // The steps of a rewrap, as far as it came.
+        let row = store.domain("vault").unwrap();
+        let secret = store.unwrap(&row, &key(1)).unwrap();
+        let wrapped = WrappedKey::wrap(&secret, store.subject(1), key(2).protection()).unwrap();
+        let steps: [&dyn Fn() -> Result<()>; 4] =
+            [&|| store.make_wrapped(1, &wrapped), &|| store.keep_old(1), &|| store.take_making(1), &|| {
+                store.catalog().set_key_file(1, keys[1].to_str())
+            }];
+        steps[..end].iter().for_each(|step| step().unwrap());
+        let again = open(&folder.path().join("store"));
+        content(&again, "disk");
+        // An attempt that fails, as on a full disk, destroys nothing.
+        let making = store.domains_folder().join(format!("1{MAKING}"));
+        let _ = std::fs::remove_file(&making);
+        std::fs::create_dir(&making).unwrap();
+        assert!(again.rewrap_domain("vault", &key(3), Some(&keys[2])).is_err(), "{end}");
+        std::fs::remove_dir(&making).unwrap();
+        content(&open(&folder.path().join("store")), "disk");
+        // The next one comes through, and leaves nothing of the others.
+        again.rewrap_domain("vault", &key(3), Some(&keys[2])).unwrap();
+        assert_eq!(wrapped_files(&again), ["1"], "{end}");
+        for record in [&old, &wrapped.to_bytes().to_vec()] {
+            assert_eq!(files_with(folder.path(), &record[76..108]), none(), "{end}");
+        }
+        let again = open(&folder.path().join("store"));
+        content(&again, "disk");
+        assert!(again.unlock_domain("vault", &key(1)).is_err());
+        assert!(again.unlock_domain("vault", &key(2)).is_err());
+    }
+}
+
+#[test]
+fn a_key_file_that_was_moved_is_named_anew_and_an_erased_domain_leaves_no_record_of_an_attempt() {
+    let folder = tempfile::tempdir().unwrap();
+    let (one, moved) = (key_file(folder.path(), 1), folder.path().join("elsewhere"));
+    let at = folder.path().join("store");
+    let store = open(&at);
+    store.create_domain("vault", &key(1), Some(&one)).unwrap();
+    volume(&store, "disk", "vault").close().unwrap();
+    drop(store);
+    std::fs::rename(&one, &moved).unwrap();
+    let store = open(&at);
+    assert!(Volume::open(&store, "disk", VolumeOptions::default()).is_err());
+    let before = std::fs::read(store.wrapped_path(1)).unwrap();
+    store.rewrap_domain("vault", &key(1), Some(&moved)).unwrap();
+    assert_eq!(std::fs::read(store.wrapped_path(1)).unwrap(), before);
+    drop(store);
+    let store = open(&at);
+    content(&store, "disk");
+    let secret = store.unwrap(&store.domain("vault").unwrap(), &key(1)).unwrap();
+    let attempt = WrappedKey::wrap(&secret, store.subject(1), key(2).protection()).unwrap();
+    store.keep_old(1).unwrap();
+    store.make_wrapped(1, &attempt).unwrap();
+    store.erase_domain("vault").unwrap();
+    assert_eq!(wrapped_files(&store), [""; 0]);
+    for record in [before, attempt.to_bytes().to_vec()] {
+        assert_eq!(files_with(folder.path(), &record[76..108]), none());
+    }
+}
+
+#[test]
+fn an_erased_domain_is_forgotten_once_nothing_is_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with(folder.path(), &["vault", "empty"]);
+    assert!(store.erase_domain("empty").unwrap().is_forgotten);
+    // A clone of a snapshot that is in the log only.
+    let disk = volume(&store, "disk", "vault");
+    disk.snapshot("one").unwrap();
+    drop(disk);
+    store.clone_volume("disk", Some("one"), "clone").unwrap();
+    assert!(!store.erase_domain("vault").unwrap().is_forgotten);
+    assert!(store.domain("vault").unwrap().is_erased);
+    store.remove_volume("disk").unwrap();
+    store.remove_volume("clone").unwrap();
+    assert!(store.erase_domain("vault").unwrap().is_forgotten);
+    assert_eq!(store.domains().unwrap(), []);
+    // The name is free, and its number is not.
+    assert_eq!(store.create_domain("vault", &key(1), None).unwrap().id, 3);
+    store.collect(CollectOptions::default(), &mut |_| Ok(())).unwrap();
+}
+
+/// Writes a record in the place of another, with checksums that fit.
+fn put_record(segment: &mut [u8], at: usize, header: Header, packed: &[u8]) {
+    let header = Header { packed_len: packed.len() as u32, checksum: crc32c::crc32c(packed), ..header };
+    segment[at..at + 64].copy_from_slice(&header.to_bytes());
+    segment[at + 64..at + 64 + packed.len()].copy_from_slice(packed);
+}
+
+/// A store with a volume of two megabytes that do not pack, and so with a leaf that does not; its one segment, and where its records lie.
+fn segment_with(folder: &Path, kind: Kind) -> (PathBuf, Vec<u8>, Vec<(usize, Header)>) {
+    let store = store_with(folder, &["vault"]);
+    let disk = volume(&store, "disk", "vault");
+    disk.write_at(0, &noise(1, 2 << 20)).unwrap();
+    disk.close().unwrap();
+    drop(store);
+    let segments = SegmentFolder(folder.join("segments"));
+    let path = segments.sealed(segments.list().unwrap()[0].0);
+    let bytes = std::fs::read(&path).unwrap();
+    let mut found = Vec::new();
+    let mut at = 64;
+    while let Ok(header) = Header::from_bytes(&bytes[at..]) {
+        if header.kind == kind {
+            found.push((at, header));
+        }
+        at += header.record_len();
+    }
+    (path, bytes, found)
+}
+
+/// What reading the volume's first chunk says, in a process that has the key.
+fn first_read(folder: &Path) -> Result<Vec<u8>> {
+    let store = open(folder);
+    store.unlock_domain("vault", &key(1)).unwrap();
+    let disk = Volume::open(&store, "disk", VolumeOptions::default())?;
+    let mut bytes = vec![0; 16_384];
+    disk.read_at(0, &mut bytes).map(|()| bytes)
+}
+
+#[test]
+fn an_open_record_in_the_place_of_a_sealed_one_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, mut bytes, found) = segment_with(folder.path(), Kind::Data);
+    for (at, header) in found {
+        // Whoever has the disk and not the key can write this.
+        put_record(&mut bytes, at, Header { domain: 0, packing: Packing::Raw, ..header }, &[b'!'; 16_384]);
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    let error = first_read(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("of domain number 1 lies here as one of domain number 0"), "{error}");
+    // Nor does it come from memory, where an open volume may have read it.
+    let store = open(folder.path());
+    let name = Name([7; 32]);
+    store.cache_chunk(&name, 0, &Arc::from([1]));
+    assert!(store.cached_chunk(&name, 0).is_some() && store.cached_chunk(&name, 1).is_none());
+}
+
+#[test]
+fn a_node_of_an_encrypted_tree_that_somebody_else_made_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, whole, found) = segment_with(folder.path(), Kind::Tree);
+    let (at, header) = found.into_iter().find(|(_, header)| header.packing == Packing::Raw).unwrap();
+    let mut node = whole[at + 64..at + 64 + 4096].to_vec();
+    let (first, others) = node.split_at_mut(32);
+    first.swap_with_slice(&mut others[..32]);
+    for (domain, says) in [(1, "holds something else"), (0, "of domain number 1 is in domain number 0"), (9, "locked")]
+    {
+        let mut bytes = whole.clone();
+        put_record(&mut bytes, at, Header { domain, ..header }, &node);
+        std::fs::write(&path, &bytes).unwrap();
+        let error = first_read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(says), "{domain}: {error}");
+        // Collection has no keys, and needs none.
+        open(folder.path()).usage(&mut |_| Ok(())).unwrap();
+    }
+    std::fs::write(&path, &whole).unwrap();
+    assert!(first_read(folder.path()).unwrap() == noise(1, 2 << 20)[..16_384]);
+}
+
+#[test]
+fn an_open_tree_in_the_place_of_an_encrypted_one_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with(folder.path(), &["vault"]);
+    let disk = volume(&store, "disk", "vault");
+    disk.write_at(0, &noise(1, 65_536)).unwrap();
+    disk.close().unwrap();
+    store.create_volume("open", &Content::Zeros { capacity_bytes: 8 * MIB, chunk_len: 16_384 }).unwrap();
+    let other = Volume::open(&store, "open", VolumeOptions::default()).unwrap();
+    other.write_at(0, &noise(2, 65_536)).unwrap();
+    other.close().unwrap();
+    let root = store.settled_disk("open", None).unwrap().root;
+    let folder_of = store.volume_folder(store.volume("disk").unwrap().id);
+    let mut head = crate::volume::head::Head::open(&folder_of).unwrap().unwrap();
+    let before = head.state;
+    head.write(crate::volume::head::State { root, ..before }).unwrap();
+    drop(store);
+    let error = first_read(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("of domain number 1 is in domain number 0"), "{error}");
+    // And a volume that the catalog calls open, although its tree is not.
+    let mut head = crate::volume::head::Head::open(&folder_of).unwrap().unwrap();
+    let state = head.state;
+    head.write(crate::volume::head::State { root: before.root, ..state }).unwrap();
+    let catalog = rusqlite::Connection::open(folder.path().join("catalog.db")).unwrap();
+    catalog.execute("UPDATE volume SET domain = 0", []).unwrap();
+    let error = first_read(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("of domain number 0 is in domain number 1"), "{error}");
+}
+
+#[test]
+fn an_image_that_somebody_else_changed_is_refused_by_whoever_has_the_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with(folder.path(), &["vault"]);
+    let mut source = tempfile::NamedTempFile::new().unwrap();
+    source.write_all(&noise(1, 65_536)).unwrap();
+    let mut node = store.new_node_in(BTreeMap::new(), Some("vault")).unwrap();
+    node.add_disk("root", &RawSource::open(source.path()).unwrap(), &mut |_| Ok(())).unwrap();
+    node.save_as_image("image", Replace::No).unwrap();
+    drop(store);
+    let segments = SegmentFolder(folder.path().join("segments"));
+    let path = segments.sealed(segments.list().unwrap()[0].0);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let (mut at, mut header) = (64, Header::from_bytes(&bytes[64..]).unwrap());
+    while header.kind != Kind::Node {
+        at += header.record_len();
+        header = Header::from_bytes(&bytes[at..]).unwrap();
+    }
+    assert_eq!(header.packing, Packing::Raw);
+    let mut packed = bytes[at + 64..at + 64 + header.packed_len as usize].to_vec();
+    let name = packed.windows(4).position(|window| window == b"root").unwrap();
+    packed[name] = b'R';
+    for domain in [1, 0, 9] {
+        put_record(&mut bytes, at, Header { domain, ..header }, &packed);
+        std::fs::write(&path, &bytes).unwrap();
+        let store = open(folder.path());
+        store.unlock_domain("vault", &key(1)).unwrap();
+        let error = store.image("image").unwrap_err().to_string();
+        assert!(error.contains("holds something else"), "{domain}: {error}");
+    }
+}
+
+#[test]
+fn a_volume_is_copied_into_a_domain_and_out_of_it_and_leaves_nothing_readable_on_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store_with(folder.path(), &["vault", "other"]);
+    let text = marked(3 << 20);
+    let zeros = Content::Zeros { capacity_bytes: 5 * MIB + 512, chunk_len: 4096 };
+    store.create_volume_in("one", &zeros, Some("vault")).unwrap();
+    let disk = Volume::open(&store, "one", VolumeOptions::default()).unwrap();
+    disk.write_at(MIB, &text).unwrap();
+    let snapshot = disk.snapshot("now").unwrap();
+    disk.write_at(MIB, &noise(1, 4096)).unwrap();
+    let copy = |name: &str, domain: Option<&str>| {
+        let row = store.copy_volume(name, &Content::Snapshot(&snapshot), domain, &mut |_| Ok(())).unwrap();
+        assert_eq!((row.chunk_len, row.capacity_bytes), (4096, 5 * MIB + 512));
+        let read = content(&store, name);
+        assert!(read[1 << 20..][..text.len()] == text);
+        assert!(read[..1 << 20].iter().chain(&read[(1 << 20) + text.len()..]).all(|&byte| byte == 0));
+        row.domain
+    };
+    assert_eq!(copy("two", Some("other")), 2);
+    store.seal().unwrap();
+    assert_eq!(files_with(folder.path(), MARKER), none());
+    assert_eq!(copy("open", None), 0);
+    store.seal().unwrap();
+    assert!(!files_with(folder.path(), MARKER).is_empty());
+    let again = store.copy_volume("open", &zeros, Some("other"), &mut |_| Ok(()));
+    assert!(matches!(again, Err(StoreError::Exists { .. })));
 }
 
 #[test]

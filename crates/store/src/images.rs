@@ -6,18 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crate::catalog::{ImageRow, Replace, check_name};
+use crate::catalog::{ImageRow, Replace, VolumeRow, check_name};
 use crate::disk::SECTOR_LEN;
 use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::format::{self, Extent, FormatError, Source};
+use crate::id::Id;
 use crate::name::Name;
 use crate::node::{Node, Tree};
 use crate::store::{Batch, Store};
 use crate::tree::reader::TreeReader;
 use crate::tree::{self, FAN_OUT, Root};
 use crate::upkeep::collect::{Step, Watcher};
-use crate::volume::volumes::CHUNK_LEN_DEFAULT;
+use crate::volume::volumes::{CHUNK_LEN_DEFAULT, Content};
 use crate::volume::{check_capacity, now_ns};
 
 /// Threads that pack at a time, at most.
@@ -52,8 +53,65 @@ impl Store {
 
     pub fn image(&self, name: &str) -> Result<(ImageRow, Node)> {
         let row = self.catalog().image(name)?;
-        let node = self.load_node(&row.node)?;
+        let node = self.load_checked_node(&row.node)?;
         Ok((row, node))
+    }
+
+    /// Makes a volume in a domain, or in the open one, whose content begins as that of a volume, snapshot or image of another. What is shared with
+    /// that is nothing: all of it is read, and stored anew.
+    pub fn copy_volume(
+        self: &Arc<Self>,
+        name: &str,
+        content: &Content<'_>,
+        domain: Option<&str>,
+        watcher: Watcher<'_>,
+    ) -> Result<VolumeRow> {
+        check_name("volume", name)?;
+        if self.volume(name).is_ok() {
+            return Err(StoreError::Exists { what: "volume", name: name.to_owned() });
+        }
+        // Settling waits for a volume's thread, which makes batches of its own.
+        let settled = match content {
+            Content::Zeros { .. } => return self.create_volume_in(name, content, domain),
+            Content::Snapshot(snapshot) => Some(self.settled_root(snapshot)?),
+            Content::Image(_) => None,
+        };
+        let mut node = self.new_node_in(BTreeMap::new(), domain)?;
+        // What is read is kept from garbage collections by the batch, if it is there now.
+        let source = match (content, settled) {
+            (Content::Snapshot(snapshot), Some(root)) => {
+                let now = self.catalog().snapshot_by_id(snapshot.id)?;
+                now.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() })?;
+                let (len_bytes, chunk_len) = (snapshot.capacity_bytes, snapshot.chunk_len);
+                Tree { name: name.to_owned(), root, len_bytes, chunk_len, domain: snapshot.domain }
+            }
+            (Content::Image(image), _) => self.first_disk(image)?,
+            _ => unreachable!("both were looked at above"),
+        };
+        check_capacity(source.len_bytes)?;
+        let copy = node.import(name, &TreeSource::new(self, &source), source.chunk_len, watcher)?;
+        node.batch.sync()?;
+        let row = VolumeRow {
+            id: Id::random(),
+            name: name.to_owned(),
+            created_ns: now_ns(),
+            domain: copy.domain,
+            chunk_len: copy.chunk_len,
+            capacity_bytes: copy.len_bytes,
+            root: copy.root,
+            origin: None,
+        };
+        self.catalog().add_volume(&row)?;
+        drop(node);
+        self.tidy()?;
+        Ok(row)
+    }
+
+    /// The disk of an image.
+    pub(crate) fn first_disk(&self, image: &str) -> Result<Tree> {
+        let (_, node) = self.image(image)?;
+        let disk = node.disks.into_iter().next();
+        disk.ok_or_else(|| StoreError::Refused(format!("image {image} has no disk")))
     }
 
     /// Takes the image's name away. What volumes need of it stays.
@@ -64,7 +122,7 @@ impl Store {
     /// A file of a node, whole.
     pub fn read_file(&self, file: &Tree) -> Result<Vec<u8>> {
         let mut bytes = vec![0; file.len_bytes as usize];
-        let mut reader = TreeReader::new(self, file.root, file.chunk_len as usize);
+        let mut reader = TreeReader::new(self, file.root, file.chunk_len as usize, file.domain);
         for (index, part) in bytes.chunks_mut(file.chunk_len as usize).enumerate() {
             reader.read(index as u64, 0, part)?;
         }
@@ -257,7 +315,7 @@ impl Source for TreeSource {
 
     fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<(), FormatError> {
         let chunk_len = self.tree.chunk_len as usize;
-        let mut reader = TreeReader::new(&self.store, self.tree.root, chunk_len);
+        let mut reader = TreeReader::new(&self.store, self.tree.root, chunk_len, self.tree.domain);
         let (mut at, mut rest) = (offset, bytes);
         while !rest.is_empty() {
             let from = (at % chunk_len as u64) as usize;

@@ -4,6 +4,9 @@
 //! under different keys: bytes that a guest wrote never pass for a part of the store's own structure.
 
 use std::fmt;
+use std::sync::Arc;
+
+use polder_trust::keys::Secret;
 
 /// What a record of the store is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -74,19 +77,20 @@ impl fmt::Debug for Name {
 /// Gives names inside one domain.
 #[derive(Clone)]
 pub struct Namer {
-    keys: [[u8; 32]; 3],
+    /// Wiped with the last who has them.
+    keys: Arc<[Secret; 3]>,
 }
 
 impl Namer {
     /// Names under a secret: who does not know it can neither guess names nor learn from them what is stored.
     pub fn new(secret: &[u8; 32]) -> Self {
-        let key = |context| blake3::derive_key(context, secret);
+        let key = |context| Secret::take(&mut blake3::derive_key(context, secret));
         Namer {
-            keys: [
+            keys: Arc::new([
                 key("polder store 2026 name of data"),
                 key("polder store 2026 name of a tree"),
                 key("polder store 2026 name of a node"),
-            ],
+            ]),
         }
     }
 
@@ -97,7 +101,7 @@ impl Namer {
 
     /// The name of `bytes`.
     pub fn name(&self, kind: Kind, bytes: &[u8]) -> Name {
-        Name(*blake3::keyed_hash(&self.keys[kind as usize - 1], bytes).as_bytes())
+        Name(*blake3::keyed_hash(self.keys[kind as usize - 1].bytes(), bytes).as_bytes())
     }
 }
 

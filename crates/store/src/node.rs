@@ -10,7 +10,7 @@ use prost::Message;
 
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
-use crate::store::{Batch, Store};
+use crate::store::{Batch, Expected, Read, Store};
 use crate::tree::Root;
 
 /// The version of nodes that this release writes, and the newest that it reads.
@@ -96,12 +96,41 @@ impl Node {
 }
 
 impl Store {
-    /// Reads a node.
+    /// Reads a node as it is: for what needs no keys.
     pub fn load_node(&self, name: &Name) -> Result<Node> {
-        let (content, location) = self.read(name)?;
-        Node::from_bytes(&content).map_err(|what| StoreError::Damaged {
-            path: self.segment_path(location),
-            offset: location.offset(),
+        self.parse_node(self.read(name, Expected::Anything)?)
+    }
+
+    /// Reads a node and compares it with its name, if its domain is not locked. One whose domain is has nothing in another.
+    pub(crate) fn load_checked_node(&self, name: &Name) -> Result<Node> {
+        let read = self.read(name, Expected::Anything)?;
+        let (domain, location) = (read.domain, read.location);
+        let secret = match self.unlocked(domain) {
+            Err(StoreError::Locked { .. }) => Err(()),
+            found => Ok(found?),
+        };
+        let is_whole = match &secret {
+            Ok(found) => {
+                let namer = found.as_ref().map_or(self.namer(), |domain| &domain.namer);
+                namer.name(Kind::Node, &read.content) == *name
+            }
+            Err(()) => true,
+        };
+        let node = self.parse_node(read)?;
+        if !is_whole || node.trees().any(|tree| tree.domain != domain) {
+            return Err(StoreError::Damaged {
+                path: self.segment_path(location),
+                offset: location.offset(),
+                what: format!("node {name} holds something else"),
+            });
+        }
+        Ok(node)
+    }
+
+    fn parse_node(&self, read: Read) -> Result<Node> {
+        Node::from_bytes(&read.content).map_err(|what| StoreError::Damaged {
+            path: self.segment_path(read.location),
+            offset: read.location.offset(),
             what,
         })
     }

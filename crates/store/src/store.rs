@@ -68,7 +68,8 @@ pub struct Store {
     /// Segments of this process that could not be made stable.
     failures: AtomicU64,
     files: Mutex<VecDeque<(SegmentNumber, Arc<File>)>>,
-    chunks: Cache<Arc<[u8]>>,
+    /// With the domains that they were read in.
+    chunks: Cache<(u32, Arc<[u8]>)>,
     nodes: Cache<Arc<TreeNode>>,
     workers: Workers,
     origins: RwLock<Vec<Arc<dyn Origin>>>,
@@ -81,12 +82,58 @@ pub(crate) trait Origin: Send + Sync {
     fn bring(&self, store: &Store, name: &Name) -> Result<bool>;
 }
 
-/// A store's own nodes, without those that would have to come from elsewhere.
+/// What a record has to be beside what its header and checksums say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Expected {
+    /// Data of this domain. Of an encrypted one nobody makes it without the secret.
+    Data { domain: u32 },
+    /// A node of a tree or of a life. What says that it is in an encrypted domain is compared with its name.
+    Node,
+    /// Anything: for what goes on without keys, and shows nobody what it reads.
+    Anything,
+}
+
+/// Whether nodes of encrypted domains were compared with their names.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Checked {
+    Yes,
+    No,
+}
+
+/// A record that was read.
+pub(crate) struct Read {
+    pub content: Arc<[u8]>,
+    pub domain: u32,
+    pub location: Location,
+}
+
+/// A store's own nodes, without those that would have to come from elsewhere. Those of encrypted domains are taken as they are.
 pub(crate) struct Local<'a>(pub &'a Store);
 
 impl NodeSource for Local<'_> {
     fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
-        self.0.node_by(name, || self.0.read_local(name))
+        self.0.node_by(name, || self.0.read_local(name), Checked::No)
+    }
+}
+
+/// The nodes of trees of one domain. A node that says that it is in another has been put into the place of one of this domain.
+pub(crate) struct InDomain<'a>(pub &'a Store, pub u32);
+
+impl NodeSource for InDomain<'_> {
+    fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
+        let node = self.0.node(name)?;
+        check_domain(name, &node, self.1)?;
+        Ok(node)
+    }
+}
+
+fn check_domain(name: &Name, node: &TreeNode, domain: u32) -> Result<()> {
+    match node.domain == domain {
+        true => Ok(()),
+        false => Err(StoreError::Refused(format!(
+            "node {name} of a tree of domain number {domain} is in domain number {}",
+            node.domain
+        ))),
     }
 }
 
@@ -340,31 +387,32 @@ impl Store {
 
     // Reading
 
-    /// A chunk that was read not long ago.
-    pub(crate) fn cached_chunk(&self, name: &Name) -> Option<Arc<[u8]>> {
-        self.chunks.get(name)
+    /// A chunk of a domain that was read not long ago.
+    pub(crate) fn cached_chunk(&self, name: &Name, domain: u32) -> Option<Arc<[u8]>> {
+        self.chunks.get(name).filter(|(of, _)| *of == domain).map(|(_, content)| content)
     }
 
-    pub(crate) fn cache_chunk(&self, name: &Name, content: &Arc<[u8]>) {
-        self.chunks.insert(*name, content.clone(), content.len() + 64);
+    pub(crate) fn cache_chunk(&self, name: &Name, domain: u32, content: &Arc<[u8]>) {
+        self.chunks.insert(*name, (domain, content.clone()), content.len() + 64);
     }
 
     /// A chunk of a leaf, which remembers where it lies.
     pub(crate) fn chunk_of(&self, leaf: &TreeNode, place: usize) -> Result<Arc<[u8]>> {
-        let name = &leaf.children[place];
-        if let Some(content) = self.cached_chunk(name) {
+        let (name, domain) = (&leaf.children[place], leaf.domain);
+        if let Some(content) = self.cached_chunk(name, domain) {
             return Ok(content);
         }
+        let expected = Expected::Data { domain };
         if let Some(location) = leaf.location(place) {
-            if let Ok(content) = self.read_at(name, location) {
-                self.cache_chunk(name, &content);
-                return Ok(content);
+            if let Ok(read) = self.read_at(name, location, expected) {
+                self.cache_chunk(name, domain, &read.content);
+                return Ok(read.content);
             }
             leaf.forget_location(place);
         }
-        let (content, location) = self.read(name)?;
+        let Read { content, location, .. } = self.read(name, expected)?;
         leaf.set_location(place, location);
-        self.cache_chunk(name, &content);
+        self.cache_chunk(name, domain, &content);
         Ok(content)
     }
 
@@ -374,14 +422,14 @@ impl Store {
     }
 
     /// Reads a record by its name, wherever it comes from.
-    pub(crate) fn read(&self, name: &Name) -> Result<(Arc<[u8]>, Location)> {
-        let local = self.read_local(name);
+    pub(crate) fn read(&self, name: &Name, expected: Expected) -> Result<Read> {
+        let local = self.read_here(name, expected);
         let Err(StoreError::Missing { .. } | StoreError::Damaged { .. }) = &local else { return local };
         let origins = self.origins.read().unwrap_or_else(PoisonError::into_inner).clone();
         let mut failure = None;
         for origin in origins {
             match origin.bring(self, name) {
-                Ok(true) => return self.read_local(name),
+                Ok(true) => return self.read_here(name, expected),
                 Ok(false) => {}
                 // Another may have it.
                 Err(error) => drop(failure.get_or_insert(error)),
@@ -390,8 +438,12 @@ impl Store {
         failure.map_or(local, Err)
     }
 
-    /// Reads a record by its name, from whichever copy here is whole.
-    pub(crate) fn read_local(&self, name: &Name) -> Result<(Arc<[u8]>, Location)> {
+    /// Reads a record by its name, whatever it is, from whichever copy here is whole.
+    pub(crate) fn read_local(&self, name: &Name) -> Result<Read> {
+        self.read_here(name, Expected::Anything)
+    }
+
+    fn read_here(&self, name: &Name, expected: Expected) -> Result<Read> {
         let mut damage = None;
         for look in 0..3 {
             let locations = match look {
@@ -404,8 +456,8 @@ impl Store {
                 }
             };
             for location in locations {
-                match self.read_at(name, location) {
-                    Ok(content) => return Ok((content, location)),
+                match self.read_at(name, location, expected) {
+                    Ok(read) => return Ok(read),
                     Err(error) => damage = Some(error),
                 }
             }
@@ -424,7 +476,7 @@ impl Store {
             }
         }
         // The long way says what is wrong, or where else it is.
-        let (_, location) = self.read(name)?;
+        let location = self.read(name, Expected::Anything)?.location;
         let path = self.segment_path(location);
         let read = segment::read_record(&*self.file_of(location)?, location);
         let damaged = |what| StoreError::Damaged { path: path.clone(), offset: location.offset(), what };
@@ -432,43 +484,71 @@ impl Store {
     }
 
     /// Reads the record at a place, and checks that it is the one.
-    pub(crate) fn read_at(&self, name: &Name, location: Location) -> Result<Arc<[u8]>> {
+    pub(crate) fn read_at(&self, name: &Name, location: Location, expected: Expected) -> Result<Read> {
         let file = match self.file_of(location) {
             // What cannot be written is still in memory: a full disk fails no read.
             Err(error) if error.is_no_space() => {
-                let writer = self.writer();
-                let bytes = writer.as_ref().and_then(|segment| segment.unwritten(location)).ok_or(error)?;
-                return self.content(name, location, bytes);
+                let mut bytes = {
+                    let writer = self.writer();
+                    let bytes = writer.as_ref().and_then(|segment| segment.unwritten(location)).ok_or(error)?;
+                    bytes[..bytes.len().min(location.read_len())].to_vec()
+                };
+                return self.content(name, location, expected, &mut bytes);
             }
             other => other?,
         };
         let mut bytes = vec![0; location.read_len()];
         let len = segment::read_up_to(&file, &mut bytes, location.offset())
             .map_err(StoreError::file("read", &self.segment_path(location)))?;
-        self.content(name, location, &bytes[..len])
+        self.content(name, location, expected, &mut bytes[..len])
     }
 
-    /// The content of the record that was read from a place.
-    pub(crate) fn content(&self, name: &Name, location: Location, bytes: &[u8]) -> Result<Arc<[u8]>> {
-        let content = match record::split(bytes) {
-            Ok((header, packed)) if header.name == *name => self.unpack(&header, packed)?,
-            Ok((header, _)) => Err(format!("chunk {} lies here instead of {name}", header.name)),
-            Err(what) => Err(what),
+    /// The record that was read from a place. Afterwards `bytes` are of no account: what is sealed is opened where it lies.
+    pub(crate) fn content(
+        &self,
+        name: &Name,
+        location: Location,
+        expected: Expected,
+        bytes: &mut [u8],
+    ) -> Result<Read> {
+        let damaged = |what| StoreError::Damaged { path: self.segment_path(location), offset: location.offset(), what };
+        let header = match record::split(bytes) {
+            Ok((header, _)) if header.name == *name => header,
+            Ok((header, _)) => return Err(damaged(format!("chunk {} lies here instead of {name}", header.name))),
+            Err(what) => return Err(damaged(what)),
         };
-        content.map_err(|what| StoreError::Damaged {
-            path: self.segment_path(location),
-            offset: location.offset(),
-            what,
-        })
+        let packed = &mut bytes[HEADER_LEN..HEADER_LEN + header.packed_len as usize];
+        match expected {
+            Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => {
+                return Err(damaged(format!(
+                    "chunk {name} of domain number {domain} lies here as one of domain number {}",
+                    header.domain
+                )));
+            }
+            _ => {}
+        }
+        let content = self.unpack_in_place(&header, packed)?.map_err(damaged)?;
+        if expected == Expected::Node
+            && let Some(domain) = self.unlocked(header.domain)?
+            && domain.namer.name(header.kind, &content) != *name
+        {
+            return Err(damaged(format!("node {name} holds something else")));
+        }
+        Ok(Read { content, domain: header.domain, location })
     }
 
     /// Opens and unpacks packed bytes; the inner error is what is wrong with them.
     pub(crate) fn unpack(&self, header: &Header, packed: &[u8]) -> Result<Result<Arc<[u8]>, String>> {
-        if !is_sealed(header) {
-            return Ok(record::unpack(header, packed));
+        match is_sealed(header) {
+            true => self.unpack_in_place(header, &mut packed.to_vec()),
+            false => Ok(record::unpack(header, packed)),
         }
-        let Some(domain) = self.unlocked(header.domain)? else { return Ok(record::unpack(header, packed)) };
-        Ok(domain.open(header, packed).and_then(|packed| record::unpack(header, &packed)))
+    }
+
+    fn unpack_in_place(&self, header: &Header, packed: &mut [u8]) -> Result<Result<Arc<[u8]>, String>> {
+        let domain = if is_sealed(header) { self.unlocked(header.domain)? } else { None };
+        let Some(domain) = domain else { return Ok(record::unpack(header, packed)) };
+        Ok(domain.open(header, packed).and_then(|packed| record::unpack(header, packed)))
     }
 
     pub(crate) fn segment_path(&self, location: Location) -> PathBuf {
@@ -526,13 +606,16 @@ impl Store {
         files.retain(|(number, _)| !segments.contains(number));
     }
 
-    fn node_by(&self, name: &Name, read: impl FnOnce() -> Result<(Arc<[u8]>, Location)>) -> Result<Arc<TreeNode>> {
+    fn node_by(&self, name: &Name, read: impl FnOnce() -> Result<Read>, checked: Checked) -> Result<Arc<TreeNode>> {
         if let Some(node) = self.nodes.get(name) {
             return Ok(node);
         }
-        let (content, _) = read()?;
-        let node = Arc::new(TreeNode::from_bytes(&content).ok_or_else(|| not_a_node(name))?);
-        self.nodes.insert(*name, node.clone(), NODE_WEIGHT);
+        let Read { content, domain, .. } = read()?;
+        let node = Arc::new(TreeNode::from_bytes(&content, domain).ok_or_else(|| not_a_node(name))?);
+        // What nobody has compared with its name is not kept for those who count on it.
+        if domain == OPEN_DOMAIN || checked == Checked::Yes {
+            self.nodes.insert(*name, node.clone(), NODE_WEIGHT);
+        }
         Ok(node)
     }
 
@@ -553,7 +636,7 @@ impl Drop for Store {
 
 impl NodeSource for Store {
     fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
-        self.node_by(name, || self.read(name))
+        self.node_by(name, || self.read(name, Expected::Node), Checked::Yes)
     }
 }
 
@@ -617,6 +700,7 @@ impl Batch {
             self.added.reused += 1;
             return Ok((name, location));
         }
+        let domain = self.domain_id();
         let (packing, packed) = self.packer.pack(content);
         let header = Header {
             kind,
@@ -624,7 +708,7 @@ impl Batch {
             packed_len: packed.len() as u32,
             content_len: content.len() as u32,
             name,
-            domain: self.domain.as_ref().map_or(OPEN_DOMAIN, |domain| domain.id),
+            domain,
             checksum: 0,
         };
         let (header, packed) = match &self.domain {
@@ -660,9 +744,15 @@ impl Batch {
     }
 }
 
+impl Batch {
+    fn domain_id(&self) -> u32 {
+        self.domain.as_ref().map_or(OPEN_DOMAIN, |domain| domain.id)
+    }
+}
+
 impl NodeSource for Batch {
     fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
-        self.store.node(name)
+        InDomain(&self.store, self.domain_id()).node(name)
     }
 }
 
@@ -670,7 +760,7 @@ impl NodeSink for Batch {
     fn put_node(&mut self, bytes: &[u8]) -> Result<Name> {
         let (name, _) = self.put(Kind::Tree, bytes)?;
         if self.store.cached_node(&name).is_none()
-            && let Some(node) = TreeNode::from_bytes(bytes)
+            && let Some(node) = TreeNode::from_bytes(bytes, self.domain_id())
         {
             self.store.nodes.insert(name, Arc::new(node), NODE_WEIGHT);
         }

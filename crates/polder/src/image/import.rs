@@ -94,6 +94,14 @@ pub fn import(state: &StateFolder, store: &Arc<Store>, arguments: &ImportArgumen
         let looks = looks.map(|format| format!(" (it looks like {format})")).unwrap_or_default();
         bail!("say with --format what {} is{looks}: its content decides nothing", arguments.file.display());
     };
+    if let Some(domain) = &arguments.domain
+        && !matches!(format, ImportFormat::Disk(Format::Raw | Format::Qcow2))
+    {
+        eprintln!(
+            "polder: until it is in domain {domain}, the disk lies unencrypted in {}; raw and qcow2 are read where they are",
+            state.images().display()
+        );
+    }
     let work = WorkFolder::make(state, &arguments.name)?;
     let disk = open(&work, format, arguments).with_context(|| format!("cannot import {}", arguments.file.display()))?;
     let parts = Parts {

@@ -13,7 +13,7 @@ mod work_folder;
 
 use std::sync::Arc;
 
-pub use record::{ImageRecord, utc};
+pub use record::{ImageRecord, remove_boot_files_of, utc};
 
 use crate::state_folder::StateFolder;
 use crate::store::{elsewhere, rough};

@@ -115,10 +115,30 @@ impl ImageRecord {
     }
 }
 
+fn boot_file_name(file: &Tree) -> String {
+    format!("{}-{}", file.root.name, file.len_bytes)
+}
+
+/// Removes kernels and initrds of the host that came out of a domain.
+pub fn remove_boot_files_of(state: &StateFolder, store: &Arc<Store>, domain: u32) -> Result<()> {
+    for image in ImageRecord::all(store)? {
+        for file in image.kernel.iter().chain(&image.initrd).filter(|file| file.domain == domain) {
+            let path = state.boot_files().join(boot_file_name(file));
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A file of the store as a file of the host.
 fn boot_file(state: &StateFolder, store: &Arc<Store>, file: &Tree) -> Result<PathBuf> {
     let folder = state.boot_files();
-    let path = folder.join(format!("{}-{}", file.root.name, file.len_bytes));
+    let path = folder.join(boot_file_name(file));
     if path.exists() {
         return Ok(path);
     }
@@ -144,7 +164,7 @@ fn boot_file(state: &StateFolder, store: &Arc<Store>, file: &Tree) -> Result<Pat
 pub fn sweep_boot_files(state: &StateFolder, store: &Arc<Store>) -> Result<()> {
     let images = ImageRecord::all(store)?;
     let files = images.iter().flat_map(|image| image.kernel.iter().chain(&image.initrd));
-    let kept: Vec<String> = files.map(|file| format!("{}-{}", file.root.name, file.len_bytes)).collect();
+    let kept: Vec<String> = files.map(boot_file_name).collect();
     let Ok(entries) = std::fs::read_dir(state.boot_files()) else { return Ok(()) };
     for entry in entries {
         let path = entry.context("cannot list the kernels of images")?.path();

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use polder_store::{Key, KeyKind, Store};
+use polder_store::{DomainErased, DomainRow, Key, KeyKind, Store};
 use polder_trust::keys::{Erased, KeyFile, erase};
 use serde_json::json;
 
-use crate::image::utc;
+use crate::image::{remove_boot_files_of, utc};
 use crate::state_folder::StateFolder;
 
 #[derive(Args)]
@@ -50,7 +50,7 @@ enum DomainCommand {
 
 /// Where a domain's key is; without any of them polder makes a key file in its state folder.
 #[derive(Args, Default)]
-pub struct KeyArguments {
+struct KeyArguments {
     /// The file with the key: 32 bytes or 64 hexadecimal digits, which only its owner may read; made if it is not there
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
@@ -65,13 +65,13 @@ pub fn domain(state: &StateFolder, store: &Arc<Store>, arguments: &DomainArgumen
         DomainCommand::Create { name, key } => create(state, store, name, key)?,
         DomainCommand::Ls { json } => list(store, *json)?,
         DomainCommand::Rewrap { name, key } => rewrap(state, store, name, key)?,
-        DomainCommand::Erase { name, .. } => erase_domain(store, name)?,
+        DomainCommand::Erase { name, .. } => erase_domain(state, store, name)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// Makes a domain, and its key file if there is none yet.
-pub fn create(state: &StateFolder, store: &Arc<Store>, name: &str, arguments: &KeyArguments) -> Result<()> {
+fn create(state: &StateFolder, store: &Arc<Store>, name: &str, arguments: &KeyArguments) -> Result<()> {
     polder_store::check_name("domain", name)?;
     if store.domain(name).is_ok() {
         bail!("there is a domain {name} already");
@@ -79,6 +79,22 @@ pub fn create(state: &StateFolder, store: &Arc<Store>, name: &str, arguments: &K
     let (key, path) = key(arguments, &state.keys().join(format!("{name}.key")))?;
     store.create_domain(name, &key, Some(&path))?;
     Ok(())
+}
+
+/// Makes a domain for something that is put into it by `make`. If that fails the domain goes again, with its key.
+pub fn create_for<T>(
+    state: &StateFolder,
+    store: &Arc<Store>,
+    name: &str,
+    make: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    create(state, store, name, &KeyArguments::default())?;
+    make().inspect_err(|_| {
+        let undone = store.domain(name).map_err(anyhow::Error::from).and_then(|row| destroy(store, &row));
+        if let Err(error) = undone {
+            eprintln!("polder: domain {name} stays, with nothing in it: {error:#}");
+        }
+    })
 }
 
 /// The key that arguments name, and where it lies.
@@ -113,7 +129,7 @@ fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
             let uses = volumes.iter().filter(|volume| volume.row.domain == row.id).count();
             let locked = match row.is_erased {
                 true => Some("erased".to_owned()),
-                false => store.find_key_of(&row).err(),
+                false => store.why_locked(&row),
             };
             (row, uses, locked)
         })
@@ -141,13 +157,10 @@ fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
 }
 
 fn rewrap(state: &StateFolder, store: &Arc<Store>, name: &str, arguments: &KeyArguments) -> Result<()> {
-    let row = store.domain(name)?;
-    let old = store.find_key_of(&row).map_err(anyhow::Error::msg).context("the old key cannot be read")?;
+    store.domain(name)?;
     let (new, path) = key(arguments, &state.keys().join(format!("{name}.key")))?;
-    if row.key_file.as_deref().map(Path::new) == Some(&path) {
-        bail!("domain {name} is under {} already: name another file", path.display());
-    }
-    let erased = store.rewrap_domain(name, &old, &new, Some(&path))?;
+    let erased = store.rewrap_domain(name, &new, Some(&path))?;
+    println!("Domain {name} is under {}", path.display());
     if let Some(Erased::OldBytesMayRemain) = erased {
         println!(
             "The record under the old key may remain on the disk until its place is used again: keep the old key secret, or destroy it"
@@ -156,18 +169,42 @@ fn rewrap(state: &StateFolder, store: &Arc<Store>, name: &str, arguments: &KeyAr
     Ok(())
 }
 
-fn erase_domain(store: &Arc<Store>, name: &str) -> Result<()> {
-    let row = store.domain(name)?;
-    let kind = store.key_kind(&row);
-    let shared =
+/// What became of a domain, and of the file that its key was in.
+struct Destroyed {
+    outcomes: Vec<Option<Erased>>,
+    kind: Option<KeyKind>,
+    is_shared: bool,
+    is_forgotten: bool,
+}
+
+/// Destroys a domain's secret, and its key file unless something else needs that.
+fn destroy(store: &Arc<Store>, row: &DomainRow) -> Result<Destroyed> {
+    let kind = store.key_kind(row).ok();
+    let is_shared =
         store.domains()?.iter().any(|other| other.id != row.id && !other.is_erased && other.key_file == row.key_file);
-    let mut outcomes = vec![store.erase_domain(name)?.wrapped];
+    let DomainErased { wrapped, is_forgotten } = store.erase_domain(&row.name)?;
+    let mut outcomes = vec![wrapped];
+    if let (Some(path), Some(KeyKind::File), false) = (&row.key_file, kind, is_shared)
+        && Path::new(path).exists()
+    {
+        outcomes.push(Some(erase(Path::new(path))?));
+    }
+    Ok(Destroyed { outcomes, kind, is_shared, is_forgotten })
+}
+
+fn erase_domain(state: &StateFolder, store: &Arc<Store>, name: &str) -> Result<()> {
+    let row = store.domain(name)?;
+    let Destroyed { outcomes, kind, is_shared, is_forgotten } = destroy(store, &row)?;
+    // Kernels of the host that came out of the domain; they are made anew from what is left of it, which is nothing.
+    remove_boot_files_of(state, store, row.id)?;
     match &row.key_file {
-        Some(path) if shared => println!("Key file {path} stays: another domain is under it"),
+        Some(path) if is_shared => println!("Key file {path} stays: another domain is under it"),
         Some(path) if Path::new(path).exists() => match kind {
-            Ok(KeyKind::Passphrase) => println!("The passphrase in {path} stays: destroy it if nothing else needs it"),
-            Ok(KeyKind::File) => outcomes.push(Some(erase(Path::new(path))?)),
-            Err(_) => println!(
+            Some(KeyKind::Passphrase) => {
+                println!("The passphrase in {path} stays: destroy it if nothing else needs it")
+            }
+            Some(KeyKind::File) => {}
+            None => println!(
                 "{path} stays: the domain was erased before, and what the file is to it cannot be told any more"
             ),
         },
@@ -178,6 +215,9 @@ fn erase_domain(store: &Arc<Store>, name: &str) -> Result<()> {
         true => println!(
             "The secret and the key file were removed, but this file system may keep the old bytes until their place is used again"
         ),
+    }
+    if is_forgotten {
+        println!("Nothing was in domain {name}: it is gone, and its name is free");
     }
     println!(
         "Copies of the store hold the wrapped secret as well: what they hold can be read as long as the key is somewhere, or the passphrase is known"

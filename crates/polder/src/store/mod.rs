@@ -15,7 +15,7 @@ use polder_store::remote::Attached;
 use polder_store::{CollectOptions, Lost, Store, StoreOptions, Usage};
 use serde_json::json;
 
-pub use domain::{KeyArguments, create as create_domain};
+pub use domain::create_for as create_domain_for;
 pub use progress::Progress;
 pub use remote::{attached_options, elsewhere};
 

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use polder_basics::ByteSize;
-use polder_store::{CHUNK_LEN_DEFAULT, Content, Store};
+use polder_store::{CHUNK_LEN_DEFAULT, Content, Id, OPEN_DOMAIN, Store};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ pub use disk_name::DiskName;
 
 use crate::image::utc;
 use crate::state_folder::StateFolder;
-use crate::store::{KeyArguments, create_domain, open, rough};
+use crate::store::{Progress, create_domain_for, open, rough};
 
 #[derive(Args)]
 pub struct VolumeArguments {
@@ -40,9 +40,9 @@ enum VolumeCommand {
         #[arg(long, value_name = "SIZE", default_value_t = ByteSize(CHUNK_LEN_DEFAULT.into()), conflicts_with = "image")]
         chunk: ByteSize,
         /// Encrypt it, in a domain of its own of the same name; its key goes into the state folder
-        #[arg(long, conflicts_with_all = ["image", "domain"])]
+        #[arg(long, conflicts_with = "domain")]
         encrypt: bool,
-        /// Encrypt it in this domain, where what is equal is stored once
+        /// Encrypt it in this domain, where what is equal is stored once; an image of another is copied
         #[arg(long)]
         domain: Option<String>,
     },
@@ -75,6 +75,12 @@ enum VolumeCommand {
         /// VOLUME or VOLUME@SNAPSHOT
         source: DiskName,
         name: String,
+        /// Encrypt it, in a domain of its own of the same name: a copy, which shares nothing
+        #[arg(long, conflicts_with = "domain")]
+        encrypt: bool,
+        /// Put it into this domain; if the other is not in it, as a copy, which shares nothing
+        #[arg(long)]
+        domain: Option<String>,
     },
     /// Make a volume what it was at a snapshot; what was written since is gone
     Rollback {
@@ -119,20 +125,11 @@ pub fn volume(arguments: VolumeArguments) -> Result<ExitCode> {
     let store = open(&state)?;
     match arguments.command {
         VolumeCommand::Create { name, size, image, chunk, encrypt, domain } => {
-            let domain = match encrypt {
-                true => {
-                    if store.volume(&name).is_ok() {
-                        bail!("there is a volume {name} already");
-                    }
-                    create_domain(&state, &store, &name, &KeyArguments::default())?;
-                    Some(name.as_str())
-                }
-                false => domain.as_deref(),
-            };
-            create(&store, &name, size, image.as_deref(), chunk, domain)?;
+            let make = |domain: Option<&str>| create(&store, &name, size, image.as_deref(), chunk, domain);
+            in_domain(&state, &store, &name, encrypt, domain.as_deref(), make)?;
         }
         VolumeCommand::Ls { json } => list(&store, json)?,
-        VolumeCommand::Rm { names } => names.iter().try_for_each(|name| store.remove_volume(name))?,
+        VolumeCommand::Rm { names } => names.iter().try_for_each(|name| remove(&store, name))?,
         VolumeCommand::Resize { name, size, shrink } => resize(&store, &name, size, shrink)?,
         VolumeCommand::Snapshot { command: SnapshotCommand::Create { volume, name } } => {
             store.take_snapshot(&volume, &name)?;
@@ -143,8 +140,9 @@ pub fn volume(arguments: VolumeArguments) -> Result<ExitCode> {
         VolumeCommand::Snapshot { command: SnapshotCommand::Rm { volume, names } } => {
             names.iter().try_for_each(|name| store.remove_snapshot(&volume, name))?;
         }
-        VolumeCommand::Clone { source, name } => {
-            store.clone_volume(&source.volume, source.snapshot.as_deref(), &name)?;
+        VolumeCommand::Clone { source, name, encrypt, domain } => {
+            let make = |domain: Option<&str>| clone(&store, &source, &name, domain);
+            in_domain(&state, &store, &name, encrypt, domain.as_deref(), make)?;
         }
         VolumeCommand::Rollback { volume, snapshot } => store.roll_back(&volume, &snapshot)?,
         VolumeCommand::Diff { from, to, json } => diff(&store, &from, &to, json)?,
@@ -166,10 +164,77 @@ fn create(
             let chunk_len = u32::try_from(chunk.0).unwrap_or(u32::MAX);
             store.create_volume_in(name, &Content::Zeros { capacity_bytes: size.0, chunk_len }, domain)?;
         }
-        (None, Some(image)) => {
-            store.create_volume_in(name, &Content::Image(image), domain)?;
-        }
+        (None, Some(image)) => begin_as(store, name, &Content::Image(image), image_domain(store, image)?, domain)?,
         (None, None) => unreachable!("the parser asks for one of the two"),
+    }
+    Ok(())
+}
+
+/// Makes a volume in a domain, which is made first if it is to be one of its own.
+fn in_domain(
+    state: &StateFolder,
+    store: &Arc<Store>,
+    name: &str,
+    encrypt: bool,
+    domain: Option<&str>,
+    make: impl FnOnce(Option<&str>) -> Result<()>,
+) -> Result<()> {
+    if !encrypt {
+        return make(domain);
+    }
+    if store.volume(name).is_ok() {
+        bail!("there is a volume {name} already");
+    }
+    create_domain_for(state, store, name, || make(Some(name)))
+}
+
+/// Makes a volume that shares what it begins as, or is a copy of that if it is to be in another domain.
+fn begin_as(store: &Arc<Store>, name: &str, content: &Content<'_>, origin: u32, domain: Option<&str>) -> Result<()> {
+    let Some(wanted) = domain.map(|domain| store.domain(domain)).transpose()?.filter(|row| row.id != origin) else {
+        store.create_volume(name, content)?;
+        return Ok(());
+    };
+    let mut progress = Progress::new();
+    store.copy_volume(name, content, Some(&wanted.name), &mut |step| progress.show(step))?;
+    progress.finish();
+    Ok(())
+}
+
+/// The domain that the disk of an image is in.
+fn image_domain(store: &Arc<Store>, image: &str) -> Result<u32> {
+    Ok(store.image(image)?.1.disks.first().map_or(OPEN_DOMAIN, |disk| disk.domain))
+}
+
+fn clone(store: &Arc<Store>, source: &DiskName, name: &str, domain: Option<&str>) -> Result<()> {
+    if domain.is_none() {
+        store.clone_volume(&source.volume, source.snapshot.as_deref(), name)?;
+        return Ok(());
+    }
+    let (volume, taken) = (&source.volume, format!("for-{name}-{}", Id::random()));
+    let snapshot = match &source.snapshot {
+        Some(snapshot) => store.snapshot(volume, snapshot)?,
+        None => store.take_snapshot(volume, &taken)?,
+    };
+    let made = begin_as(store, name, &Content::Snapshot(&snapshot), snapshot.domain, domain);
+    if source.snapshot.is_none() {
+        // The volume has what it needs.
+        store.remove_snapshot(volume, &taken)?;
+    }
+    made
+}
+
+/// Removes a volume; says so if its domain has nothing in it any more.
+fn remove(store: &Arc<Store>, name: &str) -> Result<()> {
+    let row = store.volume(name)?;
+    store.remove_volume(name)?;
+    let domain = store.domains()?.into_iter().find(|domain| domain.id == row.domain);
+    if let Some(domain) = domain
+        && !store.is_domain_in_use(domain.id)?
+    {
+        println!(
+            "Nothing is in domain {0} any more: `polder store domain erase {0} --yes` removes it and its key",
+            domain.name
+        );
     }
     Ok(())
 }
@@ -192,14 +257,15 @@ fn list(store: &Arc<Store>, as_json: bool) -> Result<()> {
         println!("{:#}", serde_json::Value::from(values));
         return Ok(());
     }
-    println!("{:<30} {:>10} {:>9}  {:<20} USED BY", "NAME", "SIZE", "SNAPSHOTS", "CREATED");
+    println!("{:<30} {:>10} {:>9}  {:<20} {:<15} USED BY", "NAME", "SIZE", "SNAPSHOTS", "CREATED", "DOMAIN");
     for volume in volumes {
         println!(
-            "{:<30} {:>10} {:>9}  {:<20} {}",
+            "{:<30} {:>10} {:>9}  {:<20} {:<15} {}",
             volume.row.name,
             rough(volume.capacity_bytes),
             volume.snapshots,
             utc(volume.row.created_ns / 1_000_000_000),
+            domains.get(&volume.row.domain).map_or("-", String::as_str),
             volume.user.map_or("-".to_owned(), |process| format!("process {process}"))
         );
     }

@@ -34,6 +34,7 @@ pub(crate) struct Fixed {
     root: Root,
     chunk_len: u32,
     capacity_bytes: u64,
+    domain: u32,
 }
 
 impl FixedDisk {
@@ -43,6 +44,7 @@ impl FixedDisk {
             root: tree.root,
             chunk_len: tree.chunk_len,
             capacity_bytes: tree.len_bytes,
+            domain: tree.domain,
         }))
     }
 }
@@ -59,6 +61,14 @@ impl View {
         match self {
             View::Volume(core) => &core.store,
             View::Fixed(fixed) => &fixed.store,
+        }
+    }
+
+    /// The domain that its tree is in.
+    pub fn domain(&self) -> u32 {
+        match self {
+            View::Volume(core) => core.row.domain,
+            View::Fixed(fixed) => fixed.domain,
         }
     }
 
@@ -82,7 +92,7 @@ impl View {
             View::Fixed(fixed) => {
                 let mut pieces = Vec::new();
                 let root = self.plan(offset, bytes.len(), &mut pieces)?;
-                let mut reader = TreeReader::new(&fixed.store, root, fixed.chunk_len as usize);
+                let mut reader = TreeReader::new(&fixed.store, root, fixed.chunk_len as usize, fixed.domain);
                 let mut rest = bytes;
                 for piece in &pieces {
                     let (part, behind) = rest.split_at_mut(piece.len());

@@ -18,6 +18,7 @@ use crate::disk::open_disk::{OpenDisk, View};
 use crate::disk::{Buffer, Completion, DiskError, Durability, Operation, Queue};
 use crate::name::Name;
 use crate::records::segment::Location;
+use crate::store::{Expected, Read};
 use crate::tree::{self, Root, TreeNode};
 use crate::volume::extent_map::BLOCK_LEN;
 use crate::volume::layers::Piece;
@@ -280,11 +281,13 @@ impl<B: Buffer> DiskQueue<B> {
         buffer: &mut B,
         leaf: &mut Option<(u64, Arc<TreeNode>)>,
     ) -> Tried {
-        let store = self.view.store();
+        let (store, domain) = (self.view.store(), self.view.domain());
         let place = (index % tree::FAN_OUT as u64) as usize;
         let leaf_index = index / tree::FAN_OUT as u64;
         if leaf.as_ref().is_none_or(|(held, _)| *held != leaf_index) {
-            *leaf = match tree::find_leaf_if(root, index, |name| store.cached_node(name)) {
+            // What is in another domain is for the long way, which says so.
+            let node = |name: &Name| store.cached_node(name).filter(|node| node.domain == domain);
+            *leaf = match tree::find_leaf_if(root, index, node) {
                 Some(Some(found)) => Some((leaf_index, found)),
                 Some(None) => {
                     buffer.put_zeros(at, len);
@@ -299,7 +302,7 @@ impl<B: Buffer> DiskQueue<B> {
             buffer.put_zeros(at, len);
             return Tried::Done;
         }
-        if let Some(content) = store.cached_chunk(&name)
+        if let Some(content) = store.cached_chunk(&name, domain)
             && let Some(part) = content.get(from..from + len)
         {
             buffer.put(at, part);
@@ -309,9 +312,9 @@ impl<B: Buffer> DiskQueue<B> {
         let Ok(file) = store.file_of(location) else { return Tried::LookUp };
         let mut bytes = vec![0; location.read_len()];
         match read_some_if_cached(&file, &mut bytes, location.offset()) {
-            Some(read) => match store.content(&name, location, &bytes[..read]) {
-                Ok(content) if content.len() >= from + len => {
-                    store.cache_chunk(&name, &content);
+            Some(read) => match store.content(&name, location, Expected::Data { domain }, &mut bytes[..read]) {
+                Ok(Read { content, .. }) if content.len() >= from + len => {
+                    store.cache_chunk(&name, domain, &content);
                     buffer.put(at, &content[from..from + len]);
                     Tried::Done
                 }
@@ -467,19 +470,20 @@ impl<B: Buffer> DiskQueue<B> {
     }
 
     fn end_call(&mut self, call: usize, result: i32) {
-        let Some(call) = self.calls.take(call) else { return };
-        let store = self.view.store().clone();
+        let Some(mut call) = self.calls.take(call) else { return };
+        let (store, domain) = (self.view.store().clone(), self.view.domain());
         let Some(request) = self.requests.get(call.request) else { return };
-        let bytes = call.bytes.get(..result.max(0) as usize).unwrap_or_default();
+        let wanted = call.bytes.len();
+        let bytes = call.bytes.get_mut(..result.max(0) as usize).unwrap_or_default();
         match call.act {
-            Act::Log { at, .. } => match (&mut request.buffer, bytes.len() == call.bytes.len()) {
+            Act::Log { at, .. } => match (&mut request.buffer, bytes.len() == wanted) {
                 (Some(buffer), true) => buffer.put(at, bytes),
                 _ => request.again = true,
             },
             Act::Record { name, location, at, from, len, .. } => {
-                match (&mut request.buffer, store.content(&name, location, bytes)) {
-                    (Some(buffer), Ok(content)) if content.len() >= from + len => {
-                        store.cache_chunk(&name, &content);
+                match (&mut request.buffer, store.content(&name, location, Expected::Data { domain }, bytes)) {
+                    (Some(buffer), Ok(Read { content, .. })) if content.len() >= from + len => {
+                        store.cache_chunk(&name, domain, &content);
                         buffer.put(at, &content[from..from + len]);
                     }
                     _ => request.again = true,

@@ -138,13 +138,14 @@ pub(crate) fn unpack(header: &Header, packed: &[u8]) -> Result<Arc<[u8]>, String
         Packing::Raw if packed.len() == len => Ok(packed.into()),
         Packing::Raw => Err(format!("chunk {} has another length than it says", header.name)),
         Packing::Lz4 | Packing::Zstd => {
-            let mut content = vec![0; len];
+            let mut content: Arc<[u8]> = std::iter::repeat_n(0, len).collect();
+            let space = Arc::get_mut(&mut content).unwrap_or_else(|| unreachable!("nobody else has it yet"));
             let unpacked = match header.packing {
-                Packing::Lz4 => decompress_into(packed, &mut content).ok(),
-                _ => zstd::bulk::decompress_to_buffer(packed, &mut content).ok(),
+                Packing::Lz4 => decompress_into(packed, space).ok(),
+                _ => zstd::bulk::decompress_to_buffer(packed, space).ok(),
             };
             match unpacked {
-                Some(found) if found == len => Ok(content.into()),
+                Some(found) if found == len => Ok(content),
                 _ => Err(format!("chunk {} cannot be unpacked", header.name)),
             }
         }

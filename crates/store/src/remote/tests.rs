@@ -157,7 +157,7 @@ fn volume(store: &Arc<Store>, image: &str, name: &str) -> Volume {
 fn content(store: &Arc<Store>, image: &str) -> crate::Result<Vec<u8>> {
     let (_, node) = store.image(image)?;
     let mut bytes = vec![0; node.disks[0].len_bytes as usize];
-    let mut reader = crate::tree::reader::TreeReader::new(store, node.disks[0].root, CHUNK);
+    let mut reader = crate::tree::reader::TreeReader::new(store, node.disks[0].root, CHUNK, 0);
     for (index, part) in bytes.chunks_mut(CHUNK).enumerate() {
         reader.read(index as u64, 0, part)?;
     }
@@ -282,7 +282,7 @@ fn readers_at_once_fetch_each_record_once() {
             let (barrier, there, bytes) = (&barrier, &there, &bytes);
             scope.spawn(move || {
                 let (_, node) = there.image("disk").unwrap();
-                let mut source = crate::tree::reader::TreeReader::new(there, node.disks[0].root, CHUNK);
+                let mut source = crate::tree::reader::TreeReader::new(there, node.disks[0].root, CHUNK, 0);
                 for round in 0..100 {
                     barrier.wait();
                     // All eight ask for the same, or for neighbours of it.
@@ -314,12 +314,12 @@ fn reads_outlast_a_server_that_is_stopped_and_started_and_end_when_it_stays_away
     push(&remote, &here, "disk");
     remote.attach(&there, "disk", &TransferOptions::new("disk")).unwrap();
     let (_, node) = there.image("disk").unwrap();
-    let mut reader = crate::tree::reader::TreeReader::new(&there, node.disks[0].root, CHUNK);
+    let mut reader = crate::tree::reader::TreeReader::new(&there, node.disks[0].root, CHUNK, 0);
     assert!(reader.chunk(0).unwrap().unwrap()[..] == bytes[..CHUNK]);
     bucket.down.store(true, Ordering::Relaxed);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| {
-            let mut reader = crate::tree::reader::TreeReader::new(&there, node.disks[0].root, CHUNK);
+            let mut reader = crate::tree::reader::TreeReader::new(&there, node.disks[0].root, CHUNK, 0);
             reader.chunk(100).unwrap().unwrap()
         });
         std::thread::sleep(Duration::from_millis(300));
@@ -334,7 +334,7 @@ fn reads_outlast_a_server_that_is_stopped_and_started_and_end_when_it_stays_away
         for _ in 0..4 {
             let (there, node) = (&there, &node);
             scope.spawn(move || {
-                let mut reader = crate::tree::reader::TreeReader::new(there, node.disks[0].root, CHUNK);
+                let mut reader = crate::tree::reader::TreeReader::new(there, node.disks[0].root, CHUNK, 0);
                 let error = reader.chunk(150).unwrap_err();
                 assert!(matches!(&error, StoreError::Remote(RemoteError::Gone { .. })), "{error}");
                 assert!(error.to_string().contains("connection refused"), "{error}");
@@ -480,7 +480,7 @@ fn what_was_read_first_is_fetched_first() {
     let attached = remote.attach(&there, "disk", &TransferOptions::new("disk")).unwrap();
     let (_, node) = there.image("disk").unwrap();
     let chunks = [1400u64, 20, 700];
-    let mut reader = crate::tree::reader::TreeReader::new(&there, node.disks[0].root, CHUNK);
+    let mut reader = crate::tree::reader::TreeReader::new(&there, node.disks[0].root, CHUNK, 0);
     chunks.iter().for_each(|&chunk| drop(reader.chunk(chunk).unwrap()));
     attached.save_profile("disk").unwrap();
     // Another host.

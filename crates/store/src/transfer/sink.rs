@@ -423,7 +423,8 @@ impl<'a, S: Read + Write> Sink<'a, S> {
                 self.add_trees(&node)?;
             }
             What::Tree { place, handle } => {
-                let node = TreeNode::from_bytes(&content).ok_or_else(|| tree::not_a_node(&expected.name))?;
+                let node =
+                    TreeNode::from_bytes(&content, OPEN_DOMAIN).ok_or_else(|| tree::not_a_node(&expected.name))?;
                 let level = usize::from(place.level);
                 self.coming_nodes[level] -= 1;
                 self.open[level].push_back(Open { handle, node: Arc::new(node), place });

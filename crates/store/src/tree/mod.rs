@@ -71,17 +71,19 @@ fn child_of(level: u8, chunk: u64) -> usize {
 /// A node in memory. A leaf remembers where its chunks lie once that was looked up.
 pub(crate) struct TreeNode {
     pub children: Box<[Name; FAN_OUT]>,
+    /// The domain that its record is in, and so its children are.
+    pub domain: u32,
     locations: Box<[AtomicU64; FAN_OUT]>,
 }
 
 impl TreeNode {
     pub const EMPTY: [Name; FAN_OUT] = [Name::NONE; FAN_OUT];
 
-    pub fn new(children: Box<[Name; FAN_OUT]>) -> Self {
-        TreeNode { children, locations: Box::new([const { AtomicU64::new(0) }; FAN_OUT]) }
+    pub fn new(children: Box<[Name; FAN_OUT]>, domain: u32) -> Self {
+        TreeNode { children, domain, locations: Box::new([const { AtomicU64::new(0) }; FAN_OUT]) }
     }
 
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+    pub fn from_bytes(bytes: &[u8], domain: u32) -> Option<Self> {
         if bytes.len() != NODE_LEN {
             return None;
         }
@@ -89,7 +91,7 @@ impl TreeNode {
         for (child, bytes) in children.iter_mut().zip(bytes.chunks_exact(Name::LEN)) {
             child.0.copy_from_slice(bytes);
         }
-        Some(TreeNode::new(children))
+        Some(TreeNode::new(children, domain))
     }
 
     /// Where a child's record lies, if that was looked up before.

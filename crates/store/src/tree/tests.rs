@@ -19,7 +19,7 @@ impl NodeSource for Nodes {
 impl NodeSink for Nodes {
     fn put_node(&mut self, bytes: &[u8]) -> Result<Name> {
         let name = Namer::open().name(Kind::Tree, bytes);
-        self.0.insert(name, Arc::new(TreeNode::from_bytes(bytes).unwrap()));
+        self.0.insert(name, Arc::new(TreeNode::from_bytes(bytes, 0).unwrap()));
         Ok(name)
     }
 }

@@ -379,7 +379,7 @@ impl<'a> Making<'a> {
         let range =
             |part: &Range<u64>| ((part.start - first) * BLOCK_LEN) as usize..((part.end - first) * BLOCK_LEN) as usize;
         if extents.parts(blocks.clone()).any(|(_, place)| place.is_none()) {
-            let mut reader = TreeReader::new(&self.core.store, self.root, self.chunk.len());
+            let mut reader = TreeReader::new(&self.core.store, self.root, self.chunk.len(), self.core.row.domain);
             match reader.chunk(index)? {
                 Some(content) => self.chunk.copy_from_slice(&content),
                 None => self.chunk.fill(0),

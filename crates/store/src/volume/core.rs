@@ -269,7 +269,7 @@ impl Core {
         let mut pieces = Vec::new();
         let root = self.plan(offset, bytes.len(), &mut pieces)?;
         let mut rest = bytes;
-        let mut reader = TreeReader::new(&self.store, root, self.chunk_len());
+        let mut reader = TreeReader::new(&self.store, root, self.chunk_len(), self.row.domain);
         for piece in &pieces {
             let (part, behind) = rest.split_at_mut(piece.len());
             piece.read(part, |index, from, part| reader.read(index, from, part))?;

@@ -149,7 +149,7 @@ fn what_another_process_has_not_sealed_is_read_and_not_built_on() {
         (name, location, batch.sync().unwrap().reused)
     };
     let (name, theirs, _) = put(&one);
-    assert_eq!(two.read(&name).unwrap().0[..], bytes);
+    assert_eq!(two.read_local(&name).unwrap().content[..], bytes);
     let (_, ours, reused) = put(&two);
     assert!(reused == 0 && ours.segment() != theirs.segment());
     // Once it is sealed it is as stable as it gets.
@@ -291,8 +291,8 @@ fn a_damaged_record_of_a_segment_that_was_never_finished_costs_no_other() {
         }
         let store = open_store(&crashed);
         for (at, (name, _)) in names.iter().enumerate() {
-            match store.read(name) {
-                Ok((content, _)) => assert!(content[..] == noise(at as u64, 16_384), "{what} {at}"),
+            match store.read_local(name) {
+                Ok(read) => assert!(read.content[..] == noise(at as u64, 16_384), "{what} {at}"),
                 Err(_) => assert!([3, 11].contains(&at), "{what} of 3 and 11: {at} is gone"),
             }
         }
@@ -349,7 +349,7 @@ fn what_looks_like_a_record_inside_of_a_damaged_one_is_no_record() {
     let file = std::fs::File::options().write(true).open(segment).unwrap();
     file.write_all_at(b"torn", location.offset()).unwrap();
     let store = open_store(&crashed);
-    assert!(store.read(&victim).is_err());
+    assert!(store.read_local(&victim).is_err());
     let behind = crate::Namer::open().name(Kind::Data, &noise(9, 4096));
-    assert_eq!(store.read(&behind).unwrap().0[..], noise(9, 4096));
+    assert_eq!(store.read_local(&behind).unwrap().content[..], noise(9, 4096));
 }

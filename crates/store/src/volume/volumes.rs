@@ -109,9 +109,7 @@ impl Store {
                 }
             }
             Content::Image(image) => {
-                let (_, node) = self.image(image)?;
-                let no_disk = || StoreError::Refused(format!("image {image} has no disk"));
-                let tree = node.disks.first().ok_or_else(no_disk)?;
+                let tree = self.first_disk(image)?;
                 check_capacity(tree.len_bytes)?;
                 take_domain(&mut row, domain.as_ref(), tree.domain)?;
                 row.chunk_len = tree.chunk_len;
@@ -152,7 +150,9 @@ impl Store {
         // Clones of snapshots that are in the log only need them in the tree.
         let pending = self.catalog().snapshots(Some(row.id))?.into_iter().filter(|snapshot| snapshot.root.is_none());
         let origins: Vec<Id> = self.catalog().volumes()?.into_iter().filter_map(|other| other.origin).collect();
-        if pending.into_iter().any(|snapshot| origins.contains(&snapshot.id)) {
+        // Of an erased domain nobody reads them either way.
+        let is_erased = self.domains()?.iter().any(|domain| domain.id == row.domain && domain.is_erased);
+        if !is_erased && pending.into_iter().any(|snapshot| origins.contains(&snapshot.id)) {
             drop(lock);
             self.settle(row.id)?;
             return self.remove_volume(name);

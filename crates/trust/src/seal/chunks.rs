@@ -1,25 +1,21 @@
-//! Chunks, sealed convergently.
+//! Chunks, sealed under keys of their own.
 //!
-//! Each chunk has a key of its own: keyed BLAKE3 of its name and of how its payload was made of it. So one key seals one plaintext only, and two records under
-//! one key differ at most in how a compressor's releases have packed it, or in their headers. That must not repeat a nonce all the same, so the nonce is a
-//! fingerprint of all that is sealed: POLYVAL of the payload (a universal hash with a secret key, as in AES-GCM-SIV), then keyed BLAKE3 of that, of the payload's length and of the header. A payload that *is* the
-//! chunk needs no hash: the name has been one. As the key alone makes sure of most, a nonce that repeats would take two outputs of a compressor for one chunk that collide in 96 bits.
+//! Each chunk has a key of its own: keyed BLAKE3 of its name and of how its payload was made of it. So one key seals one plaintext only, and two payloads under
+//! one key differ at most in how two releases of a compressor have packed it. Nonces are numbers in a row that begins at a random place of 96 bits for each
+//! [`ChunkCipher`], so that one cipher never uses one twice, and two releases, which are two processes, would have to begin at neighbours among 2^96.
 //!
 //! Keys of single chunks are on the stack for as long as one is sealed or opened, and are not wiped.
 
 use std::num::NonZeroU8;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use polyval::Polyval;
-use polyval::universal_hash::UniversalHash;
 use ring::aead::{Aad, LessSafeKey, Nonce};
 
 use super::{Broken, ChunkName, PAYLOAD_BYTES_MAX, TAG_BYTES, cipher, derive};
-use crate::keys::Secret;
+use crate::keys::{NoRandomness, Secret};
 
 /// Bytes of a nonce.
 pub const NONCE_BYTES: usize = 12;
-/// The longest header.
-pub const HEADER_BYTES_MAX: usize = 64;
 
 /// What a payload is of its chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,28 +46,37 @@ pub struct Seal {
 /// Seals and opens the chunks of a domain. Any number of threads may use one.
 pub struct ChunkCipher {
     keys: Secret,
-    nonces: Secret,
-    fingerprints: Polyval,
+    /// The first four bytes of all nonces.
+    nonces: [u8; 4],
+    /// The others of the next one, as a number.
+    next_nonce: AtomicU64,
 }
 
 impl ChunkCipher {
     /// Of the domain that has this secret.
-    pub fn of(domain: &Secret) -> ChunkCipher {
-        let fingerprints = derive("polder store chunk fingerprints 1", domain);
-        let (key, _) = fingerprints.bytes().split_first_chunk::<16>().expect("a secret is longer");
+    pub fn of(domain: &Secret) -> Result<ChunkCipher, NoRandomness> {
+        let random = Secret::random()?;
+        let (first, _) = random.bytes().split_first_chunk::<NONCE_BYTES>().expect("a secret is longer");
+        Ok(Self::from_nonce(domain, *first))
+    }
+
+    /// One whose first nonce is known.
+    pub(super) fn from_nonce(domain: &Secret, first: [u8; NONCE_BYTES]) -> ChunkCipher {
+        let [a, b, c, d, number @ ..] = first;
         ChunkCipher {
             keys: derive("polder store chunk keys 1", domain),
-            nonces: derive("polder store chunk nonces 1", domain),
-            fingerprints: Polyval::new(key.into()),
+            nonces: [a, b, c, d],
+            next_nonce: AtomicU64::new(u64::from_le_bytes(number)),
         }
     }
 
-    /// Seals the payload of a chunk in place. Equal input gives equal output.
+    /// Seals the payload of a chunk in place. Equal input gives other output each time.
     ///
     /// # Panics
-    /// The header is longer than [`HEADER_BYTES_MAX`], or the payload than [`PAYLOAD_BYTES_MAX`].
+    /// The payload is longer than [`PAYLOAD_BYTES_MAX`].
     pub fn seal(&self, name: &ChunkName, form: Form, header: &[u8], payload: &mut [u8]) -> Seal {
-        let nonce = self.nonce(form, header, payload);
+        assert!(payload.len() <= PAYLOAD_BYTES_MAX);
+        let nonce = self.nonce();
         let tag = self
             .key(name, form)
             .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(header), payload)
@@ -103,20 +108,12 @@ impl ChunkCipher {
         cipher(blake3::keyed_hash(self.keys.bytes(), &input).as_bytes())
     }
 
-    /// Codec, length (4 bytes), fingerprint (16, zeros for a whole chunk), header: hashed.
-    fn nonce(&self, form: Form, header: &[u8], payload: &[u8]) -> [u8; NONCE_BYTES] {
-        assert!(header.len() <= HEADER_BYTES_MAX && payload.len() <= PAYLOAD_BYTES_MAX);
-        let mut input = [0; 21 + HEADER_BYTES_MAX];
-        input[0] = form.codec();
-        input[1..5].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-        if form != Form::Whole {
-            let mut fingerprint = self.fingerprints.clone();
-            fingerprint.update_padded(payload);
-            input[5..21].copy_from_slice(&fingerprint.finalize());
-        }
-        let end = 21 + header.len();
-        input[21..end].copy_from_slice(header);
-        let hash = blake3::keyed_hash(self.nonces.bytes(), &input[..end]);
-        *hash.as_bytes().first_chunk().expect("a hash is longer")
+    /// One that this cipher has not used before.
+    fn nonce(&self) -> [u8; NONCE_BYTES] {
+        let number = self.next_nonce.fetch_add(1, Ordering::Relaxed);
+        let mut nonce = [0; NONCE_BYTES];
+        nonce[..4].copy_from_slice(&self.nonces);
+        nonce[4..].copy_from_slice(&number.to_le_bytes());
+        nonce
     }
 }

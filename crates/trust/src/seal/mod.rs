@@ -1,7 +1,7 @@
 //! Encryption at rest: what the store writes to its disk, sealed so that only who has the domain's or the volume's secret reads it.
 //!
 //! Two kinds of things are stored. *Chunks* are named by their contents and stored once inside a *domain*, a set of volumes that may know of one another what they have in common. They
-//! are sealed convergently ([`ChunkCipher`]): equal chunks of a domain have equal names and equal records, those of two domains have nothing in common. *Records of a log* are
+//! are sealed under keys of their names ([`ChunkCipher`]): equal chunks of a domain have equal names, those of two domains have nothing in common. *Records of a log* are
 //! sealed under their volume's key by their place in the log ([`LogCipher`]).
 //!
 //! Always AES-256-GCM: 16 bytes of tag, and the header that goes with a payload is bound to it as associated data. Nothing allocates: payloads are sealed and opened where they lie.
@@ -10,7 +10,7 @@
 mod chunks;
 mod log;
 
-pub use chunks::{ChunkCipher, Form, HEADER_BYTES_MAX, NONCE_BYTES, Seal};
+pub use chunks::{ChunkCipher, Form, NONCE_BYTES, Seal};
 pub use log::{LogCipher, LogPlace};
 
 use ring::aead::{AES_256_GCM, LessSafeKey, UnboundKey};
