@@ -9,6 +9,7 @@ mod figures;
 mod files;
 mod load;
 mod random;
+mod sealing;
 mod snapshots;
 
 use std::process::ExitCode;
@@ -24,6 +25,7 @@ fn run(command: &str, arguments: &Arguments) -> Outcome {
         "disk-speed" => files::disk_speed(arguments),
         "sync-loop" => files::sync_loop(arguments),
         "ideal" => files::ideal(arguments),
+        "sealing" => sealing::steps(arguments),
         "load" => load::load(arguments),
         "history" => snapshots::history(arguments),
         "snapshots" => snapshots::beside_load(arguments),

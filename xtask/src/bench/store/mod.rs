@@ -5,8 +5,10 @@
 //! what is told of a row are medians and ratios of the turns of one round: on a machine with other work a time alone says nothing.
 //!
 //! Modules: `report` (rows, bars, table and JSON), `place` (the folder under test), `session` (what the rows share), `server` and `fio`
-//! (who serves and who asks); the rows are in `serving`, `process`, `snapshots`, `room` and `upkeep`.
+//! (who serves and who asks); the rows are in `serving`, `process`, `snapshots`,
+//! `room`, `upkeep` and `encryption`.
 
+mod encryption;
 mod fio;
 mod place;
 mod process;
@@ -38,7 +40,11 @@ struct Row {
 
 /// The rows, in the order in which they are measured.
 fn rows() -> Vec<Row> {
-    [serving::ROWS, process::ROWS, snapshots::ROWS, upkeep::ROWS, room::ROWS].into_iter().flatten().copied().collect()
+    [serving::ROWS, process::ROWS, snapshots::ROWS, upkeep::ROWS, encryption::ROWS, room::ROWS]
+        .into_iter()
+        .flatten()
+        .copied()
+        .collect()
 }
 
 impl Clone for Row {

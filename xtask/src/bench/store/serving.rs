@@ -50,7 +50,7 @@ fn targets(session: &Session, own: bool) -> Result<Vec<(&'static str, Target)>> 
 }
 
 /// Servers that stay for all rounds, for disks that are read only.
-fn by_servers(session: &Session, targets: &[(&str, Target)], job: Job) -> Result<super::session::Turns> {
+pub fn by_servers(session: &Session, targets: &[(&str, Target)], job: Job) -> Result<super::session::Turns> {
     let servers: Vec<(String, Server)> = targets
         .iter()
         .map(|(name, target)| {
@@ -67,7 +67,7 @@ fn by_servers(session: &Session, targets: &[(&str, Target)], job: Job) -> Result
 }
 
 /// A server for each turn: what it left to do when it was written is done when the next turn begins.
-fn by_fresh_servers<'a>(session: &'a Session, targets: Vec<(&'static str, Target)>, job: Job) -> Vec<Runner<'a>> {
+pub fn by_fresh_servers<'a>(session: &'a Session, targets: Vec<(&'static str, Target)>, job: Job) -> Vec<Runner<'a>> {
     targets
         .into_iter()
         .map(|(name, target)| {
