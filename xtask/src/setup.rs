@@ -24,7 +24,10 @@ const PACKAGES: &[Package] = &[
     Package { name: "ca-certificates", reason: "cargo fetches crates over TLS" },
     Package { name: "mmdebstrap", reason: "makes Debian root file systems from packages" },
     Package { name: "debian-archive-keyring", reason: "the keys that mmdebstrap checks Debian's packages with" },
-    Package { name: "e2fsprogs", reason: "mke2fs -d turns a root file system into an ext4 disk" },
+    Package {
+        name: "e2fsprogs",
+        reason: "mke2fs -d turns a root file system into an ext4 disk; e2fsck judges what a power cut left of one on a volume",
+    },
     Package { name: "kmod", reason: "depmod: the order in which a test guest loads its kernel modules" },
     Package { name: "uidmap", reason: "makes root file systems without being root" },
     Package { name: "fakeroot", reason: "owners of files in a disk made without being root" },
