@@ -21,6 +21,11 @@ use super::error::RemoteError;
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Bytes a second that come or go at least, once a server answers: slower ones count as not answering.
+const RATE_MIN: u64 = 64 << 10;
+
+/// The longest object that is read whole: an index of sixteen segments that hold nothing but the smallest records.
+const WHOLE_LEN_MAX: u64 = 64 << 20;
 
 /// An object as lists show it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,20 +157,22 @@ impl S3 {
         connection.as_ref().map_err(|error| BucketError::Final(error.clone()))
     }
 
-    /// Has the thread of the network do something with the bucket, and waits.
-    fn wait<T: Send + 'static, F>(&self, act: impl FnOnce(Arc<AmazonS3>) -> F) -> Outcome<T>
+    /// Has the thread of the network do something with the bucket, and waits, as long as the patience and these bytes allow.
+    fn wait<T: Send + 'static, F>(&self, bytes: u64, act: impl FnOnce(Arc<AmazonS3>) -> F) -> Outcome<T>
     where
         F: Future<Output = object_store::Result<T>> + Send + 'static,
     {
         let connection = self.connection()?;
         let (send, receive) = mpsc::channel();
         let act = act(connection.store.clone());
+        let limit = self.options.address.patience + Duration::from_secs(bytes / RATE_MIN);
         connection.handle.spawn(async move {
             // Nobody may wait any more.
-            let _ = send.send(act.await);
+            let _ = send.send(tokio::time::timeout(limit, act).await);
         });
         match receive.recv() {
-            Ok(outcome) => outcome.map_err(|error| bucket_error(error, &self.options, &self.bucket)),
+            Ok(Err(_)) => Err(BucketError::Again(format!("no answer in {} s", limit.as_secs()))),
+            Ok(Ok(outcome)) => outcome.map_err(|error| bucket_error(error, &self.options, &self.bucket)),
             Err(_) => Err(BucketError::Again("the thread of the network has ended".to_owned())),
         }
     }
@@ -173,14 +180,15 @@ impl S3 {
 
 impl Connection {
     fn new(options: &RemoteOptions, bucket: &str) -> Result<Self, RemoteError> {
-        let RemoteAddress { url, endpoint, region, patience } = &options.address;
+        let RemoteAddress { url, endpoint, region, .. } = &options.address;
         // Without any, the client would ask the network for some.
         let credentials =
             options.credentials.as_ref().ok_or_else(|| RemoteError::NoCredentials { url: url.clone() })?;
         let client = ClientOptions::new()
             .with_allow_http(true)
             .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_timeout((*patience).max(CONNECT_TIMEOUT));
+            // How long a call may take depends on what it moves.
+            .with_timeout_disabled();
         let mut builder = AmazonS3Builder::new()
             .with_bucket_name(bucket)
             .with_region(region)
@@ -255,27 +263,33 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl Bucket for S3 {
     fn put(&self, path: &str, bytes: Vec<u8>) -> Outcome<()> {
         let path = Path::from(path);
-        self.wait(|store| async move { store.put(&path, bytes.into()).await.map(drop) })
+        self.wait(bytes.len() as u64, |store| async move { store.put(&path, bytes.into()).await.map(drop) })
     }
 
     fn get(&self, path: &str) -> Outcome<Vec<u8>> {
-        let path = Path::from(path);
-        self.wait(|store| async move { Ok(store.get(&path).await?.bytes().await?.into()) })
+        let at = Path::from(path);
+        let found = self.wait(0, |store| async move { store.get(&at).await })?;
+        let len = found.meta.size;
+        if len > WHOLE_LEN_MAX {
+            let (object, what) = (path.to_owned(), format!("it has {len} bytes"));
+            return Err(BucketError::Final(RemoteError::Damaged { object, what }));
+        }
+        self.wait(len, |_| async move { Ok(found.bytes().await?.into()) })
     }
 
     fn get_range(&self, path: &str, range: Range<u64>) -> Outcome<Vec<u8>> {
         let path = Path::from(path);
-        self.wait(|store| async move { Ok(store.get_range(&path, range).await?.into()) })
+        self.wait(range.end - range.start, |store| async move { Ok(store.get_range(&path, range).await?.into()) })
     }
 
     fn remove(&self, path: &str) -> Outcome<()> {
         let path = Path::from(path);
-        self.wait(|store| async move { store.delete(&path).await })
+        self.wait(0, |store| async move { store.delete(&path).await })
     }
 
     fn list(&self, folder: &str) -> Outcome<Vec<Object>> {
         let path = Path::from(folder);
-        let listed = self.wait(|store| async move { store.list_with_delimiter(Some(&path)).await })?;
+        let listed = self.wait(0, |store| async move { store.list_with_delimiter(Some(&path)).await })?;
         let object = |meta: object_store::ObjectMeta| {
             Some(Object {
                 name: meta.location.filename()?.to_owned(),

@@ -23,7 +23,8 @@ use crate::store::{Local, Origin, Store};
 use crate::tree::{self, NodeSource, TreeNode, Visit};
 use crate::upkeep::collect::{Step, Watcher};
 
-/// Bytes that are read together for a record that somebody waits for.
+/// Bytes that are read together for a record that somebody waits for. Who reads on where the last read ended gets as many as came before,
+/// up to what is read where everything will be needed.
 const REACH: u64 = 128 << 10;
 /// The same where everything will be needed.
 const REACH_OF_ALL: u64 = 2 << 20;
@@ -189,6 +190,9 @@ impl Fetcher {
             // It was read before, and a collection has freed it since.
             segment.remove(&start);
         }
+        let before = segment.range(..place.offset).next_back();
+        let run = before.filter(|(_, span)| span.flight.is_none() && span.end == place.offset);
+        let reach = run.map_or(reach, |(start, _)| reach.max((place.offset - start).min(REACH_OF_ALL)));
         let next = segment.range(place.offset + 1..).next().map_or(u64::MAX, |(&start, _)| start);
         let end = (place.offset + reach).min(next).max(place.offset + place.len);
         let flight = Arc::new(Flight::default());

@@ -267,6 +267,23 @@ fn attached_urls(store: &Store) -> Vec<String> {
 }
 
 #[test]
+fn who_reads_on_gets_more_at_a_time() {
+    let (bucket, here, there) = (MemoryBucket::new(), store(), store());
+    let remote = remote(&bucket);
+    let bytes = noise(14, 1500 * CHUNK);
+    image_of(&here, "disk", &bytes);
+    push(&remote, &here, "disk");
+    remote.attach(&there, "disk", &TransferOptions::new("disk")).unwrap();
+    bucket.take_ranges();
+    assert!(content(&there, "disk").unwrap() == bytes);
+    // 24 MiB in two segments, at first 128 KiB at a time and in the end 2 MiB.
+    let ranges = bucket.take_ranges();
+    let lens: Vec<u64> = ranges.iter().map(|(_, range)| range.end - range.start).collect();
+    assert!((12..=32).contains(&lens.len()) && lens[0] <= 128 << 10, "{lens:?}");
+    assert!(lens.iter().sum::<u64>() < bytes.len() as u64 * 102 / 100, "{lens:?}");
+}
+
+#[test]
 fn readers_at_once_fetch_each_record_once() {
     let (bucket, here, there) = (MemoryBucket::new(), store(), store());
     let remote = remote(&bucket);
