@@ -24,9 +24,10 @@ use crate::name::{Kind, Name, Namer};
 use crate::records::cache::Cache;
 use crate::records::index::{Index, IndexFigures};
 use crate::records::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
-use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
+use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter, Writing};
 use crate::tree::{NODE_LEN, NodeSink, NodeSource, TreeNode, not_a_node};
 use crate::volume::log::sync_folder;
+use crate::volume::spares::Spares;
 
 /// Files of segments that are kept open for reading.
 const OPEN_FILES_MAX: usize = 200;
@@ -72,6 +73,7 @@ pub struct Store {
     chunks: Cache<(u32, Arc<[u8]>)>,
     nodes: Cache<Arc<TreeNode>>,
     workers: Workers,
+    spares: Spares,
     origins: RwLock<Vec<Arc<dyn Origin>>>,
     keyring: RwLock<Keyring>,
 }
@@ -143,8 +145,9 @@ impl Store {
         let segments = SegmentFolder(folder.join("segments"));
         let index_folder = folder.join("index");
         let volumes = folder.join("volumes");
+        let spares = folder.join("spares");
         let is_new = !volumes.exists();
-        for path in [folder, &segments.0, &index_folder, &volumes] {
+        for path in [folder, &segments.0, &index_folder, &spares, &volumes] {
             // What guests have on their disks is nobody else's business.
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
             made.map_err(StoreError::file("make", path))?;
@@ -168,6 +171,7 @@ impl Store {
             chunks: Cache::new(options.chunk_cache_bytes),
             nodes: Cache::new(options.node_cache_bytes),
             workers: Workers::default(),
+            spares: Spares::new(spares),
             origins: RwLock::default(),
             keyring: RwLock::default(),
         };
@@ -176,6 +180,7 @@ impl Store {
         store.index.recover(&store.catalog)?;
         drop(lock);
         store.index.refresh(&store.catalog)?;
+        store.spares.look()?;
         store.make_reserve();
         Ok(Arc::new(store))
     }
@@ -225,6 +230,11 @@ impl Store {
     /// Threads for what has to wait.
     pub(crate) fn workers(&self) -> &Workers {
         &self.workers
+    }
+
+    /// Files for logs to go on in.
+    pub(crate) fn spares(&self) -> &Spares {
+        &self.spares
     }
 
     pub(crate) fn index(&self) -> &Index {
@@ -361,9 +371,9 @@ impl Store {
     }
 
     /// A new segment, of a number that was never used.
-    pub(crate) fn new_segment(&self) -> Result<SegmentWriter> {
+    pub(crate) fn new_segment(&self, writing: Writing) -> Result<SegmentWriter> {
         loop {
-            if let Some(segment) = SegmentWriter::create(&self.segments, self.catalog.new_segment()?)? {
+            if let Some(segment) = SegmentWriter::create(&self.segments, self.catalog.new_segment()?, writing)? {
                 return Ok(segment);
             }
         }
@@ -378,7 +388,7 @@ impl Store {
         }
         let segment = match &mut *writer {
             Some(segment) => segment,
-            none => none.insert(self.new_segment()?),
+            none => none.insert(self.new_segment(Writing::Direct)?),
         };
         let location = segment.append(header, packed)?;
         self.index.add_ours(&header.name, location);

@@ -257,7 +257,7 @@ fn make_a_golden_store() {
 
     let tar = Command::new("tar")
         .args(["--create", "--sparse", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
-        .args(["--exclude=control", "--exclude=spare-*", "--exclude=catalog.db-shm", "--directory"])
+        .args(["--exclude=control", "--exclude=spares/*", "--exclude=catalog.db-shm", "--directory"])
         .arg(folder.path())
         .arg("store")
         .output()

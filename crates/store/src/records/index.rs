@@ -16,7 +16,9 @@ use crate::name::Name;
 use crate::records::cache::NameMap;
 use crate::records::record::Header;
 use crate::records::run::{self, Run};
-use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, SegmentWriter, State, Summary};
+use crate::records::segment::{
+    self, Entry, Location, SegmentFolder, SegmentNumber, SegmentWriter, State, Summary, Writing,
+};
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;
@@ -309,7 +311,7 @@ impl Index {
     /// Puts records into a segment of their own.
     fn keep_records(&self, catalog: &Catalog, records: &[(Header, Vec<u8>)]) -> Result<()> {
         let mut segment = loop {
-            if let Some(segment) = SegmentWriter::create(&self.segments, catalog.new_segment()?)? {
+            if let Some(segment) = SegmentWriter::create(&self.segments, catalog.new_segment()?, Writing::Direct)? {
                 break segment;
             }
         };

@@ -15,7 +15,7 @@ use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
 use crate::pace::Pace;
 use crate::records::record::{self, HEADER_LEN};
-use crate::records::segment::{self, Found, SegmentNumber, SegmentWriter};
+use crate::records::segment::{self, Found, SegmentNumber, SegmentWriter, Writing};
 use crate::store::Store;
 use crate::upkeep::mark::{Lost, Marks};
 
@@ -145,6 +145,7 @@ impl Store {
             return Err(StoreError::Refused("another garbage collection is running".to_owned()));
         };
         self.remove_leftovers()?;
+        self.spares().clear()?;
         // What was sealed later is not looked at: nothing in it can be old.
         let segments = self.catalog().segments()?;
         let mut marks = self.mark(watcher)?;
@@ -301,7 +302,7 @@ impl Copier<'_> {
             }
             let target = match &mut self.target {
                 Some(target) => target,
-                none => none.insert(self.store.new_segment()?),
+                none => none.insert(self.store.new_segment(Writing::Cached)?),
             };
             target.append(&header, packed)?;
             total += header.record_len() as u64;

@@ -19,15 +19,13 @@ use crate::store::{Batch, is_zero};
 use crate::tree::reader::TreeReader;
 use crate::tree::{self, Root};
 use crate::volume::core::Core;
-use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, Place};
+use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
 use crate::volume::head::{Head, State};
 use crate::volume::layers::{Frozen, lay};
-use crate::volume::log::{Change, LogFile, Spare};
+use crate::volume::log::{self, Change, LogFile, Position};
 
 /// How soon a failed move is tried again.
 const RETRY: Duration = Duration::from_secs(1);
-/// Files kept to be written again.
-const SPARES_MAX: usize = 8;
 /// Chunks that are put into the tree at a time.
 const CHANGES_MAX: usize = 16 << 10;
 /// Niceness of the thread: what it does can wait.
@@ -48,7 +46,7 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
     }
     let mut mover = Mover { core, head, retired: Vec::new(), quiet: Quiet::default() };
     loop {
-        mover.make_spare();
+        make_spare(core);
         match mover.wait() {
             Next::Stop => break,
             Next::Look => continue,
@@ -78,11 +76,21 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
             }
         }
     }
-    let spares = std::mem::take(&mut core.work().spares);
-    for spare in spares {
-        if let Err(error) = spare.remove() {
-            tracing::warn!(%error, "a file of a volume's log cannot be removed");
-        }
+    mover.leave_nothing();
+}
+
+/// Sees to it that the log can go on in a file whose blocks are written already.
+fn make_spare(core: &Core) {
+    if !core.lacks_spare() {
+        return;
+    }
+    let spares = core.store.spares();
+    let made = spares.look().and_then(|()| match core.lacks_spare() && core.is_worth_a_spare() {
+        true => spares.make(core.options.log_file_len()),
+        false => Ok(()),
+    });
+    if let Err(error) = made {
+        tracing::debug!(volume = core.row.name, %error, "no spare file can be made for the log");
     }
 }
 
@@ -138,21 +146,9 @@ impl Mover<'_> {
         Next::Look
     }
 
-    /// Sees to it that the log can go on in a file whose blocks are written already.
-    fn make_spare(&self) {
-        if !self.core.wants_spare() {
-            return;
-        }
-        match Spare::make(&self.core.folder, self.core.options.log_file_len()) {
-            Ok(spare) => self.core.work().spares.push(spare),
-            Err(error) => {
-                tracing::debug!(volume = self.core.row.name, %error, "no spare file can be made for the log");
-            }
-        }
-    }
-
     fn move_generation(&mut self) -> Result<()> {
         let Some(frozen) = self.core.freeze() else { return Ok(()) };
+        self.core.moved_none();
         // Only what is stable is moved. What a sync failed to write can be read as it was meant for a while, and then as what was there
         // before; and a file that the head points into is to be there after a power cut.
         self.core.flush()?;
@@ -173,28 +169,33 @@ impl Mover<'_> {
         self.core.store.tidy()
     }
 
-    /// Makes spares of files that nobody reads any more, and removes those that are too many.
+    /// Leaves files that nobody reads any more to whoever needs one next.
     fn reuse_files(&mut self) {
         for file in std::mem::take(&mut self.retired) {
-            let file = match Arc::try_unwrap(file) {
-                Ok(file) => file,
-                Err(file) => {
-                    self.retired.push(file);
-                    continue;
-                }
-            };
-            let kept = Spare::of(file).and_then(|spare| {
-                let mut work = self.core.work();
-                if work.spares.len() < SPARES_MAX {
-                    work.spares.push(spare);
-                    return Ok(());
-                }
-                drop(work);
-                spare.remove()
-            });
-            if let Err(error) = kept {
-                tracing::warn!(%error, "a file of a volume's log cannot be used again");
+            match Arc::try_unwrap(file) {
+                Ok(file) => self.give(&file),
+                Err(file) => self.retired.push(file),
             }
+        }
+    }
+
+    fn give(&self, file: &LogFile) {
+        if let Err(error) = self.core.store.spares().give(file, self.core.options.log_file_len()) {
+            tracing::warn!(%error, "a file of a volume's log cannot be used again");
+        }
+    }
+
+    /// A volume of which everything is in the tree keeps no log: the next opening begins another file.
+    fn leave_nothing(&mut self) {
+        self.reuse_files();
+        let Some(file) = self.core.take_empty_log() else { return };
+        let before = self.head.state;
+        let place = LogPlace::new(file.number + 1, log::FIRST_OFFSET);
+        let position = Position { place, ..before.position };
+        match self.head.write(State { position, ..before }) {
+            Ok(()) => self.give(&file),
+            // The file stays, as the head says.
+            Err(error) => tracing::warn!(volume = self.core.row.name, %error, "a volume keeps its log"),
         }
     }
 }
@@ -210,6 +211,8 @@ struct Made {
 struct Manners {
     /// Bytes of chunks since the last look.
     bytes: u64,
+    /// Bytes of the log in them.
+    log_bytes: u64,
     /// Where the log ended then.
     sequence: u64,
     writers_seen: Option<Instant>,
@@ -220,15 +223,17 @@ impl Manners {
     fn new(core: &Core) -> Self {
         Manners {
             bytes: 0,
+            log_bytes: 0,
             sequence: core.sequence(),
             writers_seen: None,
             pace: Pace::new(BYTES_PER_SECOND_BESIDE_WRITERS),
         }
     }
 
-    /// Hears of a chunk that was stored.
-    fn stored(&mut self, core: &Core, batch: &mut Batch, bytes: u64) -> Result<()> {
+    /// Hears of a chunk that was stored, and how much of it came from the log.
+    fn stored(&mut self, core: &Core, batch: &mut Batch, bytes: u64, log_bytes: u64) -> Result<()> {
         self.bytes += bytes;
+        self.log_bytes += log_bytes;
         if self.bytes < STEP_LEN {
             return Ok(());
         }
@@ -236,6 +241,8 @@ impl Manners {
             return Err(StoreError::Refused("the volume is being closed".to_owned()));
         }
         let moved = std::mem::take(&mut self.bytes);
+        core.moved_some(std::mem::take(&mut self.log_bytes));
+        make_spare(core);
         let sequence = core.sequence();
         let now = Instant::now();
         if std::mem::replace(&mut self.sequence, sequence) != sequence {
@@ -385,12 +392,14 @@ impl<'a> Making<'a> {
                 None => self.chunk.fill(0),
             }
         }
+        let mut log_bytes = 0;
         for (part, place) in extents.parts(blocks) {
             match place {
                 None => {}
                 Some(Place::Zeros) => self.chunk[range(&part)].fill(0),
                 Some(Place::Log(place)) => {
                     let bytes = &mut self.chunk[range(&part)];
+                    log_bytes += bytes.len() as u64;
                     let piece = self.frozen.generation.piece(&self.frozen.files, place, 0, bytes.len());
                     let piece = piece.unwrap_or_else(|| unreachable!("files and records are kept with a generation"));
                     piece.read(bytes, |_, _, _| unreachable!("it lies in the log"))?;
@@ -399,7 +408,7 @@ impl<'a> Making<'a> {
         }
         let name = if is_zero(&self.chunk) { Name::NONE } else { self.batch.put_chunk(&self.chunk)? };
         self.changes.push((index, name));
-        self.manners.stored(self.core, self.batch, self.chunk.len() as u64)?;
+        self.manners.stored(self.core, self.batch, self.chunk.len() as u64, log_bytes)?;
         if self.changes.len() >= CHANGES_MAX {
             self.flush_changes()?;
         }

@@ -19,7 +19,7 @@ use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
 use crate::volume::flush::Syncs;
 use crate::volume::head::Head;
 use crate::volume::layers::{Frozen, Generation, LayeredPart, Layers, Piece, backlog, chunk_pieces, opening_of};
-use crate::volume::log::{self, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX, Spare};
+use crate::volume::log::{self, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX};
 use crate::volume::log_seal::{LogSealer, SEALED_BLOCKS_MAX, sealed_len};
 use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{VolumeOptions, check_range};
@@ -29,6 +29,8 @@ const SPACE_LOOK: Duration = Duration::from_millis(200);
 
 /// A log that needed its last file longer ago than that is written slowly.
 const SLOW_ROTATION: Duration = Duration::from_secs(1);
+/// A log of which no more than that is written between two flushes waits for flushes more than for anything else.
+const FLUSHED_BYTES: u64 = 64 << 10;
 
 /// What the volume's thread is asked, and what it did.
 #[derive(Default)]
@@ -40,8 +42,6 @@ pub(crate) struct Work {
     pub done: u64,
     /// Why the last attempt failed; it is repeated.
     pub failure: Option<String>,
-    /// The file that the log goes on in.
-    pub spares: Vec<Spare>,
     /// When the log went on in another file last.
     pub last_rotation: Option<Instant>,
 }
@@ -64,6 +64,8 @@ pub(crate) struct Core {
     pub(super) stable: AtomicU64,
     /// Bytes of log that are not in the tree.
     pub(super) backlog: AtomicU64,
+    /// Bytes that were taken off the backlog for what is moved of the frozen generation, of which the log's files are still there.
+    pub(super) moved_ahead: AtomicU64,
     pub work: Mutex<Work>,
     pub wake: Condvar,
     /// The thread got on.
@@ -88,8 +90,8 @@ impl Core {
         let sealer = domain.as_ref().map(|domain| domain.log_sealer(row.id, state.epoch)).transpose()?;
         let start = state.position.place;
         // A volume that was never written or was rolled back has no file yet, and none behind that either.
-        let files = log::list(&folder)?.0;
-        let begun = start.offset() > 4096 || files.iter().any(|&file| file > start.file());
+        let files = log::list(&folder)?;
+        let begun = start.offset() > u64::from(log::FIRST_OFFSET) || files.iter().any(|&file| file > start.file());
         if begun && !files.contains(&start.file()) {
             return Err(StoreError::Damaged {
                 path: folder.join("head"),
@@ -98,40 +100,39 @@ impl Core {
             });
         }
         log::remove_before(&folder, state.position.place.file())?;
-        for spare in log::list(&folder)?.1 {
-            std::fs::remove_file(&spare).map_err(StoreError::file("remove", &spare))?;
-        }
         let mut active = Generation::default();
         let mut capacity_bytes = state.capacity_bytes;
         let mut snapshots = Vec::new();
         let mut damage = None;
         let file_len = options.log_file_len();
-        let recovered = log::recover(&folder, row.id, state.epoch, state.position, file_len, |appended, payload| {
-            let old_capacity = capacity_bytes;
-            let opening = match opening_of(sealer.as_ref(), &active, &appended, payload) {
-                Ok(opening) => opening,
-                Err(what) => {
-                    damage = Some((appended.place, what));
-                    return;
-                }
-            };
-            let snapshot = match appended.change {
-                Change::Snapshot => match decode_snapshot(payload, &row, capacity_bytes) {
-                    Some(snapshot) => Some(Box::new(snapshot)),
-                    None => {
-                        damage = Some((appended.place, "a snapshot that cannot be read"));
+        let spare = || store.spares().take(file_len);
+        let recovered =
+            log::recover(&folder, row.id, state.epoch, state.position, file_len, spare, |appended, payload| {
+                let old_capacity = capacity_bytes;
+                let opening = match opening_of(sealer.as_ref(), &active, &appended, payload) {
+                    Ok(opening) => opening,
+                    Err(what) => {
+                        damage = Some((appended.place, what));
                         return;
                     }
-                },
-                Change::Resize { capacity_bytes: new } => {
-                    capacity_bytes = new;
-                    None
-                }
-                _ => None,
-            };
-            snapshots.extend(snapshot.as_deref().cloned());
-            active.add(&appended, snapshot, opening, old_capacity);
-        })?;
+                };
+                let snapshot = match appended.change {
+                    Change::Snapshot => match decode_snapshot(payload, &row, capacity_bytes) {
+                        Some(snapshot) => Some(Box::new(snapshot)),
+                        None => {
+                            damage = Some((appended.place, "a snapshot that cannot be read"));
+                            return;
+                        }
+                    },
+                    Change::Resize { capacity_bytes: new } => {
+                        capacity_bytes = new;
+                        None
+                    }
+                    _ => None,
+                };
+                snapshots.extend(snapshot.as_deref().cloned());
+                active.add(&appended, snapshot, opening, old_capacity);
+            })?;
         if let Some((place, what)) = damage {
             return Err(StoreError::Damaged {
                 path: folder.join(format!("log-{:08}", place.file())),
@@ -171,6 +172,7 @@ impl Core {
             synced: Condvar::new(),
             stable: AtomicU64::new(0),
             backlog: AtomicU64::new(backlog),
+            moved_ahead: AtomicU64::new(0),
             work: Mutex::new(work),
             wake: Condvar::new(),
             progress: Condvar::new(),
@@ -370,7 +372,8 @@ impl Core {
     /// Whether a write need not wait: the log has room, and a file to go on in.
     pub fn has_room_now(&self, len: usize) -> bool {
         let len = if self.sealer.is_some() { sealed_len(len) } else { len };
-        self.backlog_bytes() < self.options.log_bytes_max && (self.log().fits(len) || !self.work().spares.is_empty())
+        self.backlog_bytes() < self.options.log_bytes_max
+            && (self.log().fits(len) || self.store.spares().has(self.options.log_file_len()))
     }
 
     /// Waits while the log is as long as it may be.
@@ -439,6 +442,9 @@ impl Core {
             return false;
         }
         tracing::warn!(volume = self.row.name, "the host's disk is full; writes wait");
+        if let Err(error) = self.store.spares().clear() {
+            tracing::warn!(%error, "files that are kept for logs cannot be removed");
+        }
         let work = self.work();
         let (work, _) = self.progress.wait_timeout(work, SPACE_LOOK).unwrap_or_else(|poisoned| poisoned.into_inner());
         !work.stop
@@ -454,11 +460,8 @@ impl Core {
     ) -> Result<()> {
         let mut before = log.position().place;
         if !log.fits(payload.len()) {
-            let spare = {
-                let mut work = self.work();
-                work.last_rotation = Some(Instant::now());
-                work.spares.pop()
-            };
+            self.work().last_rotation = Some(Instant::now());
+            let spare = self.store.spares().take(self.options.log_file_len());
             let file = log.next_file(spare)?;
             self.layers_mut().files.push(file);
             // The record may fail: what is counted is how far the log is.
@@ -480,11 +483,10 @@ impl Core {
         }
         let more = backlog(self.options.log_file_len(), before, appended.end.place);
         let had = self.backlog.fetch_add(more, Ordering::Relaxed);
-        let half = self.options.log_file_len() / 2;
         let crossed = |mark: u64, before: u64, after: u64| before < mark && after >= mark;
         if had == 0
             || crossed(self.options.log_bytes_start, had, had + more)
-            || crossed(half, before.offset(), appended.end.place.offset())
+            || crossed(self.spare_mark(), before.offset(), appended.end.place.offset())
         {
             self.wake.notify_all();
         }
@@ -532,6 +534,21 @@ impl Core {
         layers.frozen.clone()
     }
 
+    /// Some of the frozen generation was moved: who waits for room goes on as fast as that is, and not when all of it is in the tree. So
+    /// the files of the log take up to twice what the log holds.
+    pub fn moved_some(&self, bytes: u64) {
+        self.moved_ahead.fetch_add(bytes, Ordering::Relaxed);
+        self.backlog.fetch_sub(bytes, Ordering::Relaxed);
+        drop(self.work());
+        self.progress.notify_all();
+    }
+
+    /// The frozen generation is moved once more, from its beginning.
+    pub fn moved_none(&self) {
+        let ahead = self.moved_ahead.swap(0, Ordering::Relaxed);
+        self.backlog.fetch_add(ahead, Ordering::Relaxed);
+    }
+
     /// The frozen generation is in the tree. Gives the log files that nothing points into any more.
     pub fn thaw(&self, frozen: &Frozen, root: Root, moved_from: LogPlace) -> Vec<Arc<LogFile>> {
         let mut layers = self.layers_mut();
@@ -545,7 +562,8 @@ impl Core {
         // Large maps take their time to go, and readers do not wait for it.
         drop(done);
         let moved = backlog(self.options.log_file_len(), moved_from, frozen.end.place);
-        self.backlog.fetch_sub(moved, Ordering::Relaxed);
+        let ahead = self.moved_ahead.swap(0, Ordering::Relaxed);
+        self.backlog.fetch_sub(moved.saturating_sub(ahead), Ordering::Relaxed);
         let snapshots = frozen.generation.records.iter().filter_map(|record| record.snapshot.as_deref());
         let names: Vec<&str> = snapshots.map(|snapshot| snapshot.name.as_str()).collect();
         if !names.is_empty() {
@@ -555,11 +573,32 @@ impl Core {
         old
     }
 
-    /// Whether a spare is worth making now: the log is about to need one, and is written slowly enough for its flushes to matter.
-    pub fn wants_spare(&self) -> bool {
+    /// The file of the log, if all that was ever written is in the tree. For when nothing is written any more.
+    pub fn take_empty_log(&self) -> Option<Arc<LogFile>> {
+        let log = self.log();
+        let layers = self.layers();
+        let is_empty = layers.active.records.is_empty() && layers.frozen.is_none() && log.broken().is_none();
+        is_empty.then(|| log.file().clone())
+    }
+
+    /// Whether the log is about to need another file and none is known to be there to be used again.
+    pub fn lacks_spare(&self) -> bool {
         let offset = self.log().position().place.offset();
-        let work = self.work();
-        let slow = work.last_rotation.is_none_or(|last| last.elapsed() > SLOW_ROTATION);
-        work.spares.is_empty() && slow && offset >= self.options.log_file_len() / 2
+        offset >= self.spare_mark() && !self.store.spares().has(self.options.log_file_len())
+    }
+
+    /// Whether the log's flushes matter more than what it costs to write its next file twice.
+    pub fn is_worth_a_spare(&self) -> bool {
+        let (offset, flushes) = {
+            let log = self.log();
+            (log.position().place.offset(), log.flushes())
+        };
+        let slow = self.work().last_rotation.is_none_or(|last| last.elapsed() > SLOW_ROTATION);
+        slow || flushes * FLUSHED_BYTES >= offset
+    }
+
+    /// The bytes of a log's file after which the next one is made ready.
+    fn spare_mark(&self) -> u64 {
+        self.options.log_file_len() / 4
     }
 }

@@ -104,7 +104,7 @@ fn what_is_moved_again_after_a_crash_is_the_same_tree_and_the_same_nodes_and_tak
     let folder = tempfile::tempdir().unwrap();
     let store = open_store(&folder);
     let volume = make(&store, "disk");
-    let head = volume.core().folder.join("head");
+    let [head, log, kept] = ["head", "log-00000001", "kept"].map(|name| volume.core().folder.join(name));
     volume.write_at(0, &noise(1, 100_000 / 512 * 512)).unwrap();
     volume.snapshot("first").unwrap();
     volume.compact().unwrap();
@@ -115,6 +115,7 @@ fn what_is_moved_again_after_a_crash_is_the_same_tree_and_the_same_nodes_and_tak
     volume.write_at(MIB, &noise(9, 4096)).unwrap();
     volume.flush().unwrap();
     let before = std::fs::read(&head).unwrap();
+    std::fs::copy(&log, &kept).unwrap();
     let state = |volume: &Volume| {
         let State { root, .. } = Head::peek(&volume.core().folder).unwrap().unwrap();
         let snapshots = store.snapshots("disk").unwrap();
@@ -129,6 +130,7 @@ fn what_is_moved_again_after_a_crash_is_the_same_tree_and_the_same_nodes_and_tak
     for _ in 0..2 {
         // A crash after everything was in the tree, and before the head said so.
         std::fs::write(&head, &before).unwrap();
+        std::fs::copy(&kept, &log).unwrap();
         let volume = open(&store, "disk");
         volume.compact().unwrap();
         assert_eq!(state(&volume), expected);

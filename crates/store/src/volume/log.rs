@@ -6,8 +6,8 @@
 //! behind a hole never does. Each record says up to where records were promised when it was written: so a record that was promised and
 //! is not whole any more is told from one that a crash tore.
 //!
-//! Files whose content is in the tree are used again: their blocks are allocated and written already, so that a flush writes the records
-//! and nothing else.
+//! Files whose content is in the tree are used again (`spares`): their blocks are allocated and written already, so that a flush writes the
+//! records and nothing else.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -21,6 +21,7 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::records::segment::read_up_to;
 use crate::volume::extent_map::LogPlace;
+use crate::volume::spares::Spare;
 
 /// Bytes of a log file, unless another size is asked for.
 pub(crate) const FILE_LEN_DEFAULT: u64 = 32 << 20;
@@ -30,8 +31,12 @@ pub(crate) const FILE_LEN_RANGE: (u64, u64) = (2 << 20, 1 << 30);
 pub(crate) const PAYLOAD_LEN_MAX: usize = 1 << 20;
 /// Bytes of a new file whose room is taken at a time: a volume that is hardly written takes little.
 const ALLOCATION_LEN: u64 = 2 << 20;
+/// Bytes of a spare that are written and synced at a time: those who flush meanwhile wait for so much at most.
+const SPARE_STEP_LEN: usize = 256 << 10;
 const HEADER_LEN: usize = 64;
 const PAGE_LEN: u64 = 4096;
+/// Where the first record of a file begins.
+pub(crate) const FIRST_OFFSET: u32 = PAGE_LEN as u32;
 const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
 const MAGIC: u32 = u32::from_le_bytes(*b"Plog");
 const FORMAT: u32 = 1;
@@ -64,7 +69,7 @@ struct Header {
 }
 
 impl Header {
-    fn to_bytes(self, volume: u32) -> [u8; HEADER_LEN] {
+    fn to_bytes(self, volume: u64) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         let (kind, offset, len) = match self.change {
             Change::Write { offset } => (1, offset, u64::from(self.payload_len)),
@@ -75,7 +80,7 @@ impl Header {
         };
         bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
         bytes[4] = kind;
-        bytes[8..12].copy_from_slice(&volume.to_le_bytes());
+        bytes[8..12].copy_from_slice(&(volume as u32).to_le_bytes());
         bytes[12..16].copy_from_slice(&self.epoch.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[24..32].copy_from_slice(&offset.to_le_bytes());
@@ -83,15 +88,18 @@ impl Header {
         bytes[40..44].copy_from_slice(&self.payload_len.to_le_bytes());
         bytes[44..48].copy_from_slice(&self.checksum.to_le_bytes());
         bytes[48..56].copy_from_slice(&self.promised.to_le_bytes());
+        bytes[56..60].copy_from_slice(&((volume >> 32) as u32).to_le_bytes());
         let checksum = crc32c::crc32c(&bytes[..60]);
         bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
         bytes
     }
 
-    fn from_bytes(bytes: &[u8; HEADER_LEN], volume: u32) -> Option<Header> {
+    fn from_bytes(bytes: &[u8; HEADER_LEN], volume: u64) -> Option<Header> {
         let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-        let known = word(0) == MAGIC && word(60) == crc32c::crc32c(&bytes[..60]) && word(8) == volume;
+        let known = word(0) == MAGIC
+            && word(60) == crc32c::crc32c(&bytes[..60])
+            && (u64::from(word(8)) | u64::from(word(56)) << 32) == volume;
         let header = Header {
             change: match bytes[4] {
                 1 => Change::Write { offset: long(24) },
@@ -119,6 +127,11 @@ pub(crate) struct LogFile {
 }
 
 impl LogFile {
+    #[cfg(test)]
+    pub fn at(number: u32, path: PathBuf) -> Self {
+        LogFile { number, file: File::create(&path).unwrap(), path }
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -147,7 +160,7 @@ pub(crate) struct Appended {
 /// The end of a log that is written.
 pub(crate) struct LogWriter {
     folder: PathBuf,
-    volume: u32,
+    volume: u64,
     epoch: u32,
     file_len: u64,
     file: Arc<LogFile>,
@@ -155,6 +168,8 @@ pub(crate) struct LogWriter {
     sequence: u64,
     /// The next record begins at a page of its own.
     fresh_page: bool,
+    /// Flushes since the file was begun.
+    flushes: u64,
     /// Bytes of the file whose room is taken.
     allocated: u64,
     /// Files with records that may not be stable, each with the sequence number behind its last one.
@@ -174,22 +189,32 @@ impl LogWriter {
         Position { place, sequence: self.sequence, epoch: self.epoch }
     }
 
+    /// Flushes since the file was begun.
+    pub fn flushes(&self) -> u64 {
+        self.flushes
+    }
+
     /// Whether a record with that payload fits into the file.
     pub fn fits(&self, payload_len: usize) -> bool {
         let offset = if self.fresh_page { self.offset.next_multiple_of(PAGE_LEN) } else { self.offset };
         offset + HEADER_LEN as u64 + payload_len as u64 <= self.file_len
     }
 
+    /// The file that is written.
+    pub fn file(&self) -> &Arc<LogFile> {
+        &self.file
+    }
+
     /// Goes on in the next file. Its name is stable with the next flush.
     pub fn next_file(&mut self, spare: Option<Spare>) -> Result<Arc<LogFile>> {
         self.check()?;
-        let used_before = spare.is_some();
-        let file = make_file(&self.folder, self.file.number + 1, self.volume, self.file_len, spare)?;
+        let (file, used_before) = make_file(&self.folder, self.file.number + 1, self.volume, self.file_len, spare)?;
         self.names += 1;
         self.file = Arc::new(file);
         self.allocated = if used_before { self.file_len } else { 0 };
         self.offset = PAGE_LEN;
         self.fresh_page = false;
+        self.flushes = 0;
         Ok(self.file.clone())
     }
 
@@ -244,6 +269,7 @@ impl LogWriter {
     pub fn begin_flush(&mut self) -> Result<Flush> {
         self.check()?;
         self.fresh_page = true;
+        self.flushes += 1;
         Ok(Flush {
             files: self.unsynced.iter().map(|(file, _)| file.clone()).collect(),
             folder: (self.names > self.stable_names).then(|| self.folder.clone()),
@@ -317,92 +343,63 @@ fn path_of(folder: &Path, number: u32) -> PathBuf {
     folder.join(format!("log-{number:08}"))
 }
 
-/// The part of a volume's id that its records carry.
-pub(crate) fn volume_tag(id: Id) -> u32 {
-    crc32c::crc32c(&id.0)
+/// The part of a volume's id that its records carry. Files were the logs of other volumes before, and what those wrote there is not to pass
+/// for records of this one: so it is no less than what cannot be guessed.
+pub(crate) fn volume_tag(id: Id) -> u64 {
+    id.0.iter().take(8).fold(0, |tag, &byte| tag << 8 | u64::from(byte))
 }
 
-fn file_header(number: u32, volume: u32) -> [u8; HEADER_LEN] {
+fn file_header(number: u32, volume: u64) -> [u8; HEADER_LEN] {
     let mut bytes = [0; HEADER_LEN];
     bytes[..16].copy_from_slice(FILE_MAGIC);
     bytes[16..20].copy_from_slice(&FORMAT.to_le_bytes());
     bytes[20..24].copy_from_slice(&number.to_le_bytes());
-    bytes[24..28].copy_from_slice(&volume.to_le_bytes());
+    bytes[24..32].copy_from_slice(&volume.to_le_bytes());
     let checksum = crc32c::crc32c(&bytes[..60]);
     bytes[60..].copy_from_slice(&checksum.to_le_bytes());
     bytes
 }
 
-/// A file of the log under its number: one that was used before, or a new one. Neither its name nor its header is stable.
-fn make_file(folder: &Path, number: u32, volume: u32, len: u64, used_before: Option<Spare>) -> Result<LogFile> {
+/// A file of the log under its number: one that was used before, or a new one; whether it was. Neither its name nor its header is stable.
+fn make_file(folder: &Path, number: u32, volume: u64, len: u64, spare: Option<Spare>) -> Result<(LogFile, bool)> {
     let path = path_of(folder, number);
     let made = (|| {
-        let file = match used_before {
-            Some(spare) => {
-                std::fs::rename(&spare.path, &path)?;
-                spare.file
-            }
+        let taken = spare.map(|spare| spare.rename(&path)).transpose()?.flatten();
+        let used_before = taken.is_some();
+        let file = match taken {
+            Some(file) => file,
             None => File::options().read(true).write(true).create(true).truncate(true).open(&path)?,
         };
         // Its length does not change any more, so that a flush need not write it.
         file.set_len(len)?;
         file.write_all_at(&file_header(number, volume), 0)?;
-        Ok(file)
+        Ok((file, used_before))
     })();
-    let file = made.map_err(StoreError::file("make", &path))?;
-    Ok(LogFile { number, file, path })
+    let (file, used_before) = made.map_err(StoreError::file("make", &path))?;
+    Ok((LogFile { number, file, path }, used_before))
 }
 
 /// Takes the room for a range of a file, which holds nothing yet.
 fn allocate(file: &File, start: u64, end: u64) -> io::Result<()> {
     match rustix::fs::fallocate(file, FallocateFlags::empty(), start, end - start) {
         Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, start, end),
+        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, start, end, || Ok(())),
         Err(error) => Err(error.into()),
     }
 }
 
-fn write_zeros(file: &File, start: u64, end: u64) -> io::Result<()> {
-    let zeros = vec![0; 1 << 20];
+pub(super) fn write_zeros(
+    file: &File,
+    start: u64,
+    end: u64,
+    mut written: impl FnMut() -> io::Result<()>,
+) -> io::Result<()> {
+    let zeros = vec![0; SPARE_STEP_LEN];
     (start..end).step_by(zeros.len()).try_for_each(|offset| {
         let part = zeros.len().min((end - offset) as usize);
-        file.write_all_at(&zeros[..part], offset)
+        file.write_all_at(&zeros[..part], offset)?;
+        written()
     })
-}
-
-/// A file whose content is of no use any more, and that is to be written again.
-pub(crate) struct Spare {
-    path: PathBuf,
-    file: File,
-}
-
-impl Spare {
-    /// A new one, written with zeros so that flushes find its blocks written.
-    pub fn make(folder: &Path, len: u64) -> Result<Spare> {
-        let path = folder.join(format!("spare-{}", Id::random()));
-        let made = (|| {
-            let file = File::options().read(true).write(true).create_new(true).open(&path)?;
-            write_zeros(&file, 0, len)?;
-            file.sync_all()?;
-            Ok(file)
-        })();
-        made.map(|file| Spare { path: path.clone(), file }).map_err(|error| {
-            let _ = std::fs::remove_file(&path);
-            StoreError::file("make", &path)(error)
-        })
-    }
-
-    /// What is left of a log file that nobody reads any more.
-    pub fn of(file: LogFile) -> Result<Spare> {
-        let folder = file.path.parent().unwrap_or(Path::new("."));
-        let path = folder.join(format!("spare-{}", Id::random()));
-        std::fs::rename(&file.path, &path).map_err(StoreError::file("rename", &file.path))?;
-        Ok(Spare { path, file: file.file })
-    }
-
-    pub fn remove(self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(StoreError::file("remove", &self.path))
-    }
 }
 
 pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
@@ -424,19 +421,21 @@ pub(crate) fn recover(
     epoch: u32,
     start: Position,
     file_len: u64,
+    spare: impl FnOnce() -> Option<Spare>,
     found: impl FnMut(Appended, &[u8]),
 ) -> Result<Recovered> {
     let volume = volume_tag(id);
     let (mut files, mut at) = read(folder, id, start, found)?;
-    let file = match files.last() {
-        Some(file) => file.clone(),
+    let (file, allocated) = match files.last() {
+        Some(file) => (file.clone(), 0),
         None => {
             let number = at.place.file();
-            let file = Arc::new(make_file(folder, number, volume, file_len, None)?);
+            let (file, used_before) = make_file(folder, number, volume, file_len, spare())?;
+            let file = Arc::new(file);
             // Not before the start: the next recovery begins there again.
             at.place = LogPlace::new(number, at.place.offset().max(PAGE_LEN) as u32);
             files.push(file.clone());
-            file
+            (file, if used_before { file_len } else { 0 })
         }
     };
     let writer = LogWriter {
@@ -447,7 +446,8 @@ pub(crate) fn recover(
         offset: at.place.offset(),
         sequence: at.sequence,
         fresh_page: true,
-        allocated: 0,
+        flushes: 0,
+        allocated,
         // The names of the files may not be stable, and not every host forgets what it could not write.
         unsynced: files.iter().map(|file| (file.clone(), at.sequence)).collect(),
         promised: 0,
@@ -524,7 +524,7 @@ pub(crate) fn settle(file: &File) -> io::Result<()> {
 
 /// Where a record that should be at a position was damaged, if one was: records behind it say that it was promised. One record is as
 /// long as a megabyte, so the one that follows it begins not far behind, or in the next file.
-fn promised_behind(file: &LogFile, follower: Option<&LogFile>, at: &Position, volume: u32) -> Result<Option<u64>> {
+fn promised_behind(file: &LogFile, follower: Option<&LogFile>, at: &Position, volume: u64) -> Result<Option<u64>> {
     let reading = |file: &LogFile| {
         let path = file.path.clone();
         move |error| StoreError::file("read", &path)(error)
@@ -566,12 +566,12 @@ fn promised_behind(file: &LogFile, follower: Option<&LogFile>, at: &Position, vo
     Ok(None)
 }
 
-fn header_at(bytes: &[u8], volume: u32) -> Option<Header> {
+fn header_at(bytes: &[u8], volume: u64) -> Option<Header> {
     Header::from_bytes(bytes.first_chunk()?, volume)
 }
 
 /// The record at a position, or at the page behind it, if one counts. Its payload is left in `payload`.
-fn next_record(file: &File, at: &Position, volume: u32, payload: &mut Vec<u8>) -> io::Result<Option<(Header, u64)>> {
+fn next_record(file: &File, at: &Position, volume: u64, payload: &mut Vec<u8>) -> io::Result<Option<(Header, u64)>> {
     let offset = at.place.offset();
     let mut places = vec![offset, offset.next_multiple_of(PAGE_LEN)];
     places.dedup();
@@ -601,7 +601,7 @@ fn read_whole(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
 }
 
 /// Opens a file of the log, if there is one with that number and a header of its own.
-fn open_file(folder: &Path, number: u32, volume: u32) -> Result<Option<LogFile>> {
+fn open_file(folder: &Path, number: u32, volume: u64) -> Result<Option<LogFile>> {
     let path = path_of(folder, number);
     let file = match File::options().read(true).write(true).open(&path) {
         Ok(file) => file,
@@ -620,29 +620,26 @@ fn open_file(folder: &Path, number: u32, volume: u32) -> Result<Option<LogFile>>
     if word(16) != FORMAT {
         return Err(StoreError::UnknownFormat { path, found: word(16), known: FORMAT });
     }
-    Ok((word(20) == number && word(24) == volume).then_some(LogFile { number, file, path }))
+    let tag = u64::from(word(24)) | u64::from(word(28)) << 32;
+    Ok((word(20) == number && tag == volume).then_some(LogFile { number, file, path }))
 }
 
-/// Numbers of the log files in a folder, and what is left of files that were to be used again.
-pub(crate) fn list(folder: &Path) -> Result<(Vec<u32>, Vec<PathBuf>)> {
-    let (mut logs, mut spares) = (Vec::new(), Vec::new());
+/// Numbers of the log files in a folder.
+pub(crate) fn list(folder: &Path) -> Result<Vec<u32>> {
+    let mut logs = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(StoreError::file("list", folder))? {
         let entry = entry.map_err(StoreError::file("list", folder))?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if let Some(number) = name.strip_prefix("log-") {
+        if let Some(number) = entry.file_name().to_string_lossy().strip_prefix("log-") {
             logs.extend(number.parse::<u32>());
-        } else if name.starts_with("spare-") {
-            spares.push(entry.path());
         }
     }
     logs.sort_unstable();
-    Ok((logs, spares))
+    Ok(logs)
 }
 
 /// Removes the files of a log before a number.
 pub(crate) fn remove_before(folder: &Path, number: u32) -> Result<()> {
-    for old in list(folder)?.0.into_iter().filter(|&old| old < number) {
+    for old in list(folder)?.into_iter().filter(|&old| old < number) {
         let path = path_of(folder, old);
         std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
     }

@@ -1,6 +1,7 @@
 //! Logs by themselves: what a flush covers, and what a recovery takes for records.
 
 use super::*;
+use crate::volume::spares::Spares;
 
 const ID: Id = Id([7; 16]);
 const FILE_LEN: u64 = FILE_LEN_RANGE.0;
@@ -9,7 +10,7 @@ const START: Position = Position { place: LogPlace(1 << 32 | 4096), sequence: 1,
 /// What a recovery finds: the changes in order, and the log that goes on.
 fn open(folder: &Path, epoch: u32, start: Position) -> Result<(Vec<Change>, LogWriter)> {
     let mut changes = Vec::new();
-    let recovered = recover(folder, ID, epoch, start, FILE_LEN, |appended, _| changes.push(appended.change))?;
+    let recovered = recover(folder, ID, epoch, start, FILE_LEN, || None, |appended, _| changes.push(appended.change))?;
     Ok((changes, recovered.writer))
 }
 
@@ -123,6 +124,7 @@ fn a_record_that_a_recovery_dropped_never_comes_back() {
 fn a_recovery_goes_on_in_the_next_file_and_not_in_one_that_was_only_begun() {
     let folder = tempfile::tempdir().unwrap();
     let (_, mut log) = open(folder.path(), 1, START).unwrap();
+    let spares = Spares::new(folder.path().to_owned());
     let mut expected = Vec::new();
     for file in 0..3 {
         while log.fits(4096) {
@@ -133,7 +135,8 @@ fn a_recovery_goes_on_in_the_next_file_and_not_in_one_that_was_only_begun() {
             // As if what was in it had been moved into the tree: its records are older, and it is used again.
             flush(&mut log);
         }
-        log.next_file(Some(Spare::make(folder.path(), FILE_LEN).unwrap())).unwrap();
+        spares.make(FILE_LEN).unwrap();
+        log.next_file(spares.take(FILE_LEN)).unwrap();
     }
     for epoch in 2..5 {
         let (found, log) = open(folder.path(), epoch, START).unwrap();
@@ -153,13 +156,14 @@ fn a_file_that_is_used_again_holds_nothing_of_what_was_in_it() {
     let end = log.position();
     append(&mut log, 4096);
     let first = open_file(folder.path(), 1, volume_tag(ID)).unwrap().unwrap();
-    let spare = Spare::of(first).unwrap();
+    let spares = Spares::new(folder.path().to_owned());
+    spares.give(&first, FILE_LEN).unwrap();
     let (found, mut log) = open(folder.path(), 2, end).unwrap();
     assert_eq!(found, [write(4096)]);
     while log.fits(4096) {
         append(&mut log, 8192);
     }
-    log.next_file(Some(spare)).unwrap();
+    log.next_file(spares.take(FILE_LEN)).unwrap();
     append(&mut log, 12_288);
     let (found, _) = open(folder.path(), 3, end).unwrap();
     assert_eq!((found[0], found[found.len() - 1]), (write(4096), write(12_288)));

@@ -15,6 +15,7 @@ pub(crate) mod layers;
 pub(crate) mod log;
 pub(crate) mod log_seal;
 mod snapshot;
+pub(crate) mod spares;
 pub(crate) mod volumes;
 
 use std::sync::Arc;
@@ -203,7 +204,7 @@ fn open_head(folder: &std::path::Path, row: &VolumeRow) -> Result<Head> {
     if let Some(volumes) = folder.parent() {
         log::sync_folder(volumes)?;
     }
-    if !log::list(folder)?.0.is_empty() {
+    if !log::list(folder)?.is_empty() {
         return Err(StoreError::Damaged {
             path: folder.join("head"),
             offset: 0,
@@ -215,7 +216,7 @@ fn open_head(folder: &std::path::Path, row: &VolumeRow) -> Result<Head> {
         epoch: 0,
         root: row.root,
         capacity_bytes: row.capacity_bytes,
-        position: Position { place: LogPlace::new(1, 4096), sequence: 1, epoch: 0 },
+        position: Position { place: LogPlace::new(1, log::FIRST_OFFSET), sequence: 1, epoch: 0 },
     };
     Head::create(folder, state)
 }

@@ -290,11 +290,11 @@ impl Store {
         let root = snapshot.root.ok_or_else(missing)?;
         let folder = self.volume_folder(snapshot.volume);
         let mut head = Head::open(&folder)?.ok_or_else(missing)?;
-        let files = log::list(&folder)?.0;
+        let files = log::list(&folder)?;
         let next = files.last().copied().unwrap_or(0).max(head.state.position.place.file()) + 1;
         let epoch = head.state.epoch + 1;
         let sequence = head.state.position.sequence + (1 << 32);
-        let position = Position { place: LogPlace::new(next, 4096), sequence, epoch };
+        let position = Position { place: LogPlace::new(next, log::FIRST_OFFSET), sequence, epoch };
         head.write(State { root, capacity_bytes: snapshot.capacity_bytes, position, epoch, ..head.state })?;
         log::remove_before(&folder, next)
     }

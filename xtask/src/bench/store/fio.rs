@@ -61,7 +61,7 @@ impl Job {
                 command.args(["--time_based", &format!("--runtime={}ms", (seconds * 1e3) as u64)]);
             }
             Length::Once if self.pattern.contains("write") => {
-                command.arg(format!("--fsync={}", self.range / u64::from(self.block)));
+                command.arg("--end_fsync=1");
             }
             Length::Once => {}
         }
