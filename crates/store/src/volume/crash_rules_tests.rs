@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use super::{Head, State, Volume, VolumeOptions};
 use crate::disk::{Disk, Durability, Operation, Queue};
@@ -40,6 +41,15 @@ fn content(volume: &Volume) -> Vec<u8> {
 
 fn at_once() -> CollectOptions {
     CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() }
+}
+
+/// Has other threads stop when it goes, also where a test fails.
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
 }
 
 /// Waits for the completion of an operation of a queue.
@@ -232,11 +242,11 @@ fn a_rollback_keeps_the_snapshots_that_others_take_until_it_has_the_volume() {
     volume.write_at(0, &noise(0, 4096)).unwrap();
     volume.snapshot("first").unwrap();
     drop(volume);
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     let taken = std::thread::scope(|scope| {
         let others = scope.spawn(|| {
             let mut taken = Vec::new();
-            while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+            while !stop.load(SeqCst) {
                 let number = taken.len() as u64 + 1;
                 // As a machine that runs for a moment, and is killed.
                 let Ok(volume) = Volume::open(&store, "disk", VolumeOptions::default()) else { continue };
@@ -246,6 +256,7 @@ fn a_rollback_keeps_the_snapshots_that_others_take_until_it_has_the_volume() {
             }
             taken
         });
+        let stop_at_end = StopAtEnd(&stop);
         let mut done = 0;
         while done < 20 {
             match store.roll_back("disk", "first") {
@@ -254,7 +265,7 @@ fn a_rollback_keeps_the_snapshots_that_others_take_until_it_has_the_volume() {
                 Err(error) => panic!("{error}"),
             }
         }
-        stop.store(true, std::sync::atomic::Ordering::SeqCst);
+        drop(stop_at_end);
         others.join().unwrap()
     });
     assert!(!taken.is_empty());
@@ -263,6 +274,50 @@ fn a_rollback_keeps_the_snapshots_that_others_take_until_it_has_the_volume() {
         let mut bytes = vec![0; 8192];
         crate::TreeSource::new(&store, &tree).read_at(0, &mut bytes).unwrap();
         assert_eq!(bytes, [noise(0, 4096), noise(number, 4096)].concat());
+    }
+}
+
+#[test]
+fn a_snapshot_that_was_granted_while_the_volume_was_closed_is_there_for_the_next_one_to_open_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open_store(&folder);
+    let volume_folder = {
+        let volume = make(&store, "disk");
+        volume.write_at(0, &noise(1, 4096)).unwrap();
+        volume.core().folder.clone()
+    };
+    let (number, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let granted: Vec<String> = std::thread::scope(|scope| {
+        let ask = || {
+            let mut granted = Vec::new();
+            while !stop.load(SeqCst) {
+                let name = format!("s{}", number.fetch_add(1, SeqCst));
+                if crate::volume::control::snapshot(&volume_folder, &name).is_ok() {
+                    granted.push(name);
+                }
+            }
+            granted
+        };
+        let askers: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        let stop_at_end = StopAtEnd(&stop);
+        for round in 0..25 {
+            let volume = open(&store, "disk");
+            let wanted = number.load(SeqCst) + 3;
+            while number.load(SeqCst) < wanted {
+                std::thread::yield_now();
+            }
+            // What each opening reads from the log is what the one before left there.
+            volume.write_at(0, &noise(round, 4096)).unwrap();
+        }
+        drop(stop_at_end);
+        askers.into_iter().flat_map(|asker| asker.join().unwrap()).collect()
+    });
+    assert!(!granted.is_empty());
+    open(&store, "disk").close().unwrap();
+    let there: Vec<_> = store.snapshots("disk").unwrap();
+    for name in granted {
+        let row = there.iter().find(|row| row.name == name);
+        assert!(row.is_some_and(|row| row.root.is_some()), "{name}: {row:?}");
     }
 }
 
@@ -322,8 +377,9 @@ fn what_looks_like_a_record_inside_of_a_damaged_one_is_no_record() {
     let folder = tempfile::tempdir().unwrap();
     let crashed = tempfile::tempdir().unwrap();
     let victim = crate::Namer::open().name(Kind::Data, &noise(7, 4096));
-    let lie = noise(8, 4096);
+    // Nothing in it repeats: it lies in the segment as it is.
     let forged = |domain| {
+        let lie = noise(100 + u64::from(domain), 4096);
         let header = Header {
             kind: Kind::Data,
             packing: Packing::Raw,
@@ -340,6 +396,7 @@ fn what_looks_like_a_record_inside_of_a_damaged_one_is_no_record() {
         let store = open_store(&folder);
         let mut batch = store.batch().unwrap();
         let (_, location) = batch.put(Kind::Data, &payload).unwrap();
+        assert!(location.read_len() > payload.len());
         batch.put(Kind::Data, &noise(9, 4096)).unwrap();
         batch.sync().unwrap();
         for entry in ["catalog.db", "catalog.db-wal", "segments", "index", "volumes"] {
