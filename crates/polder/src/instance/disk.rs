@@ -1,11 +1,16 @@
 //! The disk of an instance: a volume of the store that begins as the image's disk and shares with it what is not written.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use polder_store::{Content, Store, StoreError};
 
 use crate::state_folder::StateFolder;
+
+/// How long a process that has ended may take to let go of its files.
+const ENDING_PATIENCE: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The volume of an instance. No instance has a dot in its name, so that no other volume is meant by chance.
 pub fn volume_name(instance: &str) -> String {
@@ -26,8 +31,13 @@ pub fn remove(state: &StateFolder, instance: &str) -> Result<()> {
 }
 
 fn remove_from(store: &Arc<Store>, name: &str) -> Result<()> {
-    match store.remove_volume(name) {
-        Err(StoreError::NotFound { .. }) => Ok(()),
-        result => Ok(result?),
+    let start = Instant::now();
+    loop {
+        match store.remove_volume(name) {
+            Err(StoreError::NotFound { .. }) => return Ok(()),
+            // The threads of a process end one after the other, and the last of them closes its files.
+            Err(StoreError::InUse { .. }) if start.elapsed() < ENDING_PATIENCE => std::thread::sleep(LOOK),
+            result => return Ok(result?),
+        }
     }
 }
