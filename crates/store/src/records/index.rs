@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
 use crate::catalog::{Catalog, SegmentRow};
@@ -31,6 +31,10 @@ struct Contents {
     /// Of the segments in the catalog. Entries of others are of no account.
     live: BTreeSet<SegmentNumber>,
     runs: BTreeMap<RunKey, Arc<Run>>,
+    /// The segments whose entries are in a run file.
+    covered: BTreeMap<u32, Vec<SegmentNumber>>,
+    /// Run files that are damaged: their segments' own tables serve instead.
+    damaged: BTreeSet<u32>,
     /// The open segments of this process.
     ours: NameMap<Prefix, Location>,
     our_segments: BTreeSet<SegmentNumber>,
@@ -44,6 +48,29 @@ struct Contents {
 enum RunKey {
     File(u32),
     Segment(SegmentNumber),
+}
+
+/// Which copies of a record are looked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copies {
+    /// One that can be used, or several of which one can.
+    Any,
+    All,
+}
+
+impl Contents {
+    /// Copies in sealed segments.
+    fn find_sealed(&self, prefix: &Prefix, copies: Copies) -> Result<Vec<Location>, (RunKey, io::Error)> {
+        let mut found = Vec::new();
+        for (key, run) in &self.runs {
+            run.find(prefix, &mut found).map_err(|error| (*key, error))?;
+            if copies == Copies::Any && found.iter().any(|entry| self.live.contains(&entry.location.segment())) {
+                break;
+            }
+        }
+        let locations = found.into_iter().map(|entry| entry.location);
+        Ok(locations.filter(|location| self.live.contains(&location.segment())).collect())
+    }
 }
 
 /// What the index costs and covers.
@@ -83,41 +110,90 @@ impl Index {
     /// Where copies of a record lie, those that are surest to stay first.
     pub fn find(&self, name: &Name) -> Result<Vec<Location>> {
         let prefix = name.prefix();
-        let contents = self.read();
-        if let Some(&location) = contents.ours.get(&prefix) {
-            return Ok(vec![location]);
-        }
-        let mut found = Vec::new();
-        for run in contents.runs.values() {
-            run.find(&prefix, &mut found).map_err(StoreError::file("read the index in", &self.folder))?;
-            if !found.is_empty() && found.iter().any(|entry| contents.live.contains(&entry.location.segment())) {
-                break;
+        self.look(|contents| {
+            if let Some(&location) = contents.ours.get(&prefix) {
+                return Ok(vec![location]);
             }
-        }
-        let mut locations: Vec<Location> = found
-            .into_iter()
-            .map(|entry| entry.location)
-            .filter(|location| contents.live.contains(&location.segment()))
-            .collect();
-        locations.extend(contents.theirs.get(&prefix));
-        Ok(locations)
+            let mut locations = contents.find_sealed(&prefix, Copies::Any)?;
+            locations.extend(contents.theirs.get(&prefix));
+            Ok(locations)
+        })
     }
 
     /// Every copy of a record: those in sealed segments first, the oldest of them at the front.
     pub fn find_all(&self, name: &Name) -> Result<Vec<Location>> {
         let prefix = name.prefix();
-        let contents = self.read();
-        let mut found = Vec::new();
-        for run in contents.runs.values() {
-            run.find(&prefix, &mut found).map_err(StoreError::file("read the index in", &self.folder))?;
+        self.look(|contents| {
+            let mut locations = contents.find_sealed(&prefix, Copies::All)?;
+            locations.sort_unstable();
+            locations.extend(contents.ours.get(&prefix));
+            locations.extend(contents.theirs.get(&prefix));
+            locations.dedup();
+            Ok(locations)
+        })
+    }
+
+    /// Looks into the contents; a run that is found to be damaged on the way is replaced by what its segments say.
+    fn look<T>(&self, find: impl Fn(&Contents) -> Result<T, (RunKey, io::Error)>) -> Result<T> {
+        loop {
+            // The lock is free again before a run is replaced.
+            let found = find(&self.read());
+            match found {
+                Ok(found) => return Ok(found),
+                Err((key, error)) if error.kind() == io::ErrorKind::InvalidData => self.replace(key)?,
+                Err((_, error)) => return Err(StoreError::file("read the index in", &self.folder)(error)),
+            }
         }
-        let mut locations: Vec<Location> = found.into_iter().map(|entry| entry.location).collect();
-        locations.retain(|location| contents.live.contains(&location.segment()));
-        locations.sort_unstable();
-        locations.extend(contents.ours.get(&prefix));
-        locations.extend(contents.theirs.get(&prefix));
-        locations.dedup();
-        Ok(locations)
+    }
+
+    /// Replaces a damaged run by what is found in the segments themselves.
+    fn replace(&self, key: RunKey) -> Result<()> {
+        tracing::warn!(run = ?key, "a part of the index is damaged; the segments themselves serve instead");
+        let numbers = match key {
+            RunKey::Segment(number) => vec![number],
+            RunKey::File(run) => self.read().covered.get(&run).cloned().unwrap_or_default(),
+        };
+        let mut found = Vec::new();
+        for number in numbers {
+            let run = match key {
+                RunKey::Segment(_) => self.scan_segment(number)?,
+                RunKey::File(_) => self.open_segment(number)?,
+            };
+            found.extend(run.map(|run| (RunKey::Segment(number), run)));
+        }
+        let mut contents = self.write();
+        contents.runs.remove(&key);
+        contents.runs.extend(found);
+        if let RunKey::File(run) = key {
+            contents.damaged.insert(run);
+        }
+        Ok(())
+    }
+
+    /// Reads all run files. Gives those that are damaged, and what is wrong with them.
+    pub fn check(&self) -> Result<Vec<(PathBuf, String)>> {
+        let mut found: Vec<(PathBuf, String)> = Vec::new();
+        let runs: Vec<(RunKey, Arc<Run>)> = self.read().runs.iter().map(|(key, run)| (*key, run.clone())).collect();
+        for (key, run) in runs {
+            let RunKey::File(number) = key else { continue };
+            let path = self.run_path(number);
+            match run.check() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => found.push((path, error.to_string())),
+                Err(error) => return Err(StoreError::file("read", &path)(error)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Does without a run file from now on.
+    pub fn give_up(&self, path: &Path, catalog: &Catalog) -> Result<()> {
+        let runs: BTreeSet<u32> = catalog.segments()?.iter().filter_map(|row| row.run).collect();
+        for run in runs.into_iter().filter(|&run| self.run_path(run) == path) {
+            catalog.forget_run(run)?;
+            self.remove_runs(&[run])?;
+        }
+        self.refresh(catalog)
     }
 
     /// Whether a name can be used without storing its record again: only what this process wrote and what is sealed counts.
@@ -173,18 +249,30 @@ impl Index {
         };
         match segment::summary(&self.segments, number, &file) {
             Ok(summary) => {
-                let run = Run::of_segment(file, summary.bytes, summary.records.into());
-                Ok(Some(Arc::new(run.map_err(StoreError::file("read", &path))?)))
+                let run = Run::of_segment(file, summary.bytes, summary.records, summary.table_checksum);
+                match run.map_err(StoreError::file("read", &path))? {
+                    Some(run) => Ok(Some(Arc::new(run))),
+                    None => self.scan_segment(number),
+                }
             }
-            Err(StoreError::Damaged { what, .. }) => {
-                tracing::warn!(segment = %path.display(), what, "its records are listed by reading it");
-                let mut entries = Vec::new();
-                segment::scan(&file, number, 0, u64::MAX, |found| entries.push(found.entry()))
-                    .map_err(StoreError::file("read", &path))?;
-                Ok(Some(Arc::new(Run::of_entries(entries))))
-            }
+            Err(StoreError::Damaged { .. }) => self.scan_segment(number),
             Err(error) => Err(error),
         }
+    }
+
+    /// The entries of a segment whose table is damaged.
+    fn scan_segment(&self, number: SegmentNumber) -> Result<Option<Arc<Run>>> {
+        let path = self.segments.sealed(number);
+        let file = match File::open(&path).or_else(|_| File::open(self.segments.open(number))) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(StoreError::file("open", &path)(error)),
+        };
+        tracing::warn!(segment = %path.display(), "its table is damaged; its records are listed by reading it");
+        let mut entries = Vec::new();
+        segment::scan(&file, number, 0, u64::MAX, |found| entries.push(found.entry()))
+            .map_err(StoreError::file("read", &path))?;
+        Ok(Some(Arc::new(Run::of_entries(entries))))
     }
 
     /// Looks at what others changed.
@@ -202,13 +290,22 @@ impl Index {
     /// Looks at which segments there are.
     pub fn refresh_segments(&self, catalog: &Catalog) -> Result<()> {
         let generation = catalog.generation()?;
-        if self.read().generation != generation {
+        let is_old = |contents: &Contents| contents.generation != generation || !contents.damaged.is_empty();
+        if is_old(&self.read()) {
             self.reload(catalog, generation)?;
         }
         Ok(())
     }
 
     fn reload(&self, catalog: &Catalog, generation: i64) -> Result<()> {
+        // What was found to be damaged others are told of.
+        let damaged = std::mem::take(&mut self.write().damaged);
+        for &run in &damaged {
+            catalog.forget_run(run)?;
+        }
+        if !damaged.is_empty() {
+            return self.refresh_segments(catalog);
+        }
         let rows = catalog.segments()?;
         let key = |row: &SegmentRow| row.run.map_or(RunKey::Segment(row.number), RunKey::File);
         let wanted: BTreeSet<RunKey> = rows.iter().map(key).collect();
@@ -238,6 +335,12 @@ impl Index {
         contents.runs.retain(|key, _| wanted.contains(key));
         contents.runs.extend(opened);
         contents.live = rows.iter().map(|row| row.number).collect();
+        contents.covered.clear();
+        for row in &rows {
+            if let Some(run) = row.run {
+                contents.covered.entry(run).or_default().push(row.number);
+            }
+        }
         contents.generation = generation;
         Ok(())
     }
@@ -347,7 +450,18 @@ impl Index {
         let number = catalog.new_run()?;
         let path = self.run_path(number);
         let sources: Vec<&Run> = merged.iter().map(|(_, run)| run.as_ref()).collect();
-        let count = run::merge(&sources, |segment| live.contains(&segment), &path)?;
+        let count = match run::merge(&sources, |segment| live.contains(&segment), &path) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                for (key, run) in merged.iter().filter(|(_, run)| run.check().is_err()) {
+                    tracing::debug!(entries = run.entries(), "a run is not merged");
+                    self.replace(*key)?;
+                }
+                // The next refresh tells the catalog.
+                return Ok(false);
+            }
+            Err(error) => return Err(StoreError::file("write", &path)(error)),
+        };
         let unused = catalog.set_run(number, count, &covered)?;
         self.remove_runs(&unused)?;
         self.refresh(catalog)?;

@@ -474,6 +474,7 @@ pub(crate) struct Summary {
     pub records: u32,
     /// Bytes of records, and so where its table begins.
     pub bytes: u64,
+    pub table_checksum: u32,
 }
 
 fn lock(file: &File) -> io::Result<()> {
@@ -485,7 +486,8 @@ fn write_table(number: SegmentNumber, file: &File, end: u64, mut entries: Vec<En
     let bytes = table(number, end, &mut entries);
     file.write_all_at(&bytes, end)?;
     file.set_len(end + bytes.len() as u64)?;
-    Ok(Summary { number, records: entries.len() as u32, bytes: end })
+    let table_checksum = crc32c::crc32c(&bytes[..entries.len() * Entry::LEN]);
+    Ok(Summary { number, records: entries.len() as u32, bytes: end, table_checksum })
 }
 
 /// What lies behind the records of a sealed segment: its table, and the trailer that says how long that is.
@@ -572,7 +574,21 @@ pub(crate) fn summary(folder: &SegmentFolder, number: SegmentNumber, file: &File
     if bytes.checked_add(u64::from(word(24)) * Entry::LEN as u64) != Some(at) {
         return Err(damaged("its table has an impossible length"));
     }
-    Ok(Summary { number, records: word(24), bytes })
+    Ok(Summary { number, records: word(24), bytes, table_checksum: word(40) })
+}
+
+/// What is wrong with the table of a sealed segment, all of whose bytes these are.
+pub(crate) fn check_table(bytes: &[u8], number: SegmentNumber, records_end: u64) -> Result<(), String> {
+    let table = bytes.get(records_end as usize..).and_then(|rest| rest.split_last_chunk::<HEADER_LEN>());
+    let (table, trailer) = table.ok_or("it is cut off before its table")?;
+    let word = |at: usize| u32::from_le_bytes([trailer[at], trailer[at + 1], trailer[at + 2], trailer[at + 3]]);
+    if &trailer[..16] != TABLE_MAGIC || word(60) != crc32c::crc32c(&trailer[..60]) || word(20) != number.0 {
+        return Err("its table has no end that can be read".to_owned());
+    }
+    match word(24) as usize * Entry::LEN == table.len() && word(40) == crc32c::crc32c(table) {
+        true => Ok(()),
+        false => Err("its table does not match its checksum".to_owned()),
+    }
 }
 
 /// A record found by reading a segment from front to end.

@@ -347,7 +347,7 @@ impl<'a, S: Read + Write> Sink<'a, S> {
     // Knowing
 
     fn has(&self, name: &Name) -> Result<bool> {
-        Ok(self.store.index().find_for_reuse(name)?.is_some())
+        Ok(self.store.find_for_reuse(name)?.is_some())
     }
 
     fn node_here(&self, name: &Name) -> Result<Option<Arc<TreeNode>>> {

@@ -12,12 +12,13 @@ use crate::store::Store;
 use crate::upkeep::collect::{Step, Watcher};
 use crate::upkeep::mark::{Lost, Marks};
 
-/// A record that is not what its name says.
+/// A record that is not what its name says, or a part of the index that cannot be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Damage {
+    /// The file: a segment, or a run of the index.
     pub segment: std::path::PathBuf,
     pub offset: u64,
-    /// Unknown if the header itself is damaged.
+    /// Unknown if the header itself is damaged, or the index.
     pub name: Option<Name>,
     pub what: String,
 }
@@ -61,6 +62,9 @@ impl Store {
         for row in &segments {
             self.verify_segment(row, &mut verified)?;
             watcher(Step { what: "reading", done: verified.bytes, total })?;
+        }
+        for (segment, what) in self.index().check()? {
+            verified.damages.push(Damage { segment, offset: 0, name: None, what });
         }
         verified.lost = self.lost(&verified.damages)?;
         Ok(verified)
@@ -106,6 +110,8 @@ impl Store {
         }
         if (bytes.len() as u64) < row.bytes {
             verified.damages.push(damage(bytes.len() as u64, None, "it is cut off".to_owned()));
+        } else if let Err(what) = segment::check_table(&bytes, row.number, row.bytes) {
+            verified.damages.push(damage(row.bytes, None, what));
         }
         Ok(())
     }
@@ -181,6 +187,7 @@ impl Store {
             self.rewrite(row)?;
             repaired.rewritten_segments += 1;
         }
+        damaged.iter().try_for_each(|path| self.index().give_up(path, self.catalog()))?;
         self.index().refresh(self.catalog())?;
         repaired.lost = self.lost(&[])?;
         Ok(repaired)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::disk::{Disk, Durability, Extent, Operation, Question, Queue};
 use crate::format::{self, RawSource};
+use crate::records::record::{Header, Packing};
 use crate::upkeep::collect::CollectOptions;
 use crate::volume::Volume;
 use crate::{Content, OpenDisk, Replace, Store, StoreError, StoreOptions, TreeSource, VolumeOptions};
@@ -185,6 +186,114 @@ fn a_flipped_bit_is_found_named_and_repaired_where_another_copy_is() {
     let verified = store.verify(&mut |_| Ok(())).unwrap();
     assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
     assert!(content(&store, "a")[..4 << 20] == bytes);
+}
+
+/// Flips bits all over a part of a file.
+fn flip_bits(path: &std::path::Path, range: std::ops::Range<u64>, step: usize) {
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    for at in range.step_by(step) {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1 << (at % 8)], at).unwrap();
+    }
+}
+
+#[test]
+fn a_collection_with_a_damaged_index_removes_nothing_that_is_needed() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = noise(1, 14 << 20);
+    {
+        let store = open(&folder);
+        let (kept, gone) = (volume(&store, "kept", 16 * MIB), volume(&store, "gone", 64 * MIB));
+        // So many segments that some of them get a common run, and the last ones have tables of their own.
+        for (part, bytes) in bytes.chunks(1 << 20).enumerate() {
+            kept.write_at(part as u64 * MIB, bytes).unwrap();
+            gone.write_at(part as u64 * MIB, &noise(100 + part as u64, 1 << 20)).unwrap();
+            kept.compact().unwrap();
+            gone.compact().unwrap();
+            store.seal().unwrap();
+            store.tidy().unwrap();
+        }
+        kept.close().unwrap();
+        gone.close().unwrap();
+        store.remove_volume("gone").unwrap();
+    }
+    let list = |what: &str, extension: &str| -> Vec<std::path::PathBuf> {
+        let entries = std::fs::read_dir(folder.path().join(what)).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.extension().is_some_and(|found| found == extension)).collect()
+    };
+    let runs = list("index", "run");
+    assert!(!runs.is_empty());
+    let whole: Vec<Vec<u8>> = runs.iter().map(|run| std::fs::read(run).unwrap()).collect();
+    // Places in the entries, so that they lead elsewhere: in runs, and in the tables of segments.
+    for run in &runs {
+        let len = std::fs::metadata(run).unwrap().len();
+        flip_bits(run, 64 + 16..len - 4096, 19 * 7);
+    }
+    let tables = list("segments", "seg");
+    for segment in tables.iter().step_by(2) {
+        let len = std::fs::metadata(segment).unwrap().len();
+        flip_bits(segment, len - 64 - 19..len - 64 - 3, 5);
+    }
+    let store = open(&folder);
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.lost.is_empty(), "{:?}", verified.lost);
+    for damaged in runs.iter().chain(tables.iter().step_by(2)) {
+        assert!(verified.damages.iter().any(|damage| damage.segment == *damaged), "{}", damaged.display());
+    }
+    assert_eq!(verified.damages.len(), runs.len() + tables.len().div_ceil(2));
+    assert!(content(&store, "kept")[..14 << 20] == bytes);
+    let collected = collect(&store);
+    assert!(collected.before.lost.is_empty() && collected.freed_bytes > 0);
+    assert!(content(&store, "kept")[..14 << 20] == bytes);
+    drop(store);
+    // A process that only repairs.
+    for (run, bytes) in runs.iter().zip(&whole).filter(|(run, _)| run.exists()) {
+        assert!(std::fs::read(run).unwrap() != *bytes);
+    }
+    let store = open(&folder);
+    let repaired = store.repair(&mut |_| Ok(())).unwrap();
+    assert!(repaired.lost.is_empty());
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+    assert!(content(&open(&folder), "kept")[..14 << 20] == bytes);
+}
+
+#[test]
+fn a_record_is_not_taken_for_another_whose_name_begins_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let bytes = noise(1, 4096);
+    let name = store.namer().name(crate::Kind::Data, &bytes);
+    let mut alike = name;
+    alike.0[31] ^= 1;
+    for sealed in [false, true] {
+        let mut batch = store.batch().unwrap();
+        let header = Header {
+            kind: crate::Kind::Data,
+            packing: Packing::Raw,
+            packed_len: 4096,
+            content_len: 4096,
+            name: alike,
+            domain: 0,
+            checksum: crc32c::crc32c(&noise(2, 4096)),
+        };
+        batch.put_packed(&header, &noise(2, 4096)).unwrap();
+        batch.sync().unwrap();
+        drop(batch);
+        if sealed {
+            store.seal().unwrap();
+        }
+        assert!(store.find_for_reuse(&alike).unwrap().is_some());
+        assert!(store.find_for_reuse(&name).unwrap().is_none());
+    }
+    let mut batch = store.batch().unwrap();
+    assert_eq!(batch.put_chunk(&bytes).unwrap(), name);
+    batch.sync().unwrap();
+    drop(batch);
+    store.seal().unwrap();
+    assert_eq!(store.read_local(&name).unwrap().content[..], bytes[..]);
 }
 
 #[test]

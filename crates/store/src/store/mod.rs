@@ -4,6 +4,8 @@
 //! the root that needs it is stable, the batch holds the store's shared lock, so that a garbage collection, which takes that lock alone
 //! for a moment before it removes anything, sees either the root or no use of the record.
 
+mod batch;
+
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -23,11 +25,14 @@ use crate::id::Id;
 use crate::name::{Kind, Name, Namer};
 use crate::records::cache::Cache;
 use crate::records::index::{Index, IndexFigures};
-use crate::records::record::{self, CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
+use crate::records::record::{self, HEADER_LEN, Header};
 use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter, Writing};
-use crate::tree::{NODE_LEN, NodeSink, NodeSource, TreeNode, not_a_node};
+use crate::tree::{NODE_LEN, NodeSource, TreeNode, not_a_node};
 use crate::volume::log::sync_folder;
 use crate::volume::spares::Spares;
+
+pub use batch::Added;
+pub(crate) use batch::{Batch, is_zero};
 
 /// Files of segments that are kept open for reading.
 const OPEN_FILES_MAX: usize = 200;
@@ -306,6 +311,22 @@ impl Store {
         }
     }
 
+    /// Whether a record is here already, so that it can be used without being stored again. The index knows a part of each name only, of
+    /// which two that are equal can be made on purpose: so the record itself says.
+    pub(crate) fn find_for_reuse(&self, name: &Name) -> Result<Option<Location>> {
+        let Some(location) = self.index.find_for_reuse(name)? else { return Ok(None) };
+        let is_it = |bytes: &[u8]| Header::from_bytes(bytes).is_ok_and(|header| header.name == *name);
+        if let Some(segment) = &*self.writer()
+            && let Some(bytes) = segment.unwritten(location)
+        {
+            return Ok(is_it(bytes).then_some(location));
+        }
+        let mut header = [0; HEADER_LEN];
+        // What cannot be read is no reason not to store it once more.
+        let read = self.file_of(location).map(|file| segment::read_up_to(&file, &mut header, location.offset()));
+        Ok((matches!(read, Ok(Ok(HEADER_LEN))) && is_it(&header)).then_some(location))
+    }
+
     /// Begins to add records that are not encrypted.
     pub(crate) fn batch(self: &Arc<Self>) -> Result<Batch> {
         self.batch_in(None)
@@ -317,15 +338,7 @@ impl Store {
         // What a collection removed before we had the lock is not to be used again.
         self.index.refresh_segments(&self.catalog)?;
         let failures = self.failures.load(Ordering::SeqCst);
-        Ok(Batch {
-            _lock: lock,
-            store: self.clone(),
-            domain,
-            failures,
-            added: Added::default(),
-            packer: Packer::default(),
-            sealed: Vec::new(),
-        })
+        Ok(Batch::new(lock, self.clone(), domain, failures))
     }
 
     /// Merges the index where it has many parts, and writes the catalog's log back. For a thread that may wait.
@@ -660,131 +673,5 @@ fn with_reserve<T>(folder: &Path, act: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
-/// What a batch did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Added {
-    /// Records that were asked for and are not all zeros.
-    pub records: u64,
-    /// Those that were there already.
-    pub reused: u64,
-    /// Bytes of new records.
-    pub stored_bytes: u64,
-}
-
-/// Records that are being added. What it added counts when [`Batch::commit`] came back; a batch that is dropped leaves at most
-/// records behind that nothing needs.
-pub(crate) struct Batch {
-    _lock: File,
-    store: Arc<Store>,
-    /// None: nothing is encrypted.
-    domain: Option<Arc<Domain>>,
-    /// Of the store when the batch began.
-    failures: u64,
-    added: Added,
-    packer: Packer,
-    /// A record's sealed bytes, from one to the next.
-    sealed: Vec<u8>,
-}
-
-impl Batch {
-    /// The name of `content`, which is in the store afterwards. Chunks of zeros have none.
-    pub fn put_chunk(&mut self, content: &[u8]) -> Result<Name> {
-        if is_zero(content) {
-            return Ok(Name::NONE);
-        }
-        self.put(Kind::Data, content).map(|(name, _)| name)
-    }
-
-    /// As [`put_chunk`](Self::put_chunk) for bytes that may be zeros, and for the store's own records.
-    pub fn put(&mut self, kind: Kind, content: &[u8]) -> Result<(Name, Location)> {
-        if content.len() > CONTENT_LEN_MAX {
-            return Err(StoreError::Refused(format!(
-                "a record of {} bytes is longer than {CONTENT_LEN_MAX}",
-                content.len()
-            )));
-        }
-        let store = self.store.clone();
-        let name = self.domain.as_ref().map_or(&store.namer, |domain| &domain.namer).name(kind, content);
-        self.added.records += 1;
-        if let Some(location) = store.index.find_for_reuse(&name)? {
-            self.added.reused += 1;
-            return Ok((name, location));
-        }
-        let domain = self.domain_id();
-        let (packing, packed) = self.packer.pack(content);
-        let header = Header {
-            kind,
-            packing,
-            packed_len: packed.len() as u32,
-            content_len: content.len() as u32,
-            name,
-            domain,
-            checksum: 0,
-        };
-        let (header, packed) = match &self.domain {
-            Some(domain) if is_sealed(&header) => {
-                let header = domain.seal(&header, packed, &mut self.sealed);
-                (header, &self.sealed[..])
-            }
-            _ => (Header { checksum: crc32c::crc32c(packed), ..header }, packed),
-        };
-        let location = store.append(&header, packed)?;
-        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
-        Ok((name, location))
-    }
-
-    /// Adds a record as it lies in a segment. That it holds what its name says is for the caller to have checked.
-    pub fn put_packed(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
-        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
-        self.store.append(header, packed)
-    }
-
-    /// Makes everything stable that the batch added or found; the lock stays until the batch is dropped, which is to be after the root
-    /// that needs the records is stable too.
-    pub fn sync(&mut self) -> Result<Added> {
-        let mut writer = self.store.writer();
-        let synced = writer.as_mut().map_or(Ok(()), SegmentWriter::sync);
-        synced.inspect_err(|_| self.store.drop_broken(&mut writer))?;
-        if self.store.failures.load(Ordering::SeqCst) != self.failures {
-            return Err(StoreError::Refused(
-                "the host's disk failed to keep what was added to the store meanwhile".to_owned(),
-            ));
-        }
-        Ok(self.added)
-    }
-}
-
-impl Batch {
-    fn domain_id(&self) -> u32 {
-        self.domain.as_ref().map_or(OPEN_DOMAIN, |domain| domain.id)
-    }
-}
-
-impl NodeSource for Batch {
-    fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
-        InDomain(&self.store, self.domain_id()).node(name)
-    }
-}
-
-impl NodeSink for Batch {
-    fn put_node(&mut self, bytes: &[u8]) -> Result<Name> {
-        let (name, _) = self.put(Kind::Tree, bytes)?;
-        if self.store.cached_node(&name).is_none()
-            && let Some(node) = TreeNode::from_bytes(bytes, self.domain_id())
-        {
-            self.store.nodes.insert(name, Arc::new(node), NODE_WEIGHT);
-        }
-        Ok(name)
-    }
-}
-
-/// Whether there is nothing but zeros.
-pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    let mut blocks = bytes.chunks_exact(64);
-    let zero = |block: &[u8]| block.iter().fold(0, |any, &byte| any | byte) == 0;
-    blocks.by_ref().all(zero) && zero(blocks.remainder())
-}
-
 #[cfg(test)]
-#[path = "store_tests.rs"]
 mod tests;

@@ -1,0 +1,150 @@
+//! Adding records to a store.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::domain::{Domain, OPEN_DOMAIN, is_sealed};
+use crate::error::{Result, StoreError};
+use crate::name::{Kind, Name};
+use crate::records::record::{CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
+use crate::records::segment::{Location, SegmentWriter};
+use crate::store::{InDomain, NODE_WEIGHT, Store};
+use crate::tree::{NodeSink, NodeSource, TreeNode};
+
+/// What a batch did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Added {
+    /// Records that were asked for and are not all zeros.
+    pub records: u64,
+    /// Those that were there already.
+    pub reused: u64,
+    /// Bytes of new records.
+    pub stored_bytes: u64,
+}
+
+/// Records that are being added. What it added counts when [`Batch::sync`] came back; a batch that is dropped leaves at most
+/// records behind that nothing needs.
+pub(crate) struct Batch {
+    _lock: File,
+    store: Arc<Store>,
+    /// None: nothing is encrypted.
+    domain: Option<Arc<Domain>>,
+    /// Of the store when the batch began.
+    failures: u64,
+    added: Added,
+    packer: Packer,
+    /// A record's sealed bytes, from one to the next.
+    sealed: Vec<u8>,
+}
+
+impl Batch {
+    pub(super) fn new(lock: File, store: Arc<Store>, domain: Option<Arc<Domain>>, failures: u64) -> Self {
+        Batch {
+            _lock: lock,
+            store,
+            domain,
+            failures,
+            added: Added::default(),
+            packer: Packer::default(),
+            sealed: Vec::new(),
+        }
+    }
+
+    /// The name of `content`, which is in the store afterwards. Chunks of zeros have none.
+    pub fn put_chunk(&mut self, content: &[u8]) -> Result<Name> {
+        if is_zero(content) {
+            return Ok(Name::NONE);
+        }
+        self.put(Kind::Data, content).map(|(name, _)| name)
+    }
+
+    /// As [`put_chunk`](Self::put_chunk) for bytes that may be zeros, and for the store's own records.
+    pub fn put(&mut self, kind: Kind, content: &[u8]) -> Result<(Name, Location)> {
+        if content.len() > CONTENT_LEN_MAX {
+            return Err(StoreError::Refused(format!(
+                "a record of {} bytes is longer than {CONTENT_LEN_MAX}",
+                content.len()
+            )));
+        }
+        let store = self.store.clone();
+        let name = self.domain.as_ref().map_or(&store.namer, |domain| &domain.namer).name(kind, content);
+        self.added.records += 1;
+        if let Some(location) = store.find_for_reuse(&name)? {
+            self.added.reused += 1;
+            return Ok((name, location));
+        }
+        let domain = self.domain_id();
+        let (packing, packed) = self.packer.pack(content);
+        let header = Header {
+            kind,
+            packing,
+            packed_len: packed.len() as u32,
+            content_len: content.len() as u32,
+            name,
+            domain,
+            checksum: 0,
+        };
+        let (header, packed) = match &self.domain {
+            Some(domain) if is_sealed(&header) => {
+                let header = domain.seal(&header, packed, &mut self.sealed);
+                (header, &self.sealed[..])
+            }
+            _ => (Header { checksum: crc32c::crc32c(packed), ..header }, packed),
+        };
+        let location = store.append(&header, packed)?;
+        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
+        Ok((name, location))
+    }
+
+    /// Adds a record as it lies in a segment. That it holds what its name says is for the caller to have checked.
+    pub fn put_packed(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
+        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
+        self.store.append(header, packed)
+    }
+
+    /// Makes everything stable that the batch added or found; the lock stays until the batch is dropped, which is to be after the root
+    /// that needs the records is stable too.
+    pub fn sync(&mut self) -> Result<Added> {
+        let mut writer = self.store.writer();
+        let synced = writer.as_mut().map_or(Ok(()), SegmentWriter::sync);
+        synced.inspect_err(|_| self.store.drop_broken(&mut writer))?;
+        if self.store.failures.load(Ordering::SeqCst) != self.failures {
+            return Err(StoreError::Refused(
+                "the host's disk failed to keep what was added to the store meanwhile".to_owned(),
+            ));
+        }
+        Ok(self.added)
+    }
+}
+
+impl Batch {
+    fn domain_id(&self) -> u32 {
+        self.domain.as_ref().map_or(OPEN_DOMAIN, |domain| domain.id)
+    }
+}
+
+impl NodeSource for Batch {
+    fn node(&self, name: &Name) -> Result<Arc<TreeNode>> {
+        InDomain(&self.store, self.domain_id()).node(name)
+    }
+}
+
+impl NodeSink for Batch {
+    fn put_node(&mut self, bytes: &[u8]) -> Result<Name> {
+        let (name, _) = self.put(Kind::Tree, bytes)?;
+        if self.store.cached_node(&name).is_none()
+            && let Some(node) = TreeNode::from_bytes(bytes, self.domain_id())
+        {
+            self.store.nodes.insert(name, Arc::new(node), NODE_WEIGHT);
+        }
+        Ok(name)
+    }
+}
+
+/// Whether there is nothing but zeros.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    let mut blocks = bytes.chunks_exact(64);
+    let zero = |block: &[u8]| block.iter().fold(0, |any, &byte| any | byte) == 0;
+    blocks.by_ref().all(zero) && zero(blocks.remainder())
+}
