@@ -51,7 +51,8 @@ impl Spares {
 
     fn is_of(path: &Path, len: u64) -> bool {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        name.split_once('-').is_some_and(|(found, _)| found.parse() == Ok(len))
+        // What is still being made has another extension, and is nobody's to take.
+        path.extension().is_none() && name.split_once('-').is_some_and(|(found, _)| found.parse() == Ok(len))
     }
 
     /// Whether a file of a length is known.
@@ -151,6 +152,10 @@ mod tests {
         one.make(1 << 20).unwrap();
         two.look().unwrap();
         assert!(two.take(1 << 19).is_none() && two.has(1 << 20));
+        // Somebody is writing zeros into it.
+        std::fs::write(two.new_path(1 << 19).with_extension("making"), [0]).unwrap();
+        two.look().unwrap();
+        assert!(two.take(1 << 19).is_none());
         let spares = [one.take(1 << 20).unwrap(), two.take(1 << 20).unwrap()];
         assert!(one.take(1 << 20).is_none());
         let [first, second] = spares.map(|spare| spare.rename(&folder.path().join("log")).unwrap());
