@@ -178,6 +178,9 @@ pub trait Queue<B: Buffer> {
     fn next_completion(&mut self) -> Option<Completion<B>>;
     /// Operations whose completion was not taken yet.
     fn in_flight(&self) -> usize;
+    /// From now on the caller's thread may wait for a sync that is quick, if nothing else is in flight: that spares the way to another
+    /// thread and back. A disk whose syncs are slow makes nobody wait for long.
+    fn let_flushes_wait(&mut self) {}
     /// Readable (an eventfd, to be read by the caller) when a completion may be there, or the disk got another size.
     fn signal(&self) -> BorrowedFd<'_>;
 }

@@ -85,6 +85,14 @@ impl View {
         }
     }
 
+    /// Bytes of a chunk.
+    pub fn chunk_len(&self) -> usize {
+        match self {
+            View::Volume(core) => core.chunk_len(),
+            View::Fixed(fixed) => fixed.chunk_len as usize,
+        }
+    }
+
     /// Reads, waiting for the host's disk.
     pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
         match self {

@@ -3,12 +3,14 @@
 //! What is in memory, or in the host's page cache, completes at once. What has to come from the host's disk goes through io_uring when it
 //! is known where it lies, and to a worker thread when it has to be looked up. So the thread that owns the queue never waits for a disk.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 use rustix::event::{EventfdFlags, eventfd};
@@ -26,6 +28,12 @@ use crate::volume::log::LogFile;
 
 /// Reads that the ring holds; more wait for the next round.
 const RING_ENTRIES: u32 = 128;
+/// Reads of so many whole chunks are streams: what they read is hardly read again soon, and is not kept.
+const STREAM_CHUNKS: usize = 4;
+/// Syncs that take no longer than that are not worth another thread when nothing else is going on.
+const QUICK_SYNC: Duration = Duration::from_micros(400);
+/// After a sync that took longer the next ones are other threads' for so long.
+const SLOW_SYNCS: Duration = Duration::from_millis(200);
 
 /// A queue of a disk of the store.
 pub struct DiskQueue<B> {
@@ -42,6 +50,12 @@ pub struct DiskQueue<B> {
     at_workers: usize,
     pieces: Vec<Piece>,
     payload: Vec<u8>,
+    /// A record as it was read.
+    record: RefCell<Vec<u8>>,
+    /// The thread of the queue may wait for a sync.
+    may_wait: bool,
+    /// When a sync took long last.
+    slow_sync: Option<Instant>,
     // Last: what is in flight ends before the disk does.
     _disk: Arc<OpenDisk>,
 }
@@ -150,6 +164,9 @@ impl<B: Buffer> DiskQueue<B> {
             at_workers: 0,
             pieces: Vec::new(),
             payload: Vec::new(),
+            record: RefCell::default(),
+            may_wait: false,
+            slow_sync: None,
             _disk: disk,
         })
     }
@@ -310,8 +327,24 @@ impl<B: Buffer> DiskQueue<B> {
         }
         let Some(location) = leaf.location(place) else { return Tried::LookUp };
         let Ok(file) = store.file_of(location) else { return Tried::LookUp };
-        let mut bytes = vec![0; location.read_len()];
-        match read_some_if_cached(&file, &mut bytes, location.offset()) {
+        let mut record = self.record.borrow_mut();
+        if record.len() < location.read_len() {
+            record.resize(location.read_len(), 0);
+        }
+        let bytes = &mut record[..location.read_len()];
+        let read = read_some_if_cached(&file, bytes, location.offset());
+        let is_stream = len == self.view.chunk_len() && buffer.len() >= STREAM_CHUNKS * len;
+        if is_stream
+            && let Some(read) = read
+            && let Some(space) = buffer.space(at, len)
+        {
+            return match store.content_into(&name, domain, &mut bytes[..read], space) {
+                true => Tried::Done,
+                // The long way finds another copy, or says what is wrong.
+                false => Tried::LookUp,
+            };
+        }
+        match read {
             Some(read) => match store.content(&name, location, Expected::Data { domain }, &mut bytes[..read]) {
                 Ok(Read { content, .. }) if content.len() >= from + len => {
                     store.cache_chunk(&name, domain, &content);
@@ -431,6 +464,14 @@ impl<B: Buffer> DiskQueue<B> {
         if core.all_is_stable() {
             return self.complete(token, buffer, Ok(()));
         }
+        // Another thread's turn costs two wake-ups. While it lasts nobody else of this queue waits, unless something comes just now.
+        let alone = self.may_wait && self.in_flight() == 0;
+        if alone && self.slow_sync.is_none_or(|slow| slow.elapsed() > SLOW_SYNCS) {
+            let begin = Instant::now();
+            let result = core.flush();
+            self.slow_sync = (begin.elapsed() > QUICK_SYNC).then(Instant::now);
+            return self.complete(token, buffer, result.map_err(DiskError::from));
+        }
         let deliver = self.deliverer();
         core.flush_then(move |result| {
             deliver(Completion { token, buffer, result: result.map_err(DiskError::from) });
@@ -533,6 +574,10 @@ impl<B: Buffer> Queue<B> for DiskQueue<B> {
             self.take_from_workers();
         }
         self.ready.pop_front()
+    }
+
+    fn let_flushes_wait(&mut self) {
+        self.may_wait = true;
     }
 
     fn in_flight(&self) -> usize {

@@ -12,7 +12,10 @@ use rustix::event::PollFlags;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long the next request is looked for before the thread goes to sleep.
+const LOOK_TIME: Duration = Duration::from_micros(50);
 
 /// Bytes that were received and not used yet.
 struct Input {
@@ -125,6 +128,7 @@ fn transmit<D: Disk>(
 ) -> io::Result<()> {
     // Since when the client takes nothing of what waits for it.
     let mut send_since: Option<Instant> = None;
+    let mut looking = Looking::default();
     loop {
         let used = transmission.feed(input.bytes());
         input.used(used);
@@ -157,8 +161,14 @@ fn transmit<D: Disk>(
             continue;
         }
         if idle {
-            // To look for requests a while before sleeping was tried: it gains where client and server run on two idle
-            // processors, and loses ten times that where they share one with somebody else.
+            if looking.is_worth_it() {
+                let found = look_for_input(stream)?;
+                looking.ended(found);
+                if found {
+                    receive(stream, &mut transmission, input, Wait::No)?;
+                    continue;
+                }
+            }
             receive(stream, &mut transmission, input, Wait::Yes)?;
             continue;
         }
@@ -174,6 +184,46 @@ fn transmit<D: Disk>(
             receive(stream, &mut transmission, input, Wait::No)?;
         }
     }
+}
+
+/// Whether to look for the next request a while before going to sleep. That gains the time of a wake-up where client and server run on two
+/// processors, and loses what it takes where they share one, or the client has something else to do: so each look that finds nothing
+/// doubles the number of requests until the next one.
+struct Looking {
+    skipped: u32,
+    skip: u32,
+}
+
+impl Default for Looking {
+    fn default() -> Self {
+        Looking { skipped: 0, skip: 1 }
+    }
+}
+
+impl Looking {
+    const SKIP_MAX: u32 = 1024;
+
+    fn is_worth_it(&mut self) -> bool {
+        self.skipped += 1;
+        self.skipped >= self.skip
+    }
+
+    fn ended(&mut self, found: bool) {
+        self.skipped = 0;
+        self.skip = if found { 1 } else { (self.skip * 2).min(Self::SKIP_MAX) };
+    }
+}
+
+/// Looks for input for as long as a client takes that sends its next request at once.
+fn look_for_input(stream: &Stream) -> io::Result<bool> {
+    let begin = Instant::now();
+    while begin.elapsed() < LOOK_TIME {
+        if stream.has_input()? {
+            return Ok(true);
+        }
+        std::hint::spin_loop();
+    }
+    Ok(false)
 }
 
 fn receive<D: Disk>(
@@ -204,4 +254,25 @@ fn receive<D: Disk>(
         transmission.payload_received(count.min(payload_len));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_that_find_nothing_become_rare_and_one_that_does_brings_them_back() {
+        let mut looking = Looking::default();
+        let mut looks = 0;
+        for _ in 0..10_000 {
+            if looking.is_worth_it() {
+                looking.ended(false);
+                looks += 1;
+            }
+        }
+        assert!((10..30).contains(&looks), "{looks}");
+        while !looking.is_worth_it() {}
+        looking.ended(true);
+        assert!(looking.is_worth_it());
+    }
 }

@@ -56,6 +56,16 @@ impl Stream {
         self.tls.as_ref().is_some_and(|tls| tls.has_received)
     }
 
+    /// Whether the socket has something to receive, or its end.
+    pub fn has_input(&self) -> io::Result<bool> {
+        let mut fds = [PollFd::new(&*self.socket, PollFlags::IN)];
+        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Ok(ready) => Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Receives into `first`, and what it has no room for into `second`. Nothing means that the client has closed.
     pub fn receive(&mut self, first: &mut [u8], second: &mut [u8], wait: Wait) -> io::Result<usize> {
         let flags = match wait {

@@ -75,7 +75,8 @@ pub(super) struct Transmission<D: Disk> {
 impl<D: Disk> Transmission<D> {
     /// Opens a queue of the chosen disk for the thread that calls.
     pub fn new(agreed: Agreed<D>, budget: Budget) -> Result<Self, DiskError> {
-        let queue = agreed.export.disk().open_queue()?;
+        let mut queue = agreed.export.disk().open_queue()?;
+        queue.let_flushes_wait();
         Ok(Self {
             export: agreed.export,
             structured: agreed.structured,

@@ -133,22 +133,31 @@ pub(crate) fn split(bytes: &[u8]) -> Result<(Header, &[u8]), String> {
 
 /// Unpacks the packed bytes of a record to exactly the length that its header says.
 pub(crate) fn unpack(header: &Header, packed: &[u8]) -> Result<Arc<[u8]>, String> {
-    let len = header.content_len as usize;
-    match header.packing {
-        Packing::Raw if packed.len() == len => Ok(packed.into()),
-        Packing::Raw => Err(format!("chunk {} has another length than it says", header.name)),
-        Packing::Lz4 | Packing::Zstd => {
-            let mut content: Arc<[u8]> = std::iter::repeat_n(0, len).collect();
-            let space = Arc::get_mut(&mut content).unwrap_or_else(|| unreachable!("nobody else has it yet"));
-            let unpacked = match header.packing {
-                Packing::Lz4 => decompress_into(packed, space).ok(),
-                _ => zstd::bulk::decompress_to_buffer(packed, space).ok(),
-            };
-            match unpacked {
-                Some(found) if found == len => Ok(content),
-                _ => Err(format!("chunk {} cannot be unpacked", header.name)),
-            }
+    if header.packing == Packing::Raw && packed.len() == header.content_len as usize {
+        return Ok(packed.into());
+    }
+    let mut content: Arc<[u8]> = std::iter::repeat_n(0, header.content_len as usize).collect();
+    let space = Arc::get_mut(&mut content).unwrap_or_else(|| unreachable!("nobody else has it yet"));
+    unpack_into(header, packed, space)?;
+    Ok(content)
+}
+
+/// Unpacks the packed bytes of a record into as many bytes as its header says.
+pub(crate) fn unpack_into(header: &Header, packed: &[u8], content: &mut [u8]) -> Result<(), String> {
+    if content.len() != header.content_len as usize || header.packing == Packing::Raw && packed.len() != content.len() {
+        return Err(format!("chunk {} has another length than it says", header.name));
+    }
+    let unpacked = match header.packing {
+        Packing::Raw => {
+            content.copy_from_slice(packed);
+            Some(packed.len())
         }
+        Packing::Lz4 => decompress_into(packed, content).ok(),
+        Packing::Zstd => zstd::bulk::decompress_to_buffer(packed, content).ok(),
+    };
+    match unpacked == Some(content.len()) {
+        true => Ok(()),
+        false => Err(format!("chunk {} cannot be unpacked", header.name)),
     }
 }
 

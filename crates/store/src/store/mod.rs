@@ -39,6 +39,7 @@ const OPEN_FILES_MAX: usize = 200;
 /// Room that is set aside.
 const RESERVE: &str = "reserve";
 const RESERVE_LEN: u64 = 4 << 20;
+const ROOM_LOCK: &str = "room.lock";
 /// How long batches are kept from beginning at a time, while those that run end.
 const GATE_TIME: Duration = Duration::from_millis(500);
 /// How soon a lock is looked at again.
@@ -226,6 +227,17 @@ impl Store {
     /// Does what makes room; on a full disk with the room that was set aside.
     pub(crate) fn with_reserve<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
         with_reserve(&self.folder, act)
+    }
+
+    /// As long as this lock is held, those who wait for room leave what there is to whoever makes more.
+    pub(crate) fn make_room(&self) -> Result<File> {
+        self.lock_file(ROOM_LOCK, FlockOperation::LockExclusive)
+    }
+
+    /// Whether somebody makes room now.
+    pub(crate) fn is_room_being_made(&self) -> bool {
+        let lock = self.lock_file(ROOM_LOCK, FlockOperation::NonBlockingLockShared);
+        matches!(lock, Err(StoreError::File { source, .. }) if source.kind() == io::ErrorKind::WouldBlock)
     }
 
     pub(crate) fn catalog(&self) -> &Catalog {
@@ -526,6 +538,21 @@ impl Store {
         self.content(name, location, expected, &mut bytes[..len])
     }
 
+    /// The header of the record that was read from a place, if it is the one and of the kind that is expected.
+    fn header_of(&self, name: &Name, expected: Expected, bytes: &[u8]) -> Result<Header, String> {
+        let (header, _) = record::split(bytes)?;
+        if header.name != *name {
+            return Err(format!("chunk {} lies here instead of {name}", header.name));
+        }
+        match expected {
+            Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => Err(format!(
+                "chunk {name} of domain number {domain} lies here as one of domain number {}",
+                header.domain
+            )),
+            _ => Ok(header),
+        }
+    }
+
     /// The record that was read from a place. Afterwards `bytes` are of no account: what is sealed is opened where it lies.
     pub(crate) fn content(
         &self,
@@ -535,21 +562,8 @@ impl Store {
         bytes: &mut [u8],
     ) -> Result<Read> {
         let damaged = |what| StoreError::Damaged { path: self.segment_path(location), offset: location.offset(), what };
-        let header = match record::split(bytes) {
-            Ok((header, _)) if header.name == *name => header,
-            Ok((header, _)) => return Err(damaged(format!("chunk {} lies here instead of {name}", header.name))),
-            Err(what) => return Err(damaged(what)),
-        };
+        let header = self.header_of(name, expected, bytes).map_err(damaged)?;
         let packed = &mut bytes[HEADER_LEN..HEADER_LEN + header.packed_len as usize];
-        match expected {
-            Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => {
-                return Err(damaged(format!(
-                    "chunk {name} of domain number {domain} lies here as one of domain number {}",
-                    header.domain
-                )));
-            }
-            _ => {}
-        }
         let content = self.unpack_in_place(&header, packed)?.map_err(damaged)?;
         if expected == Expected::Node
             && let Some(domain) = self.unlocked(header.domain)?
@@ -558,6 +572,22 @@ impl Store {
             return Err(damaged(format!("node {name} holds something else")));
         }
         Ok(Read { content, domain: header.domain, location })
+    }
+
+    /// Brings the chunk that was read from a place straight to where it is wanted. Whether that went well; the long way says what is wrong.
+    pub(crate) fn content_into(&self, name: &Name, domain: u32, bytes: &mut [u8], content: &mut [u8]) -> bool {
+        let Ok(header) = self.header_of(name, Expected::Data { domain }, bytes) else { return false };
+        let packed = &mut bytes[HEADER_LEN..HEADER_LEN + header.packed_len as usize];
+        let unpacked = match is_sealed(&header) {
+            false => record::unpack_into(&header, packed, content),
+            true => match self.unlocked(header.domain) {
+                Ok(Some(domain)) => {
+                    domain.open(&header, packed).and_then(|packed| record::unpack_into(&header, packed, content))
+                }
+                _ => return false,
+            },
+        };
+        unpacked.is_ok()
     }
 
     /// Opens and unpacks packed bytes; the inner error is what is wrong with them.

@@ -144,6 +144,7 @@ impl Store {
         let Some(_lock) = self.try_lock("collect.lock")? else {
             return Err(StoreError::Refused("another garbage collection is running".to_owned()));
         };
+        let mut making_room = Some(self.make_room()?);
         self.remove_leftovers()?;
         self.spares().clear()?;
         // What was sealed later is not looked at: nothing in it can be old.
@@ -163,9 +164,13 @@ impl Store {
         for victims in [dead, others] {
             if !victims.is_empty() {
                 self.take_out(&victims, &mut marks, &options, &mut collected, watcher)?;
+                // Who waits for room finds some now.
+                self.make_reserve();
+                making_room = None;
             }
         }
         self.make_reserve();
+        drop(making_room);
         self.tidy()?;
         Ok(collected)
     }

@@ -70,7 +70,10 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
                 let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
                 work.failure = Some(format!("{error}{source}"));
                 core.progress.notify_all();
-                if !work.stop {
+                if error.is_no_space() {
+                    drop(work);
+                    core.wait_for_room_makers();
+                } else if !work.stop {
                     drop(core.wake.wait_timeout(work, RETRY).unwrap_or_else(|poisoned| poisoned.into_inner()));
                 }
             }
@@ -81,7 +84,7 @@ pub(crate) fn run(core: &Arc<Core>, head: Head) {
 
 /// Sees to it that the log can go on in a file whose blocks are written already.
 fn make_spare(core: &Core) {
-    if !core.lacks_spare() {
+    if !core.lacks_spare() || core.store.is_room_being_made() {
         return;
     }
     let spares = core.store.spares();

@@ -445,9 +445,24 @@ impl Core {
         if let Err(error) = self.store.spares().clear() {
             tracing::warn!(%error, "files that are kept for logs cannot be removed");
         }
-        let work = self.work();
-        let (work, _) = self.progress.wait_timeout(work, SPACE_LOOK).unwrap_or_else(|poisoned| poisoned.into_inner());
-        !work.stop
+        self.wait_for_room_makers()
+    }
+
+    /// Waits a while for room on the host's disk, and as long as somebody makes some: what little there is belongs to them. Whether the
+    /// volume goes on.
+    pub fn wait_for_room_makers(&self) -> bool {
+        loop {
+            let work = self.work();
+            let waited = self.progress.wait_timeout(work, SPACE_LOOK);
+            let (work, _) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+            if work.stop {
+                return false;
+            }
+            drop(work);
+            if !self.store.is_room_being_made() {
+                return true;
+            }
+        }
     }
 
     pub(super) fn append_locked(

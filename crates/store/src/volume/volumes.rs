@@ -157,7 +157,9 @@ impl Store {
             self.settle(row.id)?;
             return self.remove_volume(name);
         }
+        let making_room = self.make_room()?;
         self.with_reserve(|| self.catalog().remove_volume(row.id))?;
+        drop(making_room);
         match std::fs::remove_dir_all(&folder) {
             // A volume that was never open has none; and a collection may have been quicker.
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -277,6 +279,7 @@ impl Store {
         if snapshot.root.is_none() {
             self.settle(snapshot.volume)?;
         }
+        let _making_room = self.make_room()?;
         self.with_reserve(|| self.catalog().remove_snapshot(snapshot.id))
     }
 
