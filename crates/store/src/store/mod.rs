@@ -187,6 +187,8 @@ impl Store {
         drop(lock);
         store.index.refresh(&store.catalog)?;
         store.spares.look()?;
+        // On a full disk it could not be made.
+        drop(store.lock_file(ROOM_LOCK, FlockOperation::NonBlockingLockShared));
         store.make_reserve();
         Ok(Arc::new(store))
     }
@@ -229,9 +231,13 @@ impl Store {
         with_reserve(&self.folder, act)
     }
 
-    /// As long as this lock is held, those who wait for room leave what there is to whoever makes more.
-    pub(crate) fn make_room(&self) -> Result<File> {
-        self.lock_file(ROOM_LOCK, FlockOperation::LockExclusive)
+    /// As long as this lock is held, those who wait for room leave what there is to whoever makes more. None on a disk that has not even
+    /// room for its file.
+    pub(crate) fn make_room(&self) -> Result<Option<File>> {
+        match self.lock_file(ROOM_LOCK, FlockOperation::LockExclusive) {
+            Err(error) if error.is_no_space() => Ok(None),
+            locked => locked.map(Some),
+        }
     }
 
     /// Whether somebody makes room now.

@@ -144,7 +144,7 @@ impl Store {
         let Some(_lock) = self.try_lock("collect.lock")? else {
             return Err(StoreError::Refused("another garbage collection is running".to_owned()));
         };
-        let mut making_room = Some(self.make_room()?);
+        let making_room = self.make_room()?;
         self.remove_leftovers()?;
         self.spares().clear()?;
         // What was sealed later is not looked at: nothing in it can be old.
@@ -162,11 +162,15 @@ impl Store {
         // What is needed of the others has to be written elsewhere first: where the disk is full, this makes the room for it.
         let (dead, others): (Vec<_>, Vec<_>) = victims.into_iter().partition(|row| marks.needed(row.number).is_empty());
         for victims in [dead, others] {
-            if !victims.is_empty() {
-                self.take_out(&victims, &mut marks, &options, &mut collected, watcher)?;
-                // Who waits for room finds some now.
-                self.make_reserve();
-                making_room = None;
+            if victims.is_empty() {
+                continue;
+            }
+            match self.take_out(&victims, &mut marks, &options, &mut collected, watcher) {
+                // Writers that had not met the full disk yet took what there was. What was freed is freed.
+                Err(error) if error.is_no_space() && collected.freed_bytes > 0 => {
+                    tracing::warn!(%error, "a part of the collection is left for the next one");
+                }
+                result => result?,
             }
         }
         self.make_reserve();

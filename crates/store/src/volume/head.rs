@@ -11,7 +11,7 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::tree::Root;
 use crate::volume::extent_map::LogPlace;
-use crate::volume::log::{Position, sync_folder};
+use crate::volume::log::{Position, settle, sync_folder};
 
 const SLOT_LEN: u64 = 4096;
 const CONTENT_LEN: usize = 128;
@@ -63,6 +63,9 @@ impl Head {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(StoreError::file("open", &path)(error)),
         };
+        // The next state takes the place of the older page: which one that is the disk has to say, not a cache that holds what an
+        // earlier process could not sync.
+        settle(&file).map_err(StoreError::file("read", &path))?;
         match read(&file, &path)? {
             Some((generation, state)) => Ok(Some(Head { path, file, generation, state })),
             None => Ok(None),
@@ -73,7 +76,10 @@ impl Head {
     pub fn peek(folder: &Path) -> Result<Option<State>> {
         let path = Head::path(folder);
         match File::open(&path) {
-            Ok(file) => Ok(read(&file, &path)?.map(|(_, state)| state)),
+            Ok(file) => {
+                settle(&file).map_err(StoreError::file("read", &path))?;
+                Ok(read(&file, &path)?.map(|(_, state)| state))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(StoreError::file("open", &path)(error)),
         }

@@ -363,13 +363,19 @@ impl Disk {
                     let _ = fields.u64();
                 }
                 let (from, to) = (fields.name(), fields.name());
-                if to_folder != number {
-                    return Err(libc::EXDEV);
+                let moved = *self.folder(number)?.names.get(&from).ok_or(libc::ENOENT)?;
+                if to_folder == number {
+                    self.change_names(number, NameChange::Rename(from, to))?;
+                } else {
+                    // Both halves or none, and not before what came earlier: a journal keeps them so. Here it is written at once.
+                    self.folder(to_folder)?;
+                    self.change_names(number, NameChange::Remove(from))?;
+                    self.change_names(to_folder, NameChange::Add(to, moved))?;
+                    for node in self.nodes.values_mut().filter(|node| node.is_folder()) {
+                        node.stable_names = node.names.clone();
+                        node.name_changes.clear();
+                    }
                 }
-                if !self.folder(number)?.names.contains_key(&from) {
-                    return Err(libc::ENOENT);
-                }
-                self.change_names(number, NameChange::Rename(from, to))?;
                 Ok(Vec::new())
             }
             fuse::OPEN | fuse::OPENDIR => self.node(number).map(|_| OPENED.to_vec()),
