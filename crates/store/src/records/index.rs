@@ -16,9 +16,7 @@ use crate::name::Name;
 use crate::records::cache::NameMap;
 use crate::records::record::Header;
 use crate::records::run::{self, Run};
-use crate::records::segment::{
-    self, Entry, Location, SegmentFolder, SegmentNumber, SegmentWriter, State, Summary, Writing,
-};
+use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, SegmentWriter, State, Summary};
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;
@@ -414,7 +412,7 @@ impl Index {
     /// Puts records into a segment of their own.
     fn keep_records(&self, catalog: &Catalog, records: &[(Header, Vec<u8>)]) -> Result<()> {
         let mut segment = loop {
-            if let Some(segment) = SegmentWriter::create(&self.segments, catalog.new_segment()?, Writing::Direct)? {
+            if let Some(segment) = SegmentWriter::create(&self.segments, catalog.new_segment()?)? {
                 break segment;
             }
         };

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,9 +26,6 @@ const TABLE_MAGIC: &[u8; 16] = b"polder table\0\0\0\0";
 const FORMAT: u32 = 1;
 /// Records are written to the file in pieces of about this size.
 const BUFFER_LEN: usize = 1 << 20;
-/// What is written past the host's page cache is whole blocks of this size.
-const DIRECT_LEN: usize = 4096;
-
 /// The number of a segment; 28 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SegmentNumber(pub u32);
@@ -180,75 +177,14 @@ fn check_file_header(file: &File, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// How records reach a segment's file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Writing {
-    /// Through the host's page cache, for what is about to be read.
-    Cached,
-    /// Past it, where the file system can: new records are read rarely, and would drive out what is read often.
-    Direct,
-}
-
-/// Bytes that begin at a multiple of [`DIRECT_LEN`] in memory.
-struct AlignedBuffer {
-    bytes: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl AlignedBuffer {
-    fn new() -> Self {
-        // A record more than what is written at a time, and what a block is padded with.
-        let bytes = vec![0; BUFFER_LEN + HEADER_LEN + 2 * record::CONTENT_LEN_MAX + 2 * DIRECT_LEN];
-        let start = bytes.as_ptr().align_offset(DIRECT_LEN);
-        AlignedBuffer { bytes, start, len: 0 }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
-    }
-
-    fn push(&mut self, more: &[u8]) {
-        let end = self.start + self.len;
-        self.bytes[end..end + more.len()].copy_from_slice(more);
-        self.len += more.len();
-    }
-
-    /// Adds zeros up to a multiple of a length.
-    fn pad(&mut self, unit: usize) {
-        let padded = self.len.next_multiple_of(unit);
-        self.bytes[self.start + self.len..self.start + padded].fill(0);
-        self.len = padded;
-    }
-
-    /// The bytes with zeros up to a whole block.
-    fn padded(&mut self) -> &[u8] {
-        let len = self.len;
-        self.pad(DIRECT_LEN);
-        let padded = std::mem::replace(&mut self.len, len);
-        &self.bytes[self.start..self.start + padded]
-    }
-
-    /// Takes bytes off the front.
-    fn remove(&mut self, count: usize) {
-        self.bytes.copy_within(self.start + count..self.start + self.len, self.start);
-        self.len -= count;
-    }
-}
-
 /// The segment that this process writes.
 pub(crate) struct SegmentWriter {
     folder: SegmentFolder,
     number: SegmentNumber,
-    /// For reading, and for writing through the host's page cache.
     file: Arc<File>,
-    /// For writing past it.
-    direct: Option<File>,
     /// Where the buffer's first byte belongs.
     written: u64,
-    /// Bytes of the buffer that can be read from the file already.
-    flushed: usize,
-    buffer: AlignedBuffer,
+    buffer: Vec<u8>,
     entries: Vec<Entry>,
     synced: bool,
     /// The file's name is stable.
@@ -261,7 +197,7 @@ pub(crate) struct SegmentWriter {
 
 impl SegmentWriter {
     /// A new segment. Its number must never have been used. None if somebody took it for one whose process died, before it was locked.
-    pub fn create(folder: &SegmentFolder, number: SegmentNumber, writing: Writing) -> Result<Option<Self>> {
+    pub fn create(folder: &SegmentFolder, number: SegmentNumber) -> Result<Option<Self>> {
         let path = folder.open(number);
         let file = File::options().read(true).write(true).create_new(true).open(&path);
         let file = file.map_err(StoreError::file("make", &path))?;
@@ -273,24 +209,12 @@ impl SegmentWriter {
         if file.metadata().map_err(StoreError::file("look at", &path))?.nlink() == 0 {
             return Ok(None);
         }
-        let direct = match writing {
-            Writing::Cached => None,
-            Writing::Direct => {
-                let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
-                // Some file systems have no such way.
-                File::options().write(true).custom_flags(flags).open(&path).ok()
-            }
-        };
-        let mut buffer = AlignedBuffer::new();
-        buffer.push(&file_header(number));
         Ok(Some(SegmentWriter {
             folder: folder.clone(),
             number,
             file: Arc::new(file),
-            direct,
             written: 0,
-            flushed: 0,
-            buffer,
+            buffer: file_header(number).to_vec(),
             entries: Vec::new(),
             synced: false,
             named: false,
@@ -309,7 +233,7 @@ impl SegmentWriter {
     }
 
     pub fn len(&self) -> u64 {
-        self.written + self.buffer.len as u64
+        self.written + self.buffer.len() as u64
     }
 
     pub fn is_full(&self) -> bool {
@@ -329,65 +253,25 @@ impl SegmentWriter {
     /// Appends a record. One that fails, as where the disk is full, can be tried again.
     pub fn append(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
         self.check()?;
-        if self.buffer.len >= BUFFER_LEN {
-            self.write_blocks()?;
+        if self.buffer.len() >= BUFFER_LEN {
+            self.flush()?;
         }
         let location = Location::new(self.number, self.len(), header.record_len());
-        self.buffer.push(&header.to_bytes());
-        self.buffer.push(packed);
-        self.buffer.pad(HEADER_LEN);
+        self.buffer.extend_from_slice(&header.to_bytes());
+        self.buffer.extend_from_slice(packed);
+        self.buffer.resize(self.buffer.len().next_multiple_of(HEADER_LEN), 0);
         self.entries.push(Entry { prefix: header.name.prefix(), location });
         self.synced = false;
         Ok(location)
     }
 
-    /// Hands what the buffer has of whole blocks to the host.
-    fn write_blocks(&mut self) -> Result<()> {
-        let whole = self.buffer.len / DIRECT_LEN * DIRECT_LEN;
-        if whole == 0 {
-            return Ok(());
-        }
-        match &self.direct {
-            Some(_) => self.write_direct(whole)?,
-            None => self.write_cached(whole)?,
-        }
-        self.buffer.remove(whole);
-        self.written += whole as u64;
-        self.flushed = self.flushed.saturating_sub(whole);
-        Ok(())
-    }
-
-    /// Writes the front of the buffer past the page cache; the last block with zeros behind it.
-    fn write_direct(&mut self, len: usize) -> Result<()> {
-        let Some(direct) = &self.direct else { return self.write_cached(len) };
-        let bytes = if len.is_multiple_of(DIRECT_LEN) { &self.buffer.bytes()[..len] } else { self.buffer.padded() };
-        match direct.write_all_at(bytes, self.written) {
-            // A file can be opened so and not written so.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                self.direct = None;
-                self.write_cached(len)
-            }
-            written => {
-                written.map_err(StoreError::file("write", &self.path()))?;
-                self.flushed = self.flushed.max(len);
-                Ok(())
-            }
-        }
-    }
-
-    /// Writes what the page cache does not have of the front of the buffer.
-    fn write_cached(&mut self, len: usize) -> Result<()> {
-        let from = self.flushed.min(len);
-        let written = self.file.write_all_at(&self.buffer.bytes()[from..len], self.written + from as u64);
-        written.map_err(StoreError::file("write", &self.path()))?;
-        self.flushed = self.flushed.max(len);
-        Ok(())
-    }
-
-    /// Hands everything to the host, so that it can be read from the file. It stays here until whole blocks of it are written.
+    /// Hands everything to the host, so that it can be read from the file.
     pub fn flush(&mut self) -> Result<()> {
         self.check()?;
-        self.write_cached(self.buffer.len)
+        self.file.write_all_at(&self.buffer, self.written).map_err(StoreError::file("write", &self.path()))?;
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
     }
 
     /// Makes the file's name stable.
@@ -399,28 +283,18 @@ impl SegmentWriter {
         Ok(())
     }
 
-    fn write_all(&mut self) -> Result<()> {
-        self.check()?;
-        self.write_blocks()?;
-        match self.direct.is_some() && self.flushed < self.buffer.len {
-            true => self.write_direct(self.buffer.len),
-            false => self.write_cached(self.buffer.len),
-        }
-    }
-
     /// A record that was not handed to the host yet, and perhaps some behind it.
     pub fn unwritten(&self, location: Location) -> Option<&[u8]> {
         let from = location.offset().checked_sub(self.written)?;
-        self.buffer.bytes().get(from as usize..).filter(|_| location.segment() == self.number)
+        self.buffer.get(from as usize..).filter(|_| location.segment() == self.number)
     }
 
     /// Makes everything stable.
     pub fn sync(&mut self) -> Result<()> {
-        self.check()?;
+        self.flush()?;
         if self.synced {
             return Ok(());
         }
-        self.write_all()?;
         self.sync_name()?;
         if let Err(error) = self.file.sync_data() {
             self.broken = true;
@@ -445,7 +319,7 @@ impl SegmentWriter {
             self.remove()?;
             return Ok(None);
         }
-        self.write_all()?;
+        self.flush()?;
         self.sync_name()?;
         let (path, end) = (self.path(), self.len());
         let summary = write_table(self.number, &self.file, end, self.entries.clone());

@@ -26,7 +26,7 @@ use crate::name::{Kind, Name, Namer};
 use crate::records::cache::Cache;
 use crate::records::index::{Index, IndexFigures};
 use crate::records::record::{self, HEADER_LEN, Header};
-use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter, Writing};
+use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
 use crate::tree::{NODE_LEN, NodeSource, TreeNode, not_a_node};
 use crate::volume::log::sync_folder;
 use crate::volume::spares::Spares;
@@ -402,9 +402,9 @@ impl Store {
     }
 
     /// A new segment, of a number that was never used.
-    pub(crate) fn new_segment(&self, writing: Writing) -> Result<SegmentWriter> {
+    pub(crate) fn new_segment(&self) -> Result<SegmentWriter> {
         loop {
-            if let Some(segment) = SegmentWriter::create(&self.segments, self.catalog.new_segment()?, writing)? {
+            if let Some(segment) = SegmentWriter::create(&self.segments, self.catalog.new_segment()?)? {
                 return Ok(segment);
             }
         }
@@ -419,7 +419,7 @@ impl Store {
         }
         let segment = match &mut *writer {
             Some(segment) => segment,
-            none => none.insert(self.new_segment(Writing::Direct)?),
+            none => none.insert(self.new_segment()?),
         };
         let location = segment.append(header, packed)?;
         self.index.add_ours(&header.name, location);

@@ -15,7 +15,7 @@ use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
 use crate::pace::Pace;
 use crate::records::record::{self, HEADER_LEN};
-use crate::records::segment::{self, Found, SegmentNumber, SegmentWriter, Writing};
+use crate::records::segment::{self, Found, SegmentNumber, SegmentWriter};
 use crate::store::Store;
 use crate::upkeep::mark::{Lost, Marks};
 
@@ -311,7 +311,7 @@ impl Copier<'_> {
             }
             let target = match &mut self.target {
                 Some(target) => target,
-                none => none.insert(self.store.new_segment(Writing::Cached)?),
+                none => none.insert(self.store.new_segment()?),
             };
             target.append(&header, packed)?;
             total += header.record_len() as u64;
