@@ -102,6 +102,16 @@ enum Look {
     Coming,
 }
 
+/// What became of a claim to a range.
+enum Claim {
+    /// It is ours, and ends there.
+    Ours(Arc<Flight>, u64),
+    /// Somebody else is reading the record.
+    Others(Arc<Flight>),
+    /// The record was read. Perhaps just now; if it is not here all the same, a collection has freed it since.
+    WasRead,
+}
+
 impl Fetcher {
     /// Brings what is known; `folder` is where a store keeps a copy of that.
     pub fn new(client: Arc<Client>, known: Known, folder: Option<PathBuf>) -> Self {
@@ -154,15 +164,20 @@ impl Fetcher {
 
     fn look(&self, store: &Store, name: &Name, reach: u64, patience: Patience) -> Result<Look, RemoteError> {
         let mut reloaded = false;
+        let mut was_read = false;
         loop {
             if store.read_local(name).is_ok() {
                 return Ok(Look::Here);
             }
             let Some(place) = self.known()?.find(name).next() else { return Ok(Look::Unknown) };
-            let flight = match self.claim(&place, reach) {
-                Ok((flight, end)) => self.fly(store, name, &place, end, &flight),
-                Err(_) if patience == Patience::Pass => return Ok(Look::Coming),
-                Err(flight) => flight.wait(),
+            let flight = match self.claim(&place, reach, was_read) {
+                Claim::Ours(flight, end) => self.fly(store, name, &place, end, &flight),
+                Claim::Others(_) if patience == Patience::Pass => return Ok(Look::Coming),
+                Claim::Others(flight) => flight.wait(),
+                Claim::WasRead => {
+                    was_read = true;
+                    continue;
+                }
             };
             match flight {
                 Ok(()) => {}
@@ -177,17 +192,20 @@ impl Fetcher {
         }
     }
 
-    /// Takes a range for us that begins with the record, and ends where somebody else's begins; or gives who reads the record already.
-    fn claim(&self, place: &RemotePlace, reach: u64) -> Result<(Arc<Flight>, u64), Arc<Flight>> {
+    /// Takes a range for us that begins with the record, and ends where somebody else's begins, unless somebody reads the record already.
+    /// One that was read is read once more only with `again`.
+    fn claim(&self, place: &RemotePlace, reach: u64, again: bool) -> Claim {
         let mut spans = self.spans();
         let segment = spans.entry(place.segment).or_default();
         if let Some((&start, span)) = segment.range(..=place.offset).next_back()
             && span.end > place.offset
         {
             if let Some(flight) = &span.flight {
-                return Err(flight.clone());
+                return Claim::Others(flight.clone());
             }
-            // It was read before, and a collection has freed it since.
+            if !again {
+                return Claim::WasRead;
+            }
             segment.remove(&start);
         }
         let before = segment.range(..place.offset).next_back();
@@ -197,7 +215,7 @@ impl Fetcher {
         let end = (place.offset + reach).min(next).max(place.offset + place.len);
         let flight = Arc::new(Flight::default());
         segment.insert(place.offset, Span { end, flight: Some(flight.clone()) });
-        Ok((flight, end))
+        Claim::Ours(flight, end)
     }
 
     /// Reads a range that we claimed.
