@@ -1,6 +1,6 @@
 //! A disk whose host file does not answer keeps nobody from ending the machine.
 
-use std::fs::File;
+use std::fs::{DirEntry, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -111,22 +111,35 @@ impl Silent {
     /// Answers, and waits until no process has it as a disk: what the host's kernel would not let go ends with the answer.
     fn is_left_by_all(&self) {
         self.over.store(true, Ordering::SeqCst);
+        self.wait_for_processes();
+    }
+
+    /// Kills every process that has this as a disk.
+    fn kill_all(&self) {
+        for pid in self.processes() {
+            kill_process(pid, Signal::KILL).expect("a process of ours can be signalled");
+        }
+        self.wait_for_processes();
+    }
+
+    fn wait_for_processes(&self) {
         let end = Instant::now() + BOOT_LIMIT;
-        while self.processes() > 0 {
+        while !self.processes().is_empty() {
             assert!(Instant::now() < end, "a process is left in {}", self.scratch.path().display());
             std::thread::park_timeout(Duration::from_millis(20));
         }
     }
 
     /// Processes that have this as a disk: they name it, or are of a state folder beside the file.
-    fn processes(&self) -> usize {
+    fn processes(&self) -> Vec<Pid> {
         let folder = self.scratch.path().to_string_lossy().into_owned();
         let entries = std::fs::read_dir("/proc").expect("/proc is there").flatten();
         let names = |path: PathBuf, what: &str| std::fs::read(path).is_ok_and(|line| contains(&line, what.as_bytes()));
         let uses = |path: PathBuf| {
             names(path.join("cmdline"), &self.disk) || names(path.join("environ"), &format!("POLDER_HOME={folder}"))
         };
-        entries.filter(|entry| uses(entry.path())).count()
+        let pid = |entry: DirEntry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?);
+        entries.filter(|entry| uses(entry.path())).filter_map(pid).collect()
     }
 }
 
@@ -216,7 +229,8 @@ fn every_order_ends_a_machine<'a>(mut silent: impl FnMut() -> &'a Silent) {
     assert_eq!(status, Some(124), "{errors}");
 }
 
-/// The instance is started once with its own disk, then its process with a silent file in the place of the log of its volume.
+/// The instance is started once with its own disk and killed, so that its volume keeps a log; then its process is started with a silent
+/// file in the place of that log.
 #[test]
 fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
     let test = "silent_disk::polder_stop_ends_though_the_disk_of_the_instance_does_not_answer";
@@ -241,7 +255,7 @@ fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
         command
     };
     Outcome::of(&mut command(&["run", "-d", "--name", "web", "tiny"]), BOOT_LIMIT).expect_status(0);
-    Outcome::of(&mut command(&["stop", "--timeout", "0", "web"]), BOOT_LIMIT).expect_status(0);
+    silent.kill_all();
 
     let volumes = std::fs::read_dir(home.join("store/volumes")).expect("the instance has a volume");
     let volume = volumes.map(|entry| entry.expect("the folder can be read").path()).next().expect("there is one");
@@ -251,6 +265,10 @@ fn polder_stop_ends_though_the_disk_of_the_instance_does_not_answer() {
     std::os::unix::fs::FileExt::write_all_at(&device, &header[..4096], 0).expect("the block device can be written");
     std::fs::remove_file(&log).expect("the log can be removed");
     std::os::unix::fs::symlink(&silent.disk, &log).expect("a link can be made");
+    // Its sockets were left where they were; `polder start` would make the folder anew.
+    for socket in ["console", "control", "vsock"] {
+        std::fs::remove_file(home.join("instances/web").join(socket)).expect("a machine has sockets");
+    }
     let mut machine = command(&["machine-process", "web"]);
     let mut machine = machine.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("polder starts");
     silent.wait_until_asked(0);
