@@ -9,7 +9,7 @@ use polder_store::{Content, StoreError, Volume, VolumeOptions};
 
 use super::child::Task;
 use super::model::Shared;
-use super::power_disk::{Call, Disk, Faults, PowerDisk};
+use super::power_disk::{Call, Faults, PowerDisk};
 use super::random::{Random, nightly};
 use super::workload::{explain, open_store, options, work_on_every_file};
 
@@ -131,7 +131,7 @@ fn nothing_that_was_promised_is_lost_when_syncs_fail() {
     let folder = tempfile::tempdir().unwrap();
     let model = Shared::open(&folder.path().join("model"));
     let task = |mounted: &PowerDisk, seed| Task::new(mounted.path(), folder.path().join("model"), seed).that_may_fail();
-    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let Some(mounted) = PowerDisk::new() else { return };
     task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
     let mut disk = mounted.disk().clone();
     drop(mounted);
@@ -196,7 +196,7 @@ fn one_read_or_write_that_fails_is_named_loses_nothing_and_does_not_fail_again()
     let mut random = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
     let (model, said) = (folder.path().join("model"), folder.path().join("said"));
-    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let Some(mounted) = PowerDisk::new() else { return };
     Task::new(mounted.path(), &model, 0).run("power::a_child_makes_a_store").unwrap();
     let mut disk = mounted.disk().clone();
     drop(mounted);
@@ -291,7 +291,7 @@ fn a_child_flushes_beside_segments_that_are_stuck() {
 fn segments_that_are_stuck_delay_no_flush() {
     let folder = tempfile::tempdir().unwrap();
     let model = Shared::open(&folder.path().join("model"));
-    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let Some(mounted) = PowerDisk::new() else { return };
     let said = folder.path().join("said");
     let task = Task { outside: said.clone(), ..Task::new(mounted.path(), folder.path().join("model"), Random::seed()) };
     task.run("power::a_child_makes_a_store").unwrap();

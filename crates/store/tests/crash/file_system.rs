@@ -229,7 +229,7 @@ type Moments = Vec<(Disk, Promised)>;
 
 /// Has applications work in a file system on a volume: what there was before each sync.
 fn record(folder: &Path, rounds: u64) -> Option<Moments> {
-    let mounted = PowerDisk::mount(Disk::default())?;
+    let mounted = PowerDisk::new()?;
     let (served, at) = (folder.join("served"), folder.join("mounted"));
     std::fs::create_dir_all(&served).unwrap();
     let promises = folder.join("promises");

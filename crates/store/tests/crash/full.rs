@@ -9,7 +9,7 @@ use polder_store::{CollectOptions, Content, Volume};
 use super::child::Task;
 use super::host::{LoopMount, can_mount_files, make_ext4, run};
 use super::model::Shared;
-use super::power_disk::{Disk, PowerDisk};
+use super::power_disk::PowerDisk;
 use super::random::{Random, nightly};
 use super::workload::{check, make, open_store, options, work_on_full_disk};
 
@@ -31,7 +31,7 @@ fn a_full_disk_makes_writes_wait_and_loses_nothing_that_was_promised() {
     let mut random = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
     let model = Shared::open(&folder.path().join("model"));
-    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let Some(mounted) = PowerDisk::new() else { return };
     let task = |mounted: &PowerDisk, seed| Task::new(mounted.path(), folder.path().join("model"), seed).that_may_fail();
     task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
     let mut disk = mounted.disk().clone();
@@ -102,7 +102,7 @@ fn a_child_makes_room() {
 #[test]
 fn a_volume_can_be_removed_and_collected_on_a_full_disk() {
     let folder = tempfile::tempdir().unwrap();
-    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let Some(mounted) = PowerDisk::new() else { return };
     let task = Task::new(mounted.path(), folder.path().join("model"), 0);
     task.run("full::a_child_fills_a_store").unwrap();
     {

@@ -55,8 +55,29 @@ impl Drop for LoopMount {
     }
 }
 
-/// Whether a file system in a file can be mounted here; says why not.
+/// Gives this thread, and the threads and processes that it starts, mounts of their own. A process elsewhere that gets a mount
+/// namespace at any moment (a build of an image does) would take our mounts along, and what is mounted there too is still the same file
+/// system after we unmounted it: who mounts the file again finds what it was before.
+pub fn own_mounts() {
+    // SAFETY: the call takes no pointers, and changes where this thread sees files.
+    if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
+        return;
+    }
+    // SAFETY: the strings end with a zero; a null pointer is what the other arguments may be.
+    unsafe {
+        libc::mount(
+            c"none".as_ptr(),
+            c"/".as_ptr(),
+            std::ptr::null(),
+            libc::MS_REC | libc::MS_PRIVATE,
+            std::ptr::null(),
+        )
+    };
+}
+
+/// Whether a file system in a file can be mounted here, by a thread that then has mounts of its own; says why not.
 pub fn can_mount_files() -> bool {
+    own_mounts();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("disk");
     std::fs::File::create(&file).and_then(|file| file.set_len(16 << 20)).unwrap();

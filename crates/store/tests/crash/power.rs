@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::child::Task;
 use super::model::Shared;
-use super::power_disk::{Disk, PowerDisk};
+use super::power_disk::PowerDisk;
 use super::random::{Random, nightly};
 use super::workload::{check, make};
 
@@ -31,7 +31,7 @@ fn nothing_that_was_promised_is_lost_when_the_power_goes_at_any_moment() {
     let folder = tempfile::tempdir().unwrap();
     let model = Shared::open(&folder.path().join("model"));
     let task = |mounted: &PowerDisk, seed| Task::new(mounted.path(), folder.path().join("model"), seed).that_may_fail();
-    let Some(mounted) = PowerDisk::mount(Disk::default()) else { return };
+    let Some(mounted) = PowerDisk::new() else { return };
     task(&mounted, 0).run("power::a_child_makes_a_store").unwrap();
     // A store that was made is promised.
     let mut disk = mounted.disk().after_power_loss(&mut random);

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use super::fuse::{self, Attributes, Fields, FileSystem, Mount, OPENED, ROOT};
+use super::host;
 use super::random::Random;
 
 const PAGE_LEN: usize = 4096;
@@ -243,6 +244,12 @@ pub struct PowerDisk {
 struct Files(Mutex<Disk>);
 
 impl PowerDisk {
+    /// Mounts an empty disk, in a mount namespace of this thread's own; none, with a message, where that is not allowed.
+    pub fn new() -> Option<PowerDisk> {
+        host::own_mounts();
+        PowerDisk::mount(Disk::default())
+    }
+
     /// Mounts a disk; none, with a message, where that is not allowed.
     pub fn mount(disk: Disk) -> Option<PowerDisk> {
         let folder = tempfile::tempdir().unwrap();
