@@ -13,10 +13,12 @@ use std::sync::{Arc, RwLock};
 use crate::catalog::{Catalog, SegmentRow};
 use crate::error::{Result, StoreError};
 use crate::name::Name;
+use crate::records::behind::{Writers, Writing};
 use crate::records::cache::NameMap;
 use crate::records::record::Header;
 use crate::records::run::{self, Run};
-use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, SegmentWriter, State, Summary};
+use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
+use crate::records::segment_writer::SegmentWriter;
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;
@@ -411,8 +413,10 @@ impl Index {
 
     /// Puts records into a segment of their own.
     fn keep_records(&self, catalog: &Catalog, records: &[(Header, Vec<u8>)]) -> Result<()> {
+        let writers = Writers::default();
         let mut segment = loop {
-            if let Some(segment) = SegmentWriter::create(&self.segments, catalog.new_segment()?)? {
+            let number = catalog.new_segment()?;
+            if let Some(segment) = SegmentWriter::create(&self.segments, number, Writing::Direct, &writers)? {
                 break segment;
             }
         };

@@ -1,7 +1,9 @@
 //! Records on disk, and from their names to where they lie.
 
+pub(crate) mod behind;
 pub(crate) mod cache;
 pub(crate) mod index;
 pub(crate) mod record;
 pub(crate) mod run;
 pub(crate) mod segment;
+pub(crate) mod segment_writer;

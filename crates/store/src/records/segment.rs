@@ -7,15 +7,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::name::{Name, Namer};
 use crate::records::record::{self, HEADER_LEN, Header};
-use crate::volume::log::{settle, sync_folder};
+use crate::volume::log::settle;
 
 /// A segment is full when it holds that much.
 pub(crate) const SEGMENT_LEN: u64 = 15 << 20;
@@ -24,8 +23,6 @@ const SEGMENT_LEN_MAX: u64 = 16 << 20;
 const MAGIC: &[u8; 16] = b"polder segment\0\0";
 const TABLE_MAGIC: &[u8; 16] = b"polder table\0\0\0\0";
 const FORMAT: u32 = 1;
-/// Records are written to the file in pieces of about this size.
-const BUFFER_LEN: usize = 1 << 20;
 /// The number of a segment; 28 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SegmentNumber(pub u32);
@@ -146,7 +143,7 @@ pub(crate) enum State {
     Sealed,
 }
 
-fn file_header(number: SegmentNumber) -> [u8; HEADER_LEN] {
+pub(super) fn file_header(number: SegmentNumber) -> [u8; HEADER_LEN] {
     let mut bytes = [0; HEADER_LEN];
     bytes[..16].copy_from_slice(MAGIC);
     bytes[16..20].copy_from_slice(&FORMAT.to_le_bytes());
@@ -177,170 +174,6 @@ fn check_file_header(file: &File, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The segment that this process writes.
-pub(crate) struct SegmentWriter {
-    folder: SegmentFolder,
-    number: SegmentNumber,
-    file: Arc<File>,
-    /// Where the buffer's first byte belongs.
-    written: u64,
-    buffer: Vec<u8>,
-    entries: Vec<Entry>,
-    synced: bool,
-    /// The file's name is stable.
-    named: bool,
-    /// It has its table, and may be known: nothing is appended any more.
-    ended: bool,
-    /// A sync failed: what the file holds is not known.
-    broken: bool,
-}
-
-impl SegmentWriter {
-    /// A new segment. Its number must never have been used. None if somebody took it for one whose process died, before it was locked.
-    pub fn create(folder: &SegmentFolder, number: SegmentNumber) -> Result<Option<Self>> {
-        let path = folder.open(number);
-        let file = File::options().read(true).write(true).create_new(true).open(&path);
-        let file = file.map_err(StoreError::file("make", &path))?;
-        match lock(&file) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(StoreError::file("lock", &path)(error)),
-        }
-        if file.metadata().map_err(StoreError::file("look at", &path))?.nlink() == 0 {
-            return Ok(None);
-        }
-        Ok(Some(SegmentWriter {
-            folder: folder.clone(),
-            number,
-            file: Arc::new(file),
-            written: 0,
-            buffer: file_header(number).to_vec(),
-            entries: Vec::new(),
-            synced: false,
-            named: false,
-            ended: false,
-            broken: false,
-        }))
-    }
-
-    pub fn number(&self) -> SegmentNumber {
-        self.number
-    }
-
-    /// For reading what was [flushed](Self::flush).
-    pub fn file(&self) -> &Arc<File> {
-        &self.file
-    }
-
-    pub fn len(&self) -> u64 {
-        self.written + self.buffer.len() as u64
-    }
-
-    pub fn is_full(&self) -> bool {
-        self.ended || self.len() >= SEGMENT_LEN
-    }
-
-    /// Whether it may be known to the catalog.
-    pub fn is_published(&self) -> bool {
-        self.ended
-    }
-
-    /// Whether nothing more comes of it.
-    pub fn is_broken(&self) -> bool {
-        self.broken
-    }
-
-    /// Appends a record. One that fails, as where the disk is full, can be tried again.
-    pub fn append(&mut self, header: &Header, packed: &[u8]) -> Result<Location> {
-        self.check()?;
-        if self.buffer.len() >= BUFFER_LEN {
-            self.flush()?;
-        }
-        let location = Location::new(self.number, self.len(), header.record_len());
-        self.buffer.extend_from_slice(&header.to_bytes());
-        self.buffer.extend_from_slice(packed);
-        self.buffer.resize(self.buffer.len().next_multiple_of(HEADER_LEN), 0);
-        self.entries.push(Entry { prefix: header.name.prefix(), location });
-        self.synced = false;
-        Ok(location)
-    }
-
-    /// Hands everything to the host, so that it can be read from the file.
-    pub fn flush(&mut self) -> Result<()> {
-        self.check()?;
-        self.file.write_all_at(&self.buffer, self.written).map_err(StoreError::file("write", &self.path()))?;
-        self.written += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
-    }
-
-    /// Makes the file's name stable.
-    fn sync_name(&mut self) -> Result<()> {
-        if !self.named {
-            sync_folder(&self.folder.0)?;
-            self.named = true;
-        }
-        Ok(())
-    }
-
-    /// A record that was not handed to the host yet, and perhaps some behind it.
-    pub fn unwritten(&self, location: Location) -> Option<&[u8]> {
-        let from = location.offset().checked_sub(self.written)?;
-        self.buffer.get(from as usize..).filter(|_| location.segment() == self.number)
-    }
-
-    /// Makes everything stable.
-    pub fn sync(&mut self) -> Result<()> {
-        self.flush()?;
-        if self.synced {
-            return Ok(());
-        }
-        self.sync_name()?;
-        if let Err(error) = self.file.sync_data() {
-            self.broken = true;
-            return Err(StoreError::file("write", &self.path())(error));
-        }
-        self.synced = true;
-        Ok(())
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.broken { Err(StoreError::Broken { path: self.path() }) } else { Ok(()) }
-    }
-
-    fn path(&self) -> PathBuf {
-        self.folder.open(self.number)
-    }
-
-    /// Ends the segment: stable, with its table, made known by `publish`, then under its final name. One without records is removed;
-    /// then there is no summary. Unless it broke, it can be tried again.
-    pub fn seal(&mut self, publish: impl FnOnce(&Summary) -> Result<()>) -> Result<Option<Summary>> {
-        if self.entries.is_empty() {
-            self.remove()?;
-            return Ok(None);
-        }
-        self.flush()?;
-        self.sync_name()?;
-        let (path, end) = (self.path(), self.len());
-        let summary = write_table(self.number, &self.file, end, self.entries.clone());
-        let summary = summary.map_err(StoreError::file("finish", &path))?;
-        if let Err(error) = self.file.sync_all() {
-            self.broken = true;
-            return Err(StoreError::file("finish", &path)(error));
-        }
-        self.ended = true;
-        publish(&summary)?;
-        name_sealed(&self.folder, self.number);
-        Ok(Some(summary))
-    }
-
-    /// Removes the file of a segment of which nothing is needed.
-    pub fn remove(&self) -> Result<()> {
-        let path = self.path();
-        std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))
-    }
-}
-
 /// What a sealed segment holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Summary {
@@ -351,12 +184,17 @@ pub(crate) struct Summary {
     pub table_checksum: u32,
 }
 
-fn lock(file: &File) -> io::Result<()> {
+pub(super) fn lock(file: &File) -> io::Result<()> {
     Ok(rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive)?)
 }
 
 /// Writes the table behind the records.
-fn write_table(number: SegmentNumber, file: &File, end: u64, mut entries: Vec<Entry>) -> io::Result<Summary> {
+pub(super) fn write_table(
+    number: SegmentNumber,
+    file: &File,
+    end: u64,
+    mut entries: Vec<Entry>,
+) -> io::Result<Summary> {
     let bytes = table(number, end, &mut entries);
     file.write_all_at(&bytes, end)?;
     file.set_len(end + bytes.len() as u64)?;
@@ -386,7 +224,7 @@ fn table(number: SegmentNumber, end: u64, entries: &mut [Entry]) -> Vec<u8> {
 }
 
 /// Gives a segment that was published its final name. Without it, it is found under the other until somebody finishes it.
-fn name_sealed(folder: &SegmentFolder, number: SegmentNumber) {
+pub(super) fn name_sealed(folder: &SegmentFolder, number: SegmentNumber) {
     let named =
         std::fs::rename(folder.open(number), folder.sealed(number)).and_then(|()| File::open(&folder.0)?.sync_all());
     if let Err(error) = named {

@@ -8,7 +8,8 @@ use crate::domain::{Domain, OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
 use crate::records::record::{CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
-use crate::records::segment::{Location, SegmentWriter};
+use crate::records::segment::Location;
+use crate::records::segment_writer::SegmentWriter;
 use crate::store::{InDomain, NODE_WEIGHT, Store};
 use crate::tree::{NodeSink, NodeSource, TreeNode};
 

@@ -23,10 +23,12 @@ use crate::domain::{Domain, Keyring, OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::name::{Kind, Name, Namer};
+use crate::records::behind::{Writers, Writing};
 use crate::records::cache::Cache;
 use crate::records::index::{Index, IndexFigures};
 use crate::records::record::{self, HEADER_LEN, Header};
-use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber, SegmentWriter};
+use crate::records::segment::{self, Location, SegmentFolder, SegmentNumber};
+use crate::records::segment_writer::SegmentWriter;
 use crate::tree::{NODE_LEN, NodeSource, TreeNode, not_a_node};
 use crate::volume::log::sync_folder;
 use crate::volume::spares::Spares;
@@ -72,6 +74,8 @@ pub struct Store {
     namer: Namer,
     /// The segment that this process writes.
     writer: Mutex<Option<SegmentWriter>>,
+    /// What writes segments: a disk that does not answer is not to hold those up who wait for other workers.
+    writers: Writers,
     /// Segments of this process that could not be made stable.
     failures: AtomicU64,
     files: Mutex<VecDeque<(SegmentNumber, Arc<File>)>>,
@@ -172,6 +176,7 @@ impl Store {
             segments,
             namer: Namer::open(),
             writer: Mutex::default(),
+            writers: Writers::default(),
             failures: AtomicU64::new(0),
             files: Mutex::default(),
             chunks: Cache::new(options.chunk_cache_bytes),
@@ -334,15 +339,10 @@ impl Store {
     pub(crate) fn find_for_reuse(&self, name: &Name) -> Result<Option<Location>> {
         let Some(location) = self.index.find_for_reuse(name)? else { return Ok(None) };
         let is_it = |bytes: &[u8]| Header::from_bytes(bytes).is_ok_and(|header| header.name == *name);
-        if let Some(segment) = &*self.writer()
-            && let Some(bytes) = segment.unwritten(location)
-        {
-            return Ok(is_it(bytes).then_some(location));
-        }
         let mut header = [0; HEADER_LEN];
         // What cannot be read is no reason not to store it once more.
-        let read = self.file_of(location).map(|file| segment::read_up_to(&file, &mut header, location.offset()));
-        Ok((matches!(read, Ok(Ok(HEADER_LEN))) && is_it(&header)).then_some(location))
+        let read = self.read_bytes(location, &mut header);
+        Ok((matches!(read, Ok(HEADER_LEN)) && is_it(&header)).then_some(location))
     }
 
     /// Begins to add records that are not encrypted.
@@ -402,9 +402,10 @@ impl Store {
     }
 
     /// A new segment, of a number that was never used.
-    pub(crate) fn new_segment(&self) -> Result<SegmentWriter> {
+    pub(crate) fn new_segment(&self, writing: Writing) -> Result<SegmentWriter> {
         loop {
-            if let Some(segment) = SegmentWriter::create(&self.segments, self.catalog.new_segment()?)? {
+            let number = self.catalog.new_segment()?;
+            if let Some(segment) = SegmentWriter::create(&self.segments, number, writing, &self.writers)? {
                 return Ok(segment);
             }
         }
@@ -419,7 +420,7 @@ impl Store {
         }
         let segment = match &mut *writer {
             Some(segment) => segment,
-            none => none.insert(self.new_segment()?),
+            none => none.insert(self.new_segment(Writing::Direct)?),
         };
         let location = segment.append(header, packed)?;
         self.index.add_ours(&header.name, location);
@@ -526,22 +527,27 @@ impl Store {
 
     /// Reads the record at a place, and checks that it is the one.
     pub(crate) fn read_at(&self, name: &Name, location: Location, expected: Expected) -> Result<Read> {
-        let file = match self.file_of(location) {
-            // What cannot be written is still in memory: a full disk fails no read.
-            Err(error) if error.is_no_space() => {
-                let mut bytes = {
-                    let writer = self.writer();
-                    let bytes = writer.as_ref().and_then(|segment| segment.unwritten(location)).ok_or(error)?;
-                    bytes[..bytes.len().min(location.read_len())].to_vec()
-                };
-                return self.content(name, location, expected, &mut bytes);
-            }
-            other => other?,
-        };
         let mut bytes = vec![0; location.read_len()];
-        let len = segment::read_up_to(&file, &mut bytes, location.offset())
-            .map_err(StoreError::file("read", &self.segment_path(location)))?;
+        let len = self.read_bytes(location, &mut bytes)?;
         self.content(name, location, expected, &mut bytes[..len])
+    }
+
+    /// Reads from where a record begins; what is not in a file yet is still in memory, so that a full disk fails no read.
+    fn read_bytes(&self, location: Location, bytes: &mut [u8]) -> Result<usize> {
+        let file = match self.kept_file(location.segment()) {
+            Some(file) => file,
+            None => {
+                if let Some(segment) = &*self.writer()
+                    && segment.number() == location.segment()
+                    && !segment.is_readable(location)
+                {
+                    return segment.read_at(location, bytes);
+                }
+                self.file_of(location)?
+            }
+        };
+        segment::read_up_to(&file, bytes, location.offset())
+            .map_err(StoreError::file("read", &self.segment_path(location)))
     }
 
     /// The header of the record that was read from a place, if it is the one and of the kind that is expected.
@@ -617,24 +623,14 @@ impl Store {
     /// The file that a place is in.
     pub(crate) fn file_of(&self, location: Location) -> Result<Arc<File>> {
         let number = location.segment();
-        {
-            let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if let Some(at) = files.iter().position(|(held, _)| *held == number) {
-                let file = files[at].1.clone();
-                // Those in use stay in the front half.
-                if at > OPEN_FILES_MAX / 2 {
-                    files.swap(at, at / 2);
-                }
-                return Ok(file);
-            }
+        if let Some(file) = self.kept_file(number) {
+            return Ok(file);
         }
         if let Some(segment) = &mut *self.writer()
             && segment.number() == number
         {
-            if let Err(error) = segment.flush()
-                && segment.unwritten(location).is_some()
-            {
-                return Err(error);
+            if !segment.is_readable(location) {
+                segment.flush()?;
             }
             return Ok(segment.file().clone());
         }
@@ -651,6 +647,18 @@ impl Store {
         let file = Arc::new(file);
         self.keep_file(number, file.clone());
         Ok(file)
+    }
+
+    /// The file of a sealed segment that was read before.
+    fn kept_file(&self, number: SegmentNumber) -> Option<Arc<File>> {
+        let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let at = files.iter().position(|(held, _)| *held == number)?;
+        let file = files[at].1.clone();
+        // Those in use stay in the front half.
+        if at > OPEN_FILES_MAX / 2 {
+            files.swap(at, at / 2);
+        }
+        Some(file)
     }
 
     fn keep_file(&self, number: SegmentNumber, file: Arc<File>) {

@@ -14,8 +14,10 @@ use std::time::{Duration, Instant};
 use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
 use crate::pace::Pace;
+use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN};
-use crate::records::segment::{self, Found, SegmentNumber, SegmentWriter};
+use crate::records::segment::{self, Found, SegmentNumber};
+use crate::records::segment_writer::SegmentWriter;
 use crate::store::Store;
 use crate::upkeep::mark::{Lost, Marks};
 
@@ -311,7 +313,7 @@ impl Copier<'_> {
             }
             let target = match &mut self.target {
                 Some(target) => target,
-                none => none.insert(self.store.new_segment()?),
+                none => none.insert(self.store.new_segment(Writing::Cached)?),
             };
             target.append(&header, packed)?;
             total += header.record_len() as u64;

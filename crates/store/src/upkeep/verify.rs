@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
 use crate::name::Name;
+use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN, Header};
 use crate::records::segment::{self};
 use crate::store::Store;
@@ -198,7 +199,7 @@ impl Store {
         let path = self.segments().sealed(row.number);
         let bytes = std::fs::read(&path).unwrap_or_default();
         let end = (row.bytes as usize).min(bytes.len());
-        let mut target = self.new_segment()?;
+        let mut target = self.new_segment(Writing::Direct)?;
         for at in (HEADER_LEN..end).step_by(HEADER_LEN) {
             let Ok((header, packed)) = record::split(&bytes[at..end]) else { continue };
             if self.check(&header, &bytes[at..end.min(at + header.record_len())]).is_ok() {
