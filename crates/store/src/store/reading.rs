@@ -196,9 +196,10 @@ impl Store {
             .map_err(StoreError::file("read", &self.segment_path(location)))
     }
 
-    /// The header of the record that was read from a place, if it is the one and of the kind that is expected.
+    /// The header of the record that was read from a place, if it is the one and of the kind that is expected. Whoever asks opens
+    /// what is sealed next: that finds every bit that a checksum finds.
     fn header_of(&self, name: &Name, expected: Expected, bytes: &[u8]) -> Result<Header, String> {
-        let (header, _) = record::split(bytes)?;
+        let (header, _) = record::split_unless(bytes, is_sealed)?;
         if header.name != *name {
             return Err(format!("chunk {} lies here instead of {name}", header.name));
         }
