@@ -18,16 +18,29 @@ const LIMIT: Duration = Duration::from_secs(120);
 struct Home {
     scratch: Scratch,
     folder: PathBuf,
+    /// What its commands find in their environment besides.
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Home {
     fn new() -> Self {
+        Home::with(Vec::new())
+    }
+
+    fn with(environment: Vec<(&'static str, String)>) -> Self {
         let scratch = Scratch::new();
         let folder = scratch.path().join("home");
-        Home { scratch, folder }
+        Home { scratch, folder, environment }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.bare_command(arguments);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command
+    }
+
+    /// A command with nothing of the home's own in its environment.
+    fn bare_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(polder());
         command.args(arguments).env("POLDER_HOME", &self.folder);
         command

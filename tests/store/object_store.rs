@@ -22,43 +22,25 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Less than a second on a machine with nothing else to do; 30 seconds if the server is waited for.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// A host that has credentials for a server.
-struct Host<'s> {
-    home: Home,
-    server: &'s ObjectServer,
+/// The home of a host that has credentials for a server.
+fn host_of(server: &ObjectServer) -> Home {
+    Home::with(vec![
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
+        ("AWS_ENDPOINT_URL", server.endpoint()),
+        ("AWS_REGION", "nowhere".to_owned()),
+    ])
 }
 
-impl<'s> Host<'s> {
-    fn new(server: &'s ObjectServer) -> Self {
-        Host { home: Home::new(), server }
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.home.command(arguments);
-        command.env("AWS_ACCESS_KEY_ID", ACCESS_KEY).env("AWS_SECRET_ACCESS_KEY", SECRET_KEY);
-        command.env("AWS_ENDPOINT_URL", self.server.endpoint()).env("AWS_REGION", "nowhere");
-        command
-    }
-
-    fn polder(&self, arguments: &[&str]) -> Outcome {
-        Outcome::of(&mut self.command(arguments), LIMIT)
-    }
-
-    #[track_caller]
-    fn done(&self, arguments: &[&str]) -> String {
-        let outcome = self.polder(arguments);
-        outcome.expect_status(0);
-        outcome.console
-    }
-
+impl Home {
     /// Puts the image `web` there: a stock kernel that runs `script`, and a disk with these bytes.
     fn push_image(&self, script: &str) -> Vec<u8> {
         let bytes = disk_content(DISK_LEN);
-        let raw = self.home.path("disk.raw");
+        let raw = self.path("disk.raw");
         std::fs::write(&raw, &bytes).unwrap();
         let (kernel, initrd) = (Kernel::Cloud.image(), Kernel::Cloud.initramfs());
         let append = format!("console=ttyS0 quiet panic=-1 polder_run=\"{script}\"");
-        let mut import = self.home.command(&["image", "import", "--format", "raw", &raw, "web", "--append", &append]);
+        let mut import = self.bare_command(&["image", "import", "--format", "raw", &raw, "web", "--append", &append]);
         import.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
         Outcome::of(&mut import, LIMIT).expect_status(0);
         self.done(&["store", "push", "web", PLACE]);
@@ -75,8 +57,8 @@ fn show_part() -> String {
     format!("dd if=/dev/vda bs=64k skip={PART} count=1 iflag=direct 2>/dev/null | md5sum")
 }
 
-fn md5_of(host: &Host<'_>, bytes: &[u8]) -> String {
-    let part = host.home.path("part");
+fn md5_of(host: &Home, bytes: &[u8]) -> String {
+    let part = host.path("part");
     std::fs::write(&part, &bytes[PART * PART_LEN..(PART + 1) * PART_LEN]).unwrap();
     other("md5sum", &[&part]).split_whitespace().next().unwrap().to_owned()
 }
@@ -84,7 +66,7 @@ fn md5_of(host: &Host<'_>, bytes: &[u8]) -> String {
 #[test]
 fn a_guest_boots_from_an_image_that_is_still_in_an_object_store() {
     let server = ObjectServer::start();
-    let (here, there, third) = (Host::new(&server), Host::new(&server), Host::new(&server));
+    let (here, there, third) = (host_of(&server), host_of(&server), host_of(&server));
     let bytes = here.push_image(&show_part());
     let md5 = md5_of(&here, &bytes);
     let listed = here.done(&["store", "remote", "ls", PLACE]);
@@ -131,10 +113,10 @@ fn a_guest_boots_from_an_image_that_is_still_in_an_object_store() {
     there.done(&["store", "detach", PLACE]);
     // Nobody is asked any more.
     server.set_silent(true);
-    let out = there.home.path("out.raw");
-    there.home.done(&["image", "export", "web", &out]);
+    let out = there.path("out.raw");
+    Outcome::of(&mut there.bare_command(&["image", "export", "web", &out]), LIMIT).expect_status(0);
     assert!(std::fs::read(&out).unwrap() == bytes);
-    there.home.done(&["store", "verify"]);
+    Outcome::of(&mut there.bare_command(&["store", "verify"]), LIMIT).expect_status(0);
 }
 
 /// A machine whose console is read as it comes.
@@ -199,7 +181,7 @@ fn wait_until_held(server: &ObjectServer) {
 #[test]
 fn a_guest_goes_on_while_its_object_store_does_not_answer_and_gets_an_error_in_the_end() {
     let server = ObjectServer::start();
-    let (here, there) = (Host::new(&server), Host::new(&server));
+    let (here, there) = (host_of(&server), host_of(&server));
     here.push_image("true");
     there.done(&["store", "attach", "web", PLACE, "--patience", "5"]);
     there.done(&["volume", "create", "--image", "web", "data"]);
@@ -233,7 +215,7 @@ fn a_guest_goes_on_while_its_object_store_does_not_answer_and_gets_an_error_in_t
 #[test]
 fn polder_stop_ends_an_instance_whose_object_store_does_not_answer() {
     let server = ObjectServer::start();
-    let (here, there) = (Host::new(&server), Host::new(&server));
+    let (here, there) = (host_of(&server), host_of(&server));
     here.push_image("sleep 1000");
     there.done(&["store", "attach", "web", PLACE]);
     there.done(&["run", "-d", "--name", "web", "--memory", "256M", "web"]);
@@ -252,8 +234,8 @@ fn polder_stop_ends_an_instance_whose_object_store_does_not_answer() {
 #[test]
 fn images_of_an_object_store_are_listed_pulled_removed_and_collected() {
     let server = ObjectServer::start();
-    let (here, there) = (Host::new(&server), Host::new(&server));
-    let raw = here.home.path("disk.raw");
+    let (here, there) = (host_of(&server), host_of(&server));
+    let raw = here.path("disk.raw");
     let mut contents = Vec::new();
     for (index, name) in ["one", "two"].into_iter().enumerate() {
         let mut bytes = disk_content(4 << 20);
@@ -291,7 +273,7 @@ fn images_of_an_object_store_are_listed_pulled_removed_and_collected() {
     assert!(removed["removed_segments"] == 1 && server.stored_bytes() < stored * 2 / 3, "{removed}");
     there.done(&["store", "pull", "two", PLACE]);
     for (name, content) in ["mine", "two"].into_iter().zip(&contents) {
-        let out = there.home.path("out.raw");
+        let out = there.path("out.raw");
         let _ = std::fs::remove_file(&out);
         there.done(&["image", "export", name, &out]);
         assert!(std::fs::read(&out).unwrap() == *content, "{name}");
@@ -301,8 +283,8 @@ fn images_of_an_object_store_are_listed_pulled_removed_and_collected() {
 #[test]
 fn what_is_wrong_with_an_object_store_is_said_and_no_secret_is() {
     let server = ObjectServer::start();
-    let host = Host::new(&server);
-    let raw = host.home.path("disk.raw");
+    let host = host_of(&server);
+    let raw = host.path("disk.raw");
     std::fs::write(&raw, disk_content(4 << 20)).unwrap();
     host.done(&["image", "import", "--format", "raw", &raw, "disk"]);
     let push = ["store", "push", "disk", PLACE];
@@ -326,18 +308,18 @@ fn what_is_wrong_with_an_object_store_is_said_and_no_secret_is() {
     host.done(&push);
     failed(&mut host.command(&["store", "attach", "disk", PLACE]), &["already"]);
 
-    let there = Host::new(&server);
+    let there = host_of(&server);
     there.done(&["store", "attach", "disk", PLACE, "--patience", "1"]);
     // Without credentials or a server what is here can be had, and what is not says why.
-    let export = ["image", "export", "disk", &there.home.path("out.raw")];
-    failed(&mut there.home.command(&export), &["no credentials", PLACE]);
+    let export = ["image", "export", "disk", &there.path("out.raw")];
+    failed(&mut there.bare_command(&export), &["no credentials", PLACE]);
     server.set_silent(true);
     failed(&mut there.command(&export), &["did not answer in 1 s"]);
     for arguments in [&["image", "ls"][..], &["image", "inspect", "disk"], &["store", "status"], &["store", "gc"]] {
         there.done(arguments);
     }
     server.set_silent(false);
-    for entry in crate::walk(&there.home.folder) {
+    for entry in crate::walk(&there.folder) {
         let content = std::fs::read(&entry).unwrap();
         let secret = SECRET_KEY.as_bytes();
         assert!(!content.windows(secret.len()).any(|window| window == secret), "{}", entry.display());
