@@ -1,6 +1,7 @@
 //! Promise: disks in the store are made, served, compared, brought in and out, collected and moved between stores by the commands
 //! that docs/volumes.md and docs/store.md show, and other people's programs agree about every byte.
 
+mod image_build;
 mod object_server;
 mod object_store;
 

@@ -278,8 +278,8 @@ impl Store {
             || self.images()?.iter().any(|(_, node)| node.trees().any(|tree| tree.domain == id)))
     }
 
-    /// A domain that something new can be in.
-    pub(crate) fn usable_domain(&self, name: &str) -> Result<DomainRow> {
+    /// A domain that something new can be in: it is there, and its key is to be had.
+    pub fn usable_domain(&self, name: &str) -> Result<DomainRow> {
         let row = self.catalog().domain(name)?;
         self.unlocked(row.id)?;
         Ok(row)

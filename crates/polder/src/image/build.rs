@@ -44,6 +44,9 @@ pub struct BuildArguments {
     /// The guest agent to put inside [default: polder-agent beside the polder binary]
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
+    /// Encrypt it in this domain (`polder store domain create`)
+    #[arg(long)]
+    domain: Option<String>,
     /// Replace an image of the same name
     #[arg(long)]
     force: bool,
@@ -79,6 +82,10 @@ pub fn build(state: &StateFolder, store: &Arc<Store>, arguments: &BuildArguments
             ByteSize(DISK_BYTES_MIN)
         );
     }
+    if let Some(domain) = &arguments.domain {
+        store.usable_domain(domain)?;
+        eprintln!("polder: until it is in domain {domain}, the disk lies unencrypted in {}", state.images().display());
+    }
     tools::check()?;
     let agent = find_agent(arguments.agent.as_deref())?;
     let work = WorkFolder::make(state, &arguments.name)?;
@@ -88,7 +95,7 @@ pub fn build(state: &StateFolder, store: &Arc<Store>, arguments: &BuildArguments
     let kernel_package = take_kernel(work.path())?;
     let parts = Parts {
         disk: &RawSource::open(&work.path().join("disk.raw"))?,
-        domain: None,
+        domain: arguments.domain.as_deref(),
         kernel: Some(&work.path().join("kernel")),
         initrd: Some(&work.path().join("initrd")),
         kernel_package: &kernel_package,

@@ -21,7 +21,7 @@ pub struct DomainArguments {
 
 #[derive(Subcommand)]
 enum DomainCommand {
-    /// Make an encrypted domain, for `polder volume create --domain` and `polder image import --domain`
+    /// Make an encrypted domain, for `--domain` of `polder volume create`, `polder image import` and `polder image build`
     Create {
         name: String,
         #[command(flatten)]
