@@ -121,12 +121,14 @@ mod tests {
     use std::path::PathBuf;
     use std::thread::JoinHandle;
 
+    use tempfile::TempDir;
+
     const PATIENCE: Duration = Duration::from_secs(10);
 
-    /// A machine's vsock socket that answers with fixed bytes, and what it was told.
-    fn machine(name: &str, answers: &'static [&'static [u8]]) -> (PathBuf, JoinHandle<Vec<u8>>) {
-        let path = std::env::temp_dir().join(format!("polder-agent-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
+    /// A machine's vsock socket that answers with fixed bytes, the folder that it is gone with, and what it was told.
+    fn machine(answers: &'static [&'static [u8]]) -> (PathBuf, TempDir, JoinHandle<Vec<u8>>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vsock");
         let listener = UnixListener::bind(&path).unwrap();
         let thread = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
@@ -139,19 +141,19 @@ mod tests {
             }
             heard
         });
-        (path, thread)
+        (path, folder, thread)
     }
 
     #[test]
     fn a_ping_is_a_greeting_and_a_frame() {
-        let (path, thread) = machine("ping", &[b"OK 1073741824\n", &[1, 20, 0, 0, 0, 0, 0, 0]]);
+        let (path, _folder, thread) = machine(&[b"OK 1073741824\n", &[1, 20, 0, 0, 0, 0, 0, 0]]);
         ping(&path, PATIENCE).unwrap();
         assert_eq!(thread.join().unwrap(), b"CONNECT 1024\n\x01\x06\0\0\0\0\0\0");
     }
 
     #[test]
     fn a_guest_without_agent_is_told_from_a_machine_that_does_not_run() {
-        let (path, _thread) = machine("none", &[b""]);
+        let (path, _folder, _thread) = machine(&[b""]);
         assert!(matches!(ping(&path, PATIENCE), Err(AgentError::NoAgent)));
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(ping(&path, PATIENCE), Err(AgentError::NoMachine(_))));
@@ -159,9 +161,9 @@ mod tests {
 
     #[test]
     fn an_endless_greeting_and_a_broken_frame_are_refused() {
-        let (path, _thread) = machine("long", &[&[b'O'; 100]]);
+        let (path, _folder, _thread) = machine(&[&[b'O'; 100]]);
         assert!(matches!(ping(&path, PATIENCE), Err(AgentError::NoAgent)));
-        let (path, _thread) = machine("broken", &[b"OK 1\n", &[7; 8]]);
+        let (path, _folder, _thread) = machine(&[b"OK 1\n", &[7; 8]]);
         assert!(matches!(ping(&path, PATIENCE), Err(AgentError::Protocol(DecodeError::Version { version: 7 }))));
     }
 }

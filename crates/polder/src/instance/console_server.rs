@@ -212,25 +212,24 @@ mod tests {
     use super::*;
     use crate::instance::backlog::BACKLOG_LEN_MAX;
     use rustix::pipe::{PipeFlags, pipe_with};
-    use std::path::PathBuf;
 
     struct Bench {
-        path: PathBuf,
+        /// With the socket in it.
+        folder: tempfile::TempDir,
         guest: std::fs::File,
         server: ConsoleServer,
     }
 
-    fn bench(name: &str) -> Bench {
-        let path = std::env::temp_dir().join(format!("polder-console-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        let listener = UnixListener::bind(&path).unwrap();
+    fn bench() -> Bench {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("console")).unwrap();
         let (output, guest) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let server = ConsoleServer::start(listener, output, Control::new()).unwrap();
-        Bench { path, guest: guest.into(), server }
+        Bench { folder, guest: guest.into(), server }
     }
 
     fn connect(bench: &Bench) -> UnixStream {
-        let stream = UnixStream::connect(&bench.path).unwrap();
+        let stream = UnixStream::connect(bench.folder.path().join("console")).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         stream
     }
@@ -243,7 +242,7 @@ mod tests {
 
     #[test]
     fn every_client_gets_all_output_and_then_the_end() {
-        let mut bench = bench("all");
+        let mut bench = bench();
         let mut first = connect(&bench);
         bench.guest.write_all(b"one ").unwrap();
         assert_eq!(read(&mut first, 4), b"one ");
@@ -261,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_client_that_does_not_read_holds_up_nobody() {
-        let mut bench = bench("slow");
+        let mut bench = bench();
         let slow = connect(&bench);
         for round in 0..64u8 {
             bench.guest.write_all(&[round; 32 * 1024]).unwrap();
@@ -276,7 +275,7 @@ mod tests {
 
     #[test]
     fn clients_that_come_and_go_leave_the_server_whole() {
-        let mut bench = bench("go");
+        let mut bench = bench();
         for _ in 0..3 * CLIENTS_MAX {
             let mut client = connect(&bench);
             client.write_all(b"typed").unwrap();

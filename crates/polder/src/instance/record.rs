@@ -285,12 +285,11 @@ fn is_busy(error: &anyhow::Error) -> bool {
 mod tests {
     use super::*;
 
-    fn table(name: &str) -> (InstanceTable, StateFolder) {
-        let path = std::env::temp_dir().join(format!("polder-table-{name}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).unwrap();
-        let state = StateFolder::at(path);
-        (InstanceTable::open(&state).unwrap(), state)
+    /// A table, and the folder that it is gone with.
+    fn table() -> (InstanceTable, StateFolder, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let state = StateFolder::at(folder.path().to_path_buf());
+        (InstanceTable::open(&state).unwrap(), state, folder)
     }
 
     fn new(name: &str) -> NewInstance {
@@ -306,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_name_is_claimed_once_and_free_again_when_removed() {
-        let (table, state) = table("claim");
+        let (table, state, _folder) = table();
         table.claim(&new("web")).unwrap();
         let second = InstanceTable::open(&state).unwrap();
         let error = second.claim(&new("web")).unwrap_err().to_string();
@@ -317,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_life_passes_through_its_states() {
-        let (table, _) = table("life");
+        let (table, _, _folder) = table();
         table.claim(&new("web")).unwrap();
         assert_eq!(table.get("web").unwrap().state(), "being made");
         table.set_active("web").unwrap();
@@ -330,7 +329,7 @@ mod tests {
 
     #[test]
     fn an_instance_whose_process_died_is_inactive_whatever_the_row_says() {
-        let (table, _) = table("dead");
+        let (table, _, _folder) = table();
         table.claim(&new("web")).unwrap();
         table.set_active("web").unwrap();
         // Our own pid with another start time: the number was used again by another process.
@@ -342,11 +341,9 @@ mod tests {
 
     #[test]
     fn a_table_is_made_by_many_at_once() {
-        let folder = std::env::temp_dir().join(format!("polder-table-many-{}", std::process::id()));
         for _ in 0..20 {
-            let _ = std::fs::remove_dir_all(&folder);
-            std::fs::create_dir_all(&folder).unwrap();
-            let state = StateFolder::at(folder.clone());
+            let folder = tempfile::tempdir().unwrap();
+            let state = StateFolder::at(folder.path().to_path_buf());
             std::thread::scope(|scope| {
                 let openers: Vec<_> = (0..8).map(|_| scope.spawn(|| InstanceTable::open(&state).map(drop))).collect();
                 for opener in openers {
@@ -354,12 +351,11 @@ mod tests {
                 }
             });
         }
-        let _ = std::fs::remove_dir_all(&folder);
     }
 
     #[test]
     fn a_table_of_a_later_release_is_refused_by_name() {
-        let (table, state) = table("later");
+        let (table, state, _folder) = table();
         table.connection.pragma_update(None, "user_version", 99).unwrap();
         let error = format!("{:#}", InstanceTable::open(&state).err().unwrap());
         assert!(error.contains("layout 99"), "{error}");
