@@ -8,6 +8,7 @@ use crate::disk::{Disk, Operation, Queue};
 use crate::format::RawSource;
 use crate::name::Name;
 use crate::records::segment::SegmentFolder;
+use crate::test_store::{noise, volume_content};
 use crate::upkeep::collect::CollectOptions;
 use crate::volume::Volume;
 use crate::{Content, OpenDisk, Replace, StoreOptions, TreeSource, VolumeOptions};
@@ -39,16 +40,7 @@ fn volume(store: &Arc<Store>, name: &str, domain: &str) -> Volume {
 }
 
 fn content(store: &Arc<Store>, name: &str) -> Vec<u8> {
-    let volume = Volume::open(store, name, VolumeOptions::default()).unwrap();
-    let mut bytes = vec![0; volume.capacity_bytes() as usize];
-    volume.read_at(0, &mut bytes).unwrap();
-    bytes
-}
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
+    volume_content(&Volume::open(store, name, VolumeOptions::default()).unwrap())
 }
 
 /// Text that LZ4 leaves readable, with the marker all over it.

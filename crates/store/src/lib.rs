@@ -24,6 +24,8 @@ mod pace;
 mod records;
 pub mod remote;
 mod store;
+#[cfg(test)]
+mod test_store;
 pub mod transfer;
 mod tree;
 mod upkeep;

@@ -8,16 +8,11 @@ use std::time::Instant;
 
 use super::bucket::{Bucket, BucketError, Object};
 use super::*;
+use crate::test_store::{TestStore, image, image_content, noise, quiet};
 use crate::transfer::testbench::image_of;
 use crate::{CollectOptions, Content, StoreError, StoreOptions, Volume, VolumeOptions};
 
 const CHUNK: usize = 16 << 10;
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
 
 #[derive(Default)]
 struct MemoryBucket {
@@ -113,36 +108,15 @@ fn remote(bucket: &Arc<MemoryBucket>) -> Remote {
     Remote { client: Arc::new(client), address: RemoteAddress::new("s3://bucket/store") }
 }
 
-/// A store in a folder of its own.
-struct TestStore {
-    store: Arc<Store>,
-    folder: tempfile::TempDir,
-}
-
-impl std::ops::Deref for TestStore {
-    type Target = Arc<Store>;
-
-    fn deref(&self) -> &Arc<Store> {
-        &self.store
-    }
-}
+/// Nothing in memory helps a store.
+const NO_CACHE: StoreOptions = StoreOptions { chunk_cache_bytes: 0, node_cache_bytes: 0 };
 
 fn store() -> TestStore {
-    let folder = tempfile::tempdir().unwrap();
-    TestStore { store: open(&folder), folder }
+    TestStore::with(NO_CACHE)
 }
 
-/// Nothing in memory helps it.
 fn open(folder: &tempfile::TempDir) -> Arc<Store> {
-    Store::open(folder.path(), StoreOptions { chunk_cache_bytes: 0, node_cache_bytes: 0 }).unwrap()
-}
-
-fn image(name: &str) -> NodeRef {
-    NodeRef::Image(name.to_owned())
-}
-
-fn quiet(_: crate::Step) -> crate::Result<()> {
-    Ok(())
+    Store::open(folder.path(), NO_CACHE).unwrap()
 }
 
 fn push(remote: &Remote, store: &Arc<Store>, name: &str) -> Pushed {
@@ -152,16 +126,6 @@ fn push(remote: &Remote, store: &Arc<Store>, name: &str) -> Pushed {
 fn volume(store: &Arc<Store>, image: &str, name: &str) -> Volume {
     store.create_volume(name, &Content::Image(image)).unwrap();
     Volume::open(store, name, VolumeOptions::default()).unwrap()
-}
-
-fn content(store: &Arc<Store>, image: &str) -> crate::Result<Vec<u8>> {
-    let (_, node) = store.image(image)?;
-    let mut bytes = vec![0; node.disks[0].len_bytes as usize];
-    let mut reader = crate::tree::reader::TreeReader::new(store, node.disks[0].root, CHUNK, 0);
-    for (index, part) in bytes.chunks_mut(CHUNK).enumerate() {
-        reader.read(index as u64, 0, part)?;
-    }
-    Ok(bytes)
 }
 
 #[test]
@@ -194,12 +158,12 @@ fn only_what_a_remote_store_lacks_goes_there_and_only_what_we_lack_comes_back() 
         })
         .unwrap();
     assert!(last > 1190 * CHUNK as u64);
-    assert!(content(&there, "copy").unwrap() == bytes);
+    assert!(image_content(&there, "copy").unwrap() == bytes);
     bucket.take_ranges();
     remote.pull(&there, "first", &TransferOptions::new("first"), &mut quiet).unwrap();
     let fetched: u64 = bucket.take_ranges().iter().map(|(_, range)| range.end - range.start).sum();
     assert!(fetched < 6 << 20, "{fetched}");
-    assert!(content(&there, "first").unwrap() == content(&here, "first").unwrap());
+    assert!(image_content(&there, "first").unwrap() == image_content(&here, "first").unwrap());
     let verified = there.verify(&mut quiet).unwrap();
     assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
 }
@@ -235,7 +199,7 @@ fn an_attached_image_is_read_and_written_while_it_is_still_remote() {
     let again = open(&there.folder);
     again.collect(CollectOptions::default(), &mut quiet).unwrap();
     assert!(again.verify(&mut quiet).unwrap().lost.is_empty());
-    assert!(matches!(content(&again, "disk"), Err(StoreError::Missing { .. })));
+    assert!(matches!(image_content(&again, "disk"), Err(StoreError::Missing { .. })));
     assert_eq!(attached_urls(&again), ["s3://bucket/store"]);
     // With the network, everything is there, and what came before comes no more.
     let resumed = remote.resume(&again);
@@ -254,7 +218,7 @@ fn an_attached_image_is_read_and_written_while_it_is_still_remote() {
     detach(&again, &remote.address).unwrap();
     assert!(again.usage(&mut quiet).unwrap().lost.is_empty());
     bucket.down.store(true, Ordering::Relaxed);
-    assert!(content(&again, "disk").unwrap() == bytes);
+    assert!(image_content(&again, "disk").unwrap() == bytes);
 }
 
 fn locality(store: &Arc<Store>, image: &str) -> Locality {
@@ -275,7 +239,7 @@ fn who_reads_on_gets_more_at_a_time() {
     push(&remote, &here, "disk");
     remote.attach(&there, "disk", &TransferOptions::new("disk")).unwrap();
     bucket.take_ranges();
-    assert!(content(&there, "disk").unwrap() == bytes);
+    assert!(image_content(&there, "disk").unwrap() == bytes);
     // 24 MiB in two segments, at first 128 KiB at a time and in the end 2 MiB.
     let ranges = bucket.take_ranges();
     let lens: Vec<u64> = ranges.iter().map(|(_, range)| range.end - range.start).collect();
@@ -361,7 +325,7 @@ fn reads_outlast_a_server_that_is_stopped_and_started_and_end_when_it_stays_away
     });
     assert!(begin.elapsed() < PATIENCE * 2 + Duration::from_secs(1), "{:?}", begin.elapsed());
     bucket.down.store(false, Ordering::Relaxed);
-    assert!(content(&there, "disk").unwrap() == bytes);
+    assert!(image_content(&there, "disk").unwrap() == bytes);
 }
 
 #[test]
@@ -382,15 +346,15 @@ fn what_is_damaged_or_missing_in_a_remote_store_is_named() {
     let mut flipped = original.clone();
     flipped.0[1_000_000] ^= 1;
     bucket.objects.lock().unwrap().insert(segment.clone(), flipped);
-    let error = content(&there, "disk").unwrap_err();
+    let error = image_content(&there, "disk").unwrap_err();
     let StoreError::Remote(RemoteError::Damaged { object, what }) = &error else { panic!("{error}") };
     assert!(segment.ends_with(object.as_str()) && what.contains("byte"), "{error}");
     bucket.objects.lock().unwrap().remove(&segment);
-    let error = content(&there, "disk").unwrap_err();
+    let error = image_content(&there, "disk").unwrap_err();
     assert!(matches!(&error, StoreError::Remote(RemoteError::Missing { .. })), "{error}");
     assert!(error.to_string().contains(&segment), "{error}");
     bucket.objects.lock().unwrap().insert(segment, original);
-    assert!(content(&there, "disk").unwrap() == content(&here, "disk").unwrap());
+    assert!(image_content(&there, "disk").unwrap() == image_content(&here, "disk").unwrap());
     let other = Remote { client: remote.client.clone(), address: remote.address.clone() };
     bucket.objects.lock().unwrap().get_mut("store/format").unwrap().0[30] ^= 1;
     let error = other.pull(&there, "disk", &TransferOptions::new("again"), &mut quiet).unwrap_err();
@@ -413,7 +377,7 @@ fn a_push_that_was_cut_goes_on_with_what_is_missing() {
     let again = push(&remote, &here, "disk");
     assert!((2..=4).contains(&again.segments), "{again:?}");
     remote.pull(&there, "disk", &TransferOptions::new("disk"), &mut quiet).unwrap();
-    assert!(content(&there, "disk").unwrap() == bytes);
+    assert!(image_content(&there, "disk").unwrap() == bytes);
 }
 
 #[test]
@@ -445,7 +409,7 @@ fn a_remote_collection_lists_first_and_removes_later() {
     assert_eq!((bucket.names("segments").len(), bucket.names("dead").len()), (2, 1));
     remote.pull(&there, "gone", &TransferOptions::new("gone"), &mut quiet).unwrap();
     remote.pull(&there, "kept", &TransferOptions::new("kept"), &mut quiet).unwrap();
-    assert!(content(&there, "gone").unwrap() == gone && content(&there, "kept").unwrap() == kept);
+    assert!(image_content(&there, "gone").unwrap() == gone && image_content(&there, "kept").unwrap() == kept);
     // Listed, and needed again under its old name: the mark goes.
     let manifest = bucket.objects.lock().unwrap()["store/images/gone"].clone();
     remote.remove("gone").unwrap();
@@ -477,14 +441,14 @@ fn a_push_beside_a_remote_collection_ends_with_everything_there() {
     let removed = remote.collect(&here, Duration::ZERO, &mut quiet).unwrap();
     assert_eq!(removed.removed, 1);
     remote.pull(&there, "new", &TransferOptions::new("new"), &mut quiet).unwrap();
-    assert!(content(&there, "new").unwrap() == bytes);
+    assert!(image_content(&there, "new").unwrap() == bytes);
     // A store that knew the removed segment looks for the new one.
     let late = store();
     let attached = remote.attach(&late, "new", &TransferOptions::new("new")).unwrap();
     push(&remote, &here, "old");
     image_of(&here, "old2", &shared);
     drop(attached);
-    assert!(content(&late, "new").unwrap() == bytes);
+    assert!(image_content(&late, "new").unwrap() == bytes);
 }
 
 #[test]
@@ -511,7 +475,7 @@ fn what_was_read_first_is_fetched_first() {
     let first: Vec<u64> = bucket.take_ranges().iter().take(20).map(|(_, range)| range.start).collect();
     assert!(places.iter().all(|place| first.contains(place)), "{places:?} in {first:?}");
     bucket.down.store(true, Ordering::Relaxed);
-    assert!(content(&other, "disk").unwrap() == bytes);
+    assert!(image_content(&other, "disk").unwrap() == bytes);
 }
 
 fn attached_names(store: &Arc<Store>, node: &Node, chunks: &[u64]) -> Vec<Name> {
@@ -620,7 +584,7 @@ fn garage_keeps_images_and_an_attached_one_outlasts_its_restart() {
     let stranger = garage.remote(&"0".repeat(64), Duration::from_secs(5)).list().unwrap_err();
     assert!(matches!(stranger, RemoteError::Credentials { .. }), "{stranger}");
     remote.pull(&third, "disk", &TransferOptions::new("disk"), &mut quiet).unwrap();
-    assert!(content(&third, "disk").unwrap() == bytes);
+    assert!(image_content(&third, "disk").unwrap() == bytes);
 
     let begin = Instant::now();
     let attached = remote.attach(&there, "disk", &TransferOptions::new("disk")).unwrap();
@@ -652,7 +616,7 @@ fn garage_keeps_images_and_an_attached_one_outlasts_its_restart() {
     assert_eq!(remote.collect(&here, Duration::ZERO, &mut quiet).unwrap().removed, pushed.segments);
     assert!(remote.list().unwrap().is_empty());
     garage.stop();
-    assert!(content(&there, "disk").unwrap() == bytes);
+    assert!(image_content(&there, "disk").unwrap() == bytes);
     disk.close().unwrap();
     let gone = garage.remote(SECRET_KEY, Duration::from_secs(1)).list().unwrap_err();
     assert!(matches!(gone, RemoteError::Gone { .. }), "{gone}");

@@ -7,17 +7,11 @@ use std::sync::Arc;
 use crate::disk::{Disk, Durability, Extent, Operation, Question, Queue};
 use crate::format::{self, RawSource};
 use crate::records::record::{Header, Packing};
-use crate::upkeep::collect::CollectOptions;
+use crate::test_store::{at_once, noise, volume_content};
 use crate::volume::Volume;
 use crate::{Content, OpenDisk, Replace, Store, StoreError, StoreOptions, TreeSource, VolumeOptions};
 
 const MIB: u64 = 1 << 20;
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
 
 fn open(folder: &tempfile::TempDir) -> Arc<Store> {
     Store::open(folder.path(), StoreOptions::default()).unwrap()
@@ -29,14 +23,7 @@ fn volume(store: &Arc<Store>, name: &str, capacity_bytes: u64) -> Volume {
 }
 
 fn content(store: &Arc<Store>, name: &str) -> Vec<u8> {
-    let volume = Volume::open(store, name, VolumeOptions::default()).unwrap();
-    let mut bytes = vec![0; volume.capacity_bytes() as usize];
-    volume.read_at(0, &mut bytes).unwrap();
-    bytes
-}
-
-fn at_once() -> CollectOptions {
-    CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() }
+    volume_content(&Volume::open(store, name, VolumeOptions::default()).unwrap())
 }
 
 fn collect(store: &Arc<Store>) -> crate::Collected {

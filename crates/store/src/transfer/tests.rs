@@ -9,43 +9,11 @@ use std::time::{Duration, Instant};
 
 use super::testbench::{Bytes, image_of};
 use super::*;
+use crate::test_store::{TestStore, image, image_content, noise, quiet};
 use crate::tree::{self, NodeSource};
-use crate::{CollectOptions, Content, StoreOptions, TreeSource, Volume, VolumeOptions};
+use crate::{CollectOptions, Content, Volume, VolumeOptions};
 
 const CHUNK: usize = 16 << 10;
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
-
-/// A store in a folder of its own.
-struct TestStore {
-    store: Arc<Store>,
-    _folder: tempfile::TempDir,
-}
-
-impl std::ops::Deref for TestStore {
-    type Target = Arc<Store>;
-
-    fn deref(&self) -> &Arc<Store> {
-        &self.store
-    }
-}
-
-fn store() -> TestStore {
-    let folder = tempfile::tempdir().unwrap();
-    TestStore { store: Store::open(folder.path(), StoreOptions::default()).unwrap(), _folder: folder }
-}
-
-fn content(store: &Arc<Store>, image: &str) -> Vec<u8> {
-    let (_, node) = store.image(image).unwrap();
-    let disk = &node.disks[0];
-    let mut bytes = vec![0; disk.len_bytes as usize];
-    crate::format::Source::read_at(&TreeSource::new(store, disk), 0, &mut bytes).unwrap();
-    bytes
-}
 
 fn everything() -> ServeOptions {
     ServeOptions {
@@ -55,14 +23,6 @@ fn everything() -> ServeOptions {
         replace: true,
         ..ServeOptions::default()
     }
-}
-
-fn image(name: &str) -> NodeRef {
-    NodeRef::Image(name.to_owned())
-}
-
-fn quiet(_: crate::Step) -> crate::Result<()> {
-    Ok(())
 }
 
 /// Pushes over a socket; what each side says of it.
@@ -96,12 +56,12 @@ fn verify(store: &Arc<Store>) {
 
 #[test]
 fn a_second_image_that_shares_most_of_it_sends_the_rest_only() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let mut bytes = noise(1, 400 * CHUNK);
     image_of(&here, "first", &bytes);
     let first = push_to(&here, &there, "first");
     assert!(first.record_bytes > bytes.len() as u64 && first.sent_bytes < bytes.len() as u64 * 103 / 100, "{first:?}");
-    assert_eq!(content(&there, "first"), bytes);
+    assert_eq!(image_content(&there, "first").unwrap(), bytes);
     // Twenty chunks of 400, in one place.
     bytes[200 * CHUNK..220 * CHUNK].copy_from_slice(&noise(2, 20 * CHUNK));
     image_of(&here, "second", &bytes);
@@ -109,13 +69,13 @@ fn a_second_image_that_shares_most_of_it_sends_the_rest_only() {
     assert!(second.sent_bytes < first.sent_bytes * 6 / 100, "{second:?} after {first:?}");
     // The node, the root, one or two leaves and the chunks.
     assert!((22..=25).contains(&second.records), "{second:?}");
-    assert_eq!(content(&there, "second"), bytes);
+    assert_eq!(image_content(&there, "second").unwrap(), bytes);
     verify(&there);
 }
 
 #[test]
 fn equal_stores_send_nothing_but_the_name_of_the_node() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     image_of(&here, "disk", &noise(3, 300 * CHUNK));
     push_to(&here, &there, "disk");
     there.remove_image("disk").unwrap();
@@ -125,12 +85,12 @@ fn equal_stores_send_nothing_but_the_name_of_the_node() {
     // A repetition of the same chunk travels once.
     image_of(&here, "same", &noise(4, CHUNK).repeat(200));
     assert!(push_to(&here, &there, "same").records < 6);
-    assert_eq!(content(&there, "same"), noise(4, CHUNK).repeat(200));
+    assert_eq!(image_content(&there, "same").unwrap(), noise(4, CHUNK).repeat(200));
 }
 
 #[test]
 fn images_and_snapshots_are_pulled_as_images() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let bytes = noise(5, 150 * CHUNK);
     image_of(&there, "disk", &bytes);
     let zeros = Content::Zeros { capacity_bytes: 4 << 20, chunk_len: 4096 };
@@ -148,21 +108,24 @@ fn images_and_snapshots_are_pulled_as_images() {
     let (row, transferred) = pull_of(image("disk"), "copy").unwrap();
     assert_eq!(row.node, there.image("disk").unwrap().0.node);
     assert!(transferred.received_bytes > bytes.len() as u64 && transferred.sent_bytes < 2000, "{transferred:?}");
-    assert_eq!(content(&here, "copy"), bytes);
+    assert_eq!(image_content(&here, "copy").unwrap(), bytes);
 
     volume.write_at(8192, &noise(6, 8192)).unwrap();
     // One without a snapshot gets one for the moment.
     pull_of(NodeRef::Volume("volume".to_owned()), "now").unwrap();
     assert_eq!(there.snapshots("volume").unwrap(), []);
-    assert_eq!(content(&here, "now")[8192..16384], noise(6, 8192));
+    assert_eq!(image_content(&here, "now").unwrap()[8192..16384], noise(6, 8192));
     volume.snapshot("early").unwrap();
     volume.write_at(8192, &noise(7, 4096)).unwrap();
     let early = NodeRef::Snapshot { volume: "volume".to_owned(), snapshot: "early".to_owned() };
     pull_of(early, "early").unwrap();
-    assert_eq!(content(&here, "early")[8192..16384], noise(6, 8192));
+    assert_eq!(image_content(&here, "early").unwrap()[8192..16384], noise(6, 8192));
     volume.snapshot("late").unwrap();
     pull_of(NodeRef::Volume("volume".to_owned()), "late").unwrap();
-    assert_eq!(content(&here, "late")[8192..16384], [noise(7, 4096), noise(6, 8192)[4096..].to_vec()].concat());
+    assert_eq!(
+        image_content(&here, "late").unwrap()[8192..16384],
+        [noise(7, 4096), noise(6, 8192)[4096..].to_vec()].concat()
+    );
     verify(&here);
 }
 
@@ -198,7 +161,7 @@ impl Write for Breaking {
 #[test]
 fn a_transfer_cut_anywhere_goes_on_with_what_is_missing() {
     const STEP: usize = 1000;
-    let here = store();
+    let here = TestStore::new();
     let bytes = noise(8, 16 * 4096);
     // Several leaves, so that cuts fall between nodes and chunks.
     let volume_of = |name: &str, chunks: &[u64]| {
@@ -225,10 +188,10 @@ fn a_transfer_cut_anywhere_goes_on_with_what_is_missing() {
             (pushed, server.join().unwrap())
         })
     };
-    let whole = attempt(&store(), usize::MAX).0.unwrap();
+    let whole = attempt(&TestStore::new(), usize::MAX).0.unwrap();
     let mut cuts = 0;
     for left in (0..whole.sent_bytes as usize).step_by(STEP) {
-        let there = store();
+        let there = TestStore::new();
         let (pushed, served) = attempt(&there, left);
         assert!(pushed.is_err() && matches!(served, Err(TransferError::Cut(_))), "{left}: {pushed:?}, {served:?}");
         assert!(there.image("image").is_err());
@@ -236,7 +199,7 @@ fn a_transfer_cut_anywhere_goes_on_with_what_is_missing() {
         let sum = again.sent_bytes + left as u64;
         // What had come is not sent again, but for the record that was cut and the greetings.
         assert!(sum < whole.sent_bytes + 4096 + 400, "cut at {left}: {again:?} after {whole:?}");
-        assert_eq!(content(&there, "image")[1000 * 4096..][..4096], bytes[15 * 4096..]);
+        assert_eq!(image_content(&there, "image").unwrap()[1000 * 4096..][..4096], bytes[15 * 4096..]);
         verify(&there);
         cuts += 1;
     }
@@ -245,7 +208,7 @@ fn a_transfer_cut_anywhere_goes_on_with_what_is_missing() {
 
 #[test]
 fn a_tree_whose_parts_a_collection_removed_is_completed() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let bytes = noise(9, 300 * CHUNK);
     image_of(&here, "disk", &bytes);
     // A transfer that brought the nodes of the tree and few chunks.
@@ -265,13 +228,13 @@ fn a_tree_whose_parts_a_collection_removed_is_completed() {
     }
     let pushed = push_to(&here, &there, "disk");
     assert_eq!(pushed.records, 301, "300 chunks and the node: {pushed:?}");
-    assert_eq!(content(&there, "disk"), bytes);
+    assert_eq!(image_content(&there, "disk").unwrap(), bytes);
     verify(&there);
 }
 
 #[test]
 fn a_collection_waits_with_what_a_transfer_found() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let bytes = noise(10, 64 * CHUNK);
     image_of(&here, "disk", &bytes);
     push_to(&here, &there, "disk");
@@ -299,7 +262,7 @@ fn a_collection_waits_with_what_a_transfer_found() {
         collector.join().unwrap()
     });
     assert!(collected.before.lost.is_empty());
-    assert_eq!(content(&there, "disk"), bytes);
+    assert_eq!(image_content(&there, "disk").unwrap(), bytes);
     verify(&there);
 }
 
@@ -377,7 +340,7 @@ impl Write for Slow {
 
 #[test]
 fn a_link_of_fifty_milliseconds_is_filled() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let bytes = noise(11, 4096 * CHUNK);
     image_of(&here, "disk", &bytes);
     let begin = Instant::now();
@@ -388,12 +351,12 @@ fn a_link_of_fifty_milliseconds_is_filled() {
     assert!(pushed.records > 4096);
     // One record a round trip would take seven minutes; a few megabytes a round trip, ten seconds.
     assert!(took < Duration::from_secs(8), "{took:?}");
-    assert!(content(&there, "disk") == bytes);
+    assert!(image_content(&there, "disk").unwrap() == bytes);
 }
 
 #[test]
 fn a_limit_of_bytes_a_second_is_kept() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     image_of(&here, "disk", &noise(12, 64 * CHUNK));
     let [ours, theirs] = sockets();
     let begin = Instant::now();
@@ -408,7 +371,7 @@ fn a_limit_of_bytes_a_second_is_kept() {
 
 #[test]
 fn what_is_not_exported_is_refused_by_name() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     image_of(&there, "secret", &noise(13, CHUNK));
     image_of(&there, "open", &noise(14, CHUNK));
     image_of(&here, "ours", &noise(15, CHUNK));
@@ -451,7 +414,7 @@ fn what_is_not_exported_is_refused_by_name() {
 
 #[test]
 fn names_are_no_way_to_records_that_were_not_offered() {
-    let there = store();
+    let there = TestStore::new();
     image_of(&there, "open", &noise(16, 2 * CHUNK));
     let attempts: [&[(u32, bool, &[u8])]; 5] = [
         // A node that was never opened, a child that is not there, a chunk opened, a second node of the offer, a node closed before.
@@ -512,12 +475,12 @@ impl Write for Lying {
 
 #[test]
 fn a_byte_that_changed_on_the_way_never_gets_into_the_store() {
-    let here = store();
+    let here = TestStore::new();
     let mut bytes = noise(17, 2 * CHUNK);
     bytes[CHUNK / 2..CHUNK].fill(7);
     image_of(&here, "disk", &bytes);
-    let there = store();
-    let total = push_to(&here, &store(), "disk").sent_bytes as usize;
+    let there = TestStore::new();
+    let total = push_to(&here, &TestStore::new(), "disk").sent_bytes as usize;
     for at in (0..total).step_by(97) {
         let [ours, theirs] = sockets();
         let lying = Lying { stream: theirs, at, seen: 0 };
@@ -529,7 +492,7 @@ fn a_byte_that_changed_on_the_way_never_gets_into_the_store() {
         // A changed byte of the name of the image or of the id of the store is none of the content's business.
         if outcome.is_ok() {
             for (row, _) in there.images().unwrap() {
-                assert_eq!(content(&there, &row.name), bytes, "at {at}");
+                assert_eq!(image_content(&there, &row.name).unwrap(), bytes, "at {at}");
                 there.remove_image(&row.name).unwrap();
             }
         }
@@ -539,7 +502,7 @@ fn a_byte_that_changed_on_the_way_never_gets_into_the_store() {
 
 #[test]
 fn a_peer_that_packs_other_content_under_a_name_is_found_out() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let bytes = noise(18, 3 * CHUNK);
     image_of(&here, "disk", &bytes);
     let (row, node) = here.image("disk").unwrap();
@@ -576,7 +539,7 @@ fn a_peer_that_packs_other_content_under_a_name_is_found_out() {
 
 #[test]
 fn stores_of_other_versions_and_domains_are_named() {
-    let here = store();
+    let here = TestStore::new();
     let mut right = Vec::new();
     {
         let [ours, mut theirs] = sockets();
@@ -611,7 +574,7 @@ fn stores_of_other_versions_and_domains_are_named() {
 
 #[test]
 fn a_watcher_can_end_a_transfer_and_sees_how_far_it_is() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     image_of(&here, "disk", &noise(20, 600 * CHUNK));
     let steps = Mutex::new(Vec::new());
     let [ours, theirs] = sockets();
@@ -645,7 +608,7 @@ fn a_watcher_can_end_a_transfer_and_sees_how_far_it_is() {
 
 #[test]
 fn a_node_with_several_trees_and_facts_comes_whole() {
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let facts: BTreeMap<String, String> = [("command line".to_owned(), "quiet".to_owned())].into();
     let mut node = here.new_node(facts).unwrap();
     for disk in 0..20u64 {
@@ -694,7 +657,7 @@ fn transfers_over_tls_need_a_certificate_of_the_right_authority() {
         ClientCertificates, ClientConnection, IdentityFiles, ServerConnection, ServerName, StreamOwned, client_config,
         server_config,
     };
-    let (here, there) = (store(), store());
+    let (here, there) = (TestStore::new(), TestStore::new());
     let bytes = noise(21, 100 * CHUNK);
     image_of(&here, "disk", &bytes);
     let folder = certificates();
@@ -727,5 +690,5 @@ fn transfers_over_tls_need_a_certificate_of_the_right_authority() {
     let (pushed, served) = attempt(Some("client"));
     served.unwrap();
     pushed.unwrap();
-    assert_eq!(content(&there, "disk"), bytes);
+    assert_eq!(image_content(&there, "disk").unwrap(), bytes);
 }

@@ -9,16 +9,10 @@ use crate::disk::{Disk, Durability, Operation, Queue};
 use crate::format::Source;
 use crate::name::Kind;
 use crate::store::Store;
-use crate::upkeep::collect::CollectOptions;
+use crate::test_store::{at_once, noise, volume_content};
 use crate::{Content, OpenDisk, StoreOptions};
 
 const MIB: u64 = 1 << 20;
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
 
 fn open_store(folder: &tempfile::TempDir) -> Arc<Store> {
     Store::open(folder.path(), StoreOptions::default()).unwrap()
@@ -31,16 +25,6 @@ fn make(store: &Arc<Store>, name: &str) -> Volume {
 
 fn open(store: &Arc<Store>, name: &str) -> Volume {
     Volume::open(store, name, VolumeOptions::default()).unwrap()
-}
-
-fn content(volume: &Volume) -> Vec<u8> {
-    let mut bytes = vec![0; volume.capacity_bytes() as usize];
-    volume.read_at(0, &mut bytes).unwrap();
-    bytes
-}
-
-fn at_once() -> CollectOptions {
-    CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() }
 }
 
 /// Has other threads stop when it goes, also where a test fails.
@@ -87,7 +71,7 @@ fn an_empty_discard_takes_no_number_of_the_log() {
     volume.write_at(4096, &noise(2, 4096)).unwrap();
     drop(queue);
     drop(disk);
-    assert_eq!(content(&open(&store, "disk"))[..8192], [noise(1, 4096), noise(2, 4096)].concat());
+    assert_eq!(volume_content(&open(&store, "disk"))[..8192], [noise(1, 4096), noise(2, 4096)].concat());
 }
 
 #[test]
@@ -200,7 +184,7 @@ fn a_chunk_that_was_found_again_stays_until_the_root_that_names_it_is_stable() {
     assert!(!collection.is_finished(), "it does not wait for the batch");
     drop(batch);
     collection.join().unwrap().unwrap();
-    assert_eq!(content(&open(&store, "other"))[..16_384], noise(1, 16_384));
+    assert_eq!(volume_content(&open(&store, "other"))[..16_384], noise(1, 16_384));
 }
 
 #[test]
@@ -229,7 +213,7 @@ fn a_snapshot_that_only_the_log_still_has_is_listed_and_can_be_used_though_the_v
     assert_eq!(store.snapshot("disk", "one").unwrap().capacity_bytes, 8 * MIB);
     lose();
     store.clone_volume("disk", Some("one"), "clone").unwrap();
-    assert_eq!(content(&open(&store, "clone"))[..4096], noise(1, 4096));
+    assert_eq!(volume_content(&open(&store, "clone"))[..4096], noise(1, 4096));
     store.remove_snapshot("disk", "one").unwrap();
     assert_eq!(names(&store), [("two".to_owned(), 4 * MIB)]);
 }

@@ -5,6 +5,7 @@ use polder_trust::keys::{KeyFile, Secret};
 use super::*;
 use crate::domain::Key;
 use crate::store::StoreOptions;
+use crate::test_store::{noise, volume_content};
 use crate::volume::volumes::{CHUNK_LEN_DEFAULT, Content};
 
 const MIB: u64 = 1 << 20;
@@ -43,19 +44,6 @@ impl World {
     }
 }
 
-/// Bytes that do not repeat, from a seed.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
-
-fn content(volume: &Volume) -> Vec<u8> {
-    let mut bytes = vec![0; volume.capacity_bytes() as usize];
-    volume.read_at(0, &mut bytes).unwrap();
-    bytes
-}
-
 #[test]
 fn what_was_written_is_read_from_the_log_and_from_the_tree() {
     let world = world();
@@ -69,17 +57,17 @@ fn what_was_written_is_read_from_the_log_and_from_the_tree() {
         let bytes = noise(round as u64, len);
         volume.write_at(offset as u64, &bytes).unwrap();
         expected[offset..offset + len].copy_from_slice(&bytes);
-        assert!(content(&volume) == expected, "round {round}, from the log");
+        assert!(volume_content(&volume) == expected, "round {round}, from the log");
         if round % 2 == 1 {
             volume.compact().unwrap();
-            assert!(content(&volume) == expected, "round {round}, from the tree");
+            assert!(volume_content(&volume) == expected, "round {round}, from the tree");
         }
     }
     volume.zero(MIB, MIB + 512).unwrap();
     expected[1 << 20..(2 << 20) + 512].fill(0);
-    assert!(content(&volume) == expected);
+    assert!(volume_content(&volume) == expected);
     volume.close().unwrap();
-    assert!(content(&world.open("disk")) == expected);
+    assert!(volume_content(&world.open("disk")) == expected);
 }
 
 #[test]
@@ -99,9 +87,9 @@ fn an_unclosed_volume_comes_back_from_its_log() {
     expected[512..1024].copy_from_slice(&bytes[..512]);
     let snapshot = world.store.snapshot("disk", "one").unwrap();
     world.store.create_volume("clone", &Content::Snapshot(&snapshot)).unwrap();
-    assert!(content(&world.open("clone")) == expected);
+    assert!(volume_content(&world.open("clone")) == expected);
     expected[8192..12_288].fill(0);
-    assert!(content(&volume) == expected);
+    assert!(volume_content(&volume) == expected);
 }
 
 #[test]
@@ -116,7 +104,7 @@ fn snapshots_and_clones_hold_what_was_there_when_they_were_taken() {
         }
         let name = format!("s{round}");
         volume.snapshot(&name).unwrap();
-        states.push((name, content(&volume)));
+        states.push((name, volume_content(&volume)));
         if round == 9 {
             volume.compact().unwrap();
         }
@@ -127,10 +115,10 @@ fn snapshots_and_clones_hold_what_was_there_when_they_were_taken() {
         let clone = format!("clone-{name}");
         world.store.create_volume(&clone, &Content::Snapshot(&snapshot)).unwrap();
         let clone = world.open(&clone);
-        assert!(content(&clone) == *state, "{name}");
+        assert!(volume_content(&clone) == *state, "{name}");
         clone.write_at(0, &[1; 512]).unwrap();
     }
-    assert!(content(&volume) == states.last().unwrap().1);
+    assert!(volume_content(&volume) == states.last().unwrap().1);
     // Each snapshot is a node whose parent is the one before.
     let snapshots = world.store.snapshots("disk").unwrap();
     for pair in snapshots.windows(2) {
@@ -140,7 +128,7 @@ fn snapshots_and_clones_hold_what_was_there_when_they_were_taken() {
     }
     drop(volume);
     world.store.roll_back("disk", "s4").unwrap();
-    assert!(content(&world.open("disk")) == states[4].1);
+    assert!(volume_content(&world.open("disk")) == states[4].1);
     world.store.remove_snapshot("disk", "s4").unwrap();
     assert!(matches!(world.store.snapshot("disk", "s4"), Err(StoreError::NotFound { .. })));
 }
@@ -233,7 +221,7 @@ fn writers_and_the_log_are_bounded() {
         expected[offset as usize..offset as usize + bytes.len()].copy_from_slice(&bytes);
         assert!(volume.core().backlog_bytes() <= 9 * MIB);
     }
-    assert!(content(&volume) == expected);
+    assert!(volume_content(&volume) == expected);
     volume.compact().unwrap();
     // Nothing is counted twice of what is moved bit by bit.
     assert!(volume.core().backlog_bytes() < 4096 * 4096 / 64, "{}", volume.core().backlog_bytes());
@@ -264,12 +252,12 @@ fn a_volume_at_rest_has_no_log_and_its_file_goes_to_the_next_one() {
     drop(two);
     let two = Volume::open(&world.store, "two", options).unwrap();
     let one = Volume::open(&world.store, "one", options).unwrap();
-    assert!(content(&one)[..3 << 20] == noise(1, 3 << 20));
-    assert!(content(&two) == [vec![0; 4096], noise(2, 4096), vec![0; (8 << 20) - 8192]].concat());
+    assert!(volume_content(&one)[..3 << 20] == noise(1, 3 << 20));
+    assert!(volume_content(&two) == [vec![0; 4096], noise(2, 4096), vec![0; (8 << 20) - 8192]].concat());
     one.write_at(0, &noise(3, 4096)).unwrap();
     drop(one);
     let one = Volume::open(&world.store, "one", options).unwrap();
-    assert!(content(&one)[..4096] == noise(3, 4096));
+    assert!(volume_content(&one)[..4096] == noise(3, 4096));
 }
 
 /// Puts another file in the place of an open one, until it is dropped.
@@ -323,7 +311,7 @@ fn a_volume_whose_sync_failed_refuses_flushes_and_others_go_on() {
     other.flush().unwrap();
     drop(volume);
     let volume = world.open("disk");
-    assert_eq!(content(&volume)[..8192], [noise(1, 4096), noise(2, 4096)].concat());
+    assert_eq!(volume_content(&volume)[..8192], [noise(1, 4096), noise(2, 4096)].concat());
     volume.flush().unwrap();
 }
 
@@ -385,7 +373,7 @@ fn a_store_that_found_the_disk_full_goes_on_when_there_is_room() {
     volume.compact().unwrap();
     let mut expected = noise(1, 16_384);
     expected[..4096].copy_from_slice(&noise(3, 4096));
-    assert!(content(&volume)[..16_384] == expected);
+    assert!(volume_content(&volume)[..16_384] == expected);
     volume.close().unwrap();
     let verified = world.store.verify(&mut |_| Ok(())).unwrap();
     assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
@@ -419,7 +407,7 @@ fn a_snapshot_that_was_removed_stays_removed_whatever_the_log_still_says() {
     assert_eq!(names(), ["one"]);
     let snapshot = world.store.snapshot("disk", "one").unwrap();
     world.store.create_volume("clone", &Content::Snapshot(&snapshot)).unwrap();
-    assert_eq!(content(&world.open("clone"))[..8192], [noise(1, 4096), noise(2, 4096)].concat());
+    assert_eq!(volume_content(&world.open("clone"))[..8192], [noise(1, 4096), noise(2, 4096)].concat());
 }
 
 #[test]
@@ -440,7 +428,7 @@ fn a_log_whose_file_is_missing_is_named() {
         other => panic!("{:?}", other.map(drop)),
     }
     std::fs::rename(folder.join("aside"), &first).unwrap();
-    assert!(content(&open().unwrap())[..5 << 20] == noise(1, 5 << 20));
+    assert!(volume_content(&open().unwrap())[..5 << 20] == noise(1, 5 << 20));
 }
 
 #[test]
@@ -457,14 +445,14 @@ fn a_smaller_size_that_failed_cuts_nothing_off() {
         assert!(volume.resize(MIB).is_err());
     }
     assert_eq!(volume.capacity_bytes(), 2 * MIB);
-    assert!(content(&volume) == bytes);
+    assert!(volume_content(&volume) == bytes);
     volume.resize(MIB + 512).unwrap();
     volume.close().unwrap();
     let volume = world.open("disk");
     volume.resize(2 * MIB).unwrap();
     let mut expected = bytes[..(1 << 20) + 512].to_vec();
     expected.resize(2 << 20, 0);
-    assert!(content(&volume) == expected);
+    assert!(volume_content(&volume) == expected);
 }
 
 #[test]
@@ -482,5 +470,5 @@ fn a_volume_that_cannot_be_moved_into_the_store_can_be_left() {
     assert!(volume.compact().is_err());
     drop(volume);
     drop(replaced);
-    assert!(content(&world.open("disk"))[..8 << 20] == noise(2, 8 << 20));
+    assert!(volume_content(&world.open("disk"))[..8 << 20] == noise(2, 8 << 20));
 }
