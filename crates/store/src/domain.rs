@@ -518,5 +518,4 @@ fn erase_if_there(path: &Path) -> Result<Option<Erased>> {
 const _: () = assert!(SEAL_LEN < HEADER_LEN);
 
 #[cfg(test)]
-#[path = "domain_tests.rs"]
 mod tests;
