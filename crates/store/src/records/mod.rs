@@ -3,6 +3,7 @@
 pub(crate) mod behind;
 pub(crate) mod cache;
 pub(crate) mod index;
+mod lz4;
 pub(crate) mod record;
 pub(crate) mod run;
 pub(crate) mod segment;

@@ -4,9 +4,10 @@
 
 use std::sync::Arc;
 
-use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
 use crate::name::{Kind, Name};
+use crate::records::lz4;
 
 /// Bytes before the packed bytes, and the unit that records are padded to.
 pub(crate) const HEADER_LEN: usize = 64;
@@ -160,7 +161,7 @@ pub(crate) fn unpack_into(header: &Header, packed: &[u8], content: &mut [u8]) ->
             content.copy_from_slice(packed);
             Some(packed.len())
         }
-        Packing::Lz4 => decompress_into(packed, content).ok(),
+        Packing::Lz4 => lz4::unpack(packed, content),
         Packing::Zstd => zstd::bulk::decompress_to_buffer(packed, content).ok(),
     };
     match unpacked == Some(content.len()) {
