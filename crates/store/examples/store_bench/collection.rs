@@ -27,7 +27,7 @@ pub fn beside_load(arguments: &Arguments) -> Outcome {
     let stop = AtomicBool::new(false);
     let ((figures, whole), collections) = std::thread::scope(|scope| {
         let collector = collects.then(|| scope.spawn(|| collect_until(&store, &stop)));
-        let figures = load.run_for(&disk, arguments.duration("seconds")?);
+        let figures = load.run_for(&disk, arguments.duration("seconds")?, 1);
         stop.store(true, Ordering::Relaxed);
         let collections =
             collector.map_or(Ok(0), |collector| collector.join().map_err(|_| "the collector panicked")?);

@@ -14,6 +14,11 @@ impl Figures {
         self.nanoseconds.push(time.as_nanos() as u64);
     }
 
+    /// Takes over what another thread timed.
+    pub fn extend(&mut self, other: Figures) {
+        self.nanoseconds.extend(other.nanoseconds);
+    }
+
     /// Count, rate over `whole`, quantiles and the longest.
     pub fn summary(mut self, whole: Duration) -> Value {
         self.nanoseconds.sort_unstable();

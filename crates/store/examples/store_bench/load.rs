@@ -122,15 +122,26 @@ impl Load {
         }
     }
 
-    /// The same for a time.
-    pub fn run_for(&self, disk: &Arc<OpenDisk>, time: Duration) -> Outcome<(Figures, Duration)> {
+    /// The same for a time, on a number of threads with a queue each, as vCPUs have. Gives the times of all.
+    pub fn run_for(&self, disk: &Arc<OpenDisk>, time: Duration, queues: u64) -> Outcome<(Figures, Duration)> {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                std::thread::sleep(time);
-                stop.store(true, Ordering::Relaxed);
-            });
-            self.run(disk, &stop)
+            let threads: Vec<_> = (0..queues)
+                .map(|queue| {
+                    let load = Load { seed: self.seed + (queue << 32), ..*self };
+                    let stop = &stop;
+                    scope.spawn(move || load.run(disk, stop).map_err(|error| error.to_string()))
+                })
+                .collect();
+            std::thread::sleep(time);
+            stop.store(true, Ordering::Relaxed);
+            let (mut figures, mut longest) = (Figures::default(), Duration::ZERO);
+            for thread in threads {
+                let (more, whole) = thread.join().map_err(|_| "a queue's thread panicked")??;
+                figures.extend(more);
+                longest = longest.max(whole);
+            }
+            Ok((figures, longest))
         })
     }
 }
@@ -155,13 +166,13 @@ pub fn warm(disk: &OpenDisk, range: u64) -> Outcome<()> {
     Ok(())
 }
 
-/// `store= volume= seconds=` and the load: runs it once everything is warm.
+/// `store= volume= seconds= queues=` and the load, of each queue: runs it once everything is warm.
 pub fn load(arguments: &Arguments) -> Outcome {
     let store = arguments.store()?;
     let disk = Arc::new(OpenDisk::Volume(arguments.volume(&store)?));
     let load = Load::from(arguments)?;
     warm(&disk, load.range)?;
-    let (figures, whole) = load.run_for(&disk, arguments.duration("seconds")?)?;
+    let (figures, whole) = load.run_for(&disk, arguments.duration("seconds")?, arguments.number_or("queues", 1)?)?;
     let begin = Instant::now();
     close(disk)?;
     Ok(json!({ "operations": figures.summary(whole), "settling_seconds": begin.elapsed().as_secs_f64() }))

@@ -136,7 +136,7 @@ pub fn many(arguments: &Arguments) -> Outcome {
     let read = Load { kind: Kind::Read, depth: 1, block: BLOCK, range, rate: None, seed: 3 };
     let reads = || {
         warm(&disk, range)?;
-        let (figures, whole) = read.run_for(&disk, arguments.duration("seconds")?)?;
+        let (figures, whole) = read.run_for(&disk, arguments.duration("seconds")?, 1)?;
         Outcome::Ok(figures.summary(whole))
     };
     let before = reads()?;

@@ -7,6 +7,7 @@
 pub mod memory;
 pub(crate) mod open_disk;
 pub(crate) mod queue;
+mod stream;
 pub(crate) mod workers;
 
 use std::io;

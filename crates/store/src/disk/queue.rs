@@ -17,6 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::ReadWriteFlags;
 
 use crate::disk::open_disk::{OpenDisk, View};
+use crate::disk::stream::Run;
 use crate::disk::{Buffer, Completion, DiskError, Durability, Operation, Queue};
 use crate::name::Name;
 use crate::records::segment::Location;
@@ -191,7 +192,23 @@ impl<B: Buffer> DiskQueue<B> {
         let mut look_up = false;
         let mut at = 0;
         let mut leaf = None;
-        for piece in &pieces {
+        let chunk_len = self.view.chunk_len();
+        let mut is_stream = buffer.len() >= STREAM_CHUNKS * chunk_len;
+        let mut rest = &pieces[..];
+        while let [piece, behind @ ..] = rest {
+            if is_stream {
+                match self.try_run(root, rest, at, &mut buffer, &mut leaf) {
+                    Some(0) => {}
+                    Some(chunks) => {
+                        rest = &rest[chunks..];
+                        at += chunks * chunk_len;
+                        continue;
+                    }
+                    // What follows is hardly in memory either, and what is wrong with it is told one by one.
+                    None => is_stream = false,
+                }
+            }
+            rest = behind;
             match self.try_piece(root, piece, at, &mut buffer, &mut leaf) {
                 Tried::Done => {}
                 Tried::Read(act, offset, len) => reads.push((act, offset, len)),
@@ -299,26 +316,15 @@ impl<B: Buffer> DiskQueue<B> {
         leaf: &mut Option<(u64, Arc<TreeNode>)>,
     ) -> Tried {
         let (store, domain) = (self.view.store(), self.view.domain());
-        let place = (index % tree::FAN_OUT as u64) as usize;
-        let leaf_index = index / tree::FAN_OUT as u64;
-        if leaf.as_ref().is_none_or(|(held, _)| *held != leaf_index) {
-            // What is in another domain is for the long way, which says so.
-            let node = |name: &Name| store.cached_node(name).filter(|node| node.domain == domain);
-            *leaf = match tree::find_leaf_if(root, index, node) {
-                Some(Some(found)) => Some((leaf_index, found)),
-                Some(None) => {
-                    buffer.put_zeros(at, len);
-                    return Tried::Done;
-                }
-                None => return Tried::LookUp,
-            };
-        }
-        let Some((_, leaf)) = leaf else { return Tried::LookUp };
+        let (leaf, place) = match self.find_chunk(root, index, leaf) {
+            Some(Some(found)) => found,
+            Some(None) => {
+                buffer.put_zeros(at, len);
+                return Tried::Done;
+            }
+            None => return Tried::LookUp,
+        };
         let name = leaf.children[place];
-        if name.is_none() {
-            buffer.put_zeros(at, len);
-            return Tried::Done;
-        }
         if let Some(content) = store.cached_chunk(&name, domain)
             && let Some(part) = content.get(from..from + len)
         {
@@ -333,17 +339,6 @@ impl<B: Buffer> DiskQueue<B> {
         }
         let bytes = &mut record[..location.read_len()];
         let read = read_some_if_cached(&file, bytes, location.offset());
-        let is_stream = len == self.view.chunk_len() && buffer.len() >= STREAM_CHUNKS * len;
-        if is_stream
-            && let Some(read) = read
-            && let Some(space) = buffer.space(at, len)
-        {
-            return match store.content_into(&name, domain, &mut bytes[..read], space) {
-                true => Tried::Done,
-                // The long way finds another copy, or says what is wrong.
-                false => Tried::LookUp,
-            };
-        }
         match read {
             Some(read) => match store.content(&name, location, Expected::Data { domain }, &mut bytes[..read]) {
                 Ok(Read { content, .. }) if content.len() >= from + len => {
@@ -360,6 +355,58 @@ impl<B: Buffer> DiskQueue<B> {
                 location.read_len(),
             ),
         }
+    }
+
+    /// The leaf that a chunk is in, which is kept for the next one, and its place there; nothing inside if it is zeros. None if that is not in
+    /// memory.
+    fn find_chunk<'l>(
+        &self,
+        root: Root,
+        index: u64,
+        leaf: &'l mut Option<(u64, Arc<TreeNode>)>,
+    ) -> Option<Option<(&'l TreeNode, usize)>> {
+        let (store, domain) = (self.view.store(), self.view.domain());
+        let place = (index % tree::FAN_OUT as u64) as usize;
+        let leaf_index = index / tree::FAN_OUT as u64;
+        if leaf.as_ref().is_none_or(|(held, _)| *held != leaf_index) {
+            // What is in another domain is for the long way, which says so.
+            let node = |name: &Name| store.cached_node(name).filter(|node| node.domain == domain);
+            match tree::find_leaf_if(root, index, node)? {
+                Some(found) => *leaf = Some((leaf_index, found)),
+                None => return Some(None),
+            }
+        }
+        let (_, leaf) = leaf.as_ref()?;
+        Some((!leaf.children[place].is_none()).then_some((leaf, place)))
+    }
+
+    /// Brings whole chunks that lie one after the other in a segment into the buffer; how many of the first pieces that are. None if there are
+    /// some and they are not to be had at once.
+    fn try_run(
+        &self,
+        root: Root,
+        pieces: &[Piece],
+        at: usize,
+        buffer: &mut B,
+        leaf: &mut Option<(u64, Arc<TreeNode>)>,
+    ) -> Option<usize> {
+        let (store, domain, chunk_len) = (self.view.store(), self.view.domain(), self.view.chunk_len());
+        let mut run = Run::new(chunk_len, domain);
+        for piece in pieces {
+            let Piece::Chunk { index, from: 0, len } = piece else { break };
+            let Some(Some((leaf, place))) = self.find_chunk(root, *index, leaf).filter(|_| *len == chunk_len) else {
+                break;
+            };
+            let name = leaf.children[place];
+            let location = leaf.location(place).filter(|_| store.cached_chunk(&name, domain).is_none());
+            if !location.is_some_and(|location| run.add(name, location)) {
+                break;
+            }
+        }
+        let Some(start) = run.start() else { return Some(0) };
+        let file = store.file_of(start).ok()?;
+        let space = buffer.space(at, run.len() * chunk_len)?;
+        run.read_if_cached(store, &file, space, &mut self.record.borrow_mut()).then_some(run.len())
     }
 
     fn read_by_worker(&mut self, token: u64, offset: u64, mut buffer: B) {
@@ -629,3 +676,7 @@ fn read_if_cached(file: &File, bytes: &mut [u8], offset: u64) -> bool {
     let wanted = bytes.len();
     rustix::io::preadv2(file, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) == Ok(wanted)
 }
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

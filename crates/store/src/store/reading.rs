@@ -11,7 +11,7 @@ use std::sync::{Arc, PoisonError};
 use crate::domain::{OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
-use crate::records::record::{self, HEADER_LEN, Header};
+use crate::records::record::{self, HEADER_LEN, Header, Packing};
 use crate::records::segment::{self, Location, SegmentNumber};
 use crate::store::{NODE_WEIGHT, Origin, Store};
 use crate::tree::{NodeSource, TreeNode, not_a_node};
@@ -247,6 +247,19 @@ impl Store {
             },
         };
         unpacked.is_ok()
+    }
+
+    /// Whether a chunk of an open domain that was read to its place is the one, by the header that was read with it.
+    pub(crate) fn is_chunk(&self, name: &Name, domain: u32, header: &[u8], content: &[u8]) -> bool {
+        Header::from_bytes(header).is_ok_and(|header| {
+            header.name == *name
+                && header.kind == Kind::Data
+                && header.domain == domain
+                && header.packing == Packing::Raw
+                && header.packed_len as usize == content.len()
+                && header.content_len == header.packed_len
+                && crc32c::crc32c(content) == header.checksum
+        })
     }
 
     /// Opens and unpacks packed bytes; the inner error is what is wrong with them.

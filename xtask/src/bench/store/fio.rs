@@ -12,7 +12,9 @@ pub struct Job {
     /// As fio's `--rw` names it.
     pub pattern: &'static str,
     pub block: u32,
+    /// Of each connection.
     pub depth: u32,
+    pub connections: u32,
     /// The disk's first bytes, which the job keeps to.
     pub range: u64,
     pub length: Length,
@@ -37,6 +39,7 @@ impl Job {
             pattern,
             block: 4096,
             depth,
+            connections: 1,
             range: session.disk_bytes,
             length: Length::Seconds(session.seconds),
             flush_every: None,
@@ -46,7 +49,7 @@ impl Job {
 
     /// Blocks of 1 MiB one after the other, four at a time.
     pub fn sequential(pattern: &'static str, range: u64, length: Length) -> Self {
-        Job { pattern, block: 1 << 20, depth: 4, range, length, flush_every: None, fresh_bytes: false }
+        Job { pattern, block: 1 << 20, depth: 4, connections: 1, range, length, flush_every: None, fresh_bytes: false }
     }
 
     /// Runs it; a sample of `p50`, `p99`, `rate` and `speed` of the reads or writes, and `flush` and `flush_p99` where there were flushes.
@@ -56,6 +59,9 @@ impl Job {
         command.args(["--name=job", "--ioengine=nbd", &format!("--uri={uri}"), &format!("--rw={}", self.pattern)]);
         command.args([&format!("--bs={}", self.block), &format!("--iodepth={}", self.depth)]);
         command.args([&format!("--size={}", self.range), &format!("--randseed={seed}"), "--percentile_list=50:99"]);
+        if self.connections > 1 {
+            command.args([&format!("--numjobs={}", self.connections), "--group_reporting"]);
+        }
         match self.length {
             Length::Seconds(seconds) => {
                 command.args(["--time_based", &format!("--runtime={}ms", (seconds * 1e3) as u64)]);

@@ -26,13 +26,15 @@ fn write(session: &Session) -> Result<Vec<Table>> {
 fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'static str) -> Result<Vec<Table>> {
     session.volume("disk")?;
     let mut tables = Vec::new();
-    for depth in [1, 32] {
+    // A virtio disk has a queue for each vCPU: two threads here, and two connections there.
+    for (depth, queues) in [(1, 1), (32, 1), (16, 2)] {
         let nbd = move |seed| {
             let server = Server::start(session, &Target::Polder("disk".to_owned()))?;
             if operation == "read" {
                 server.warm()?;
             }
-            let sample = Job::random(session, pattern, depth).run(session, &server.uri, seed)?;
+            let job = Job { connections: queues, ..Job::random(session, pattern, depth) };
+            let sample = job.run(session, &server.uri, seed)?;
             server.stop()?;
             session.place.sync()?;
             Ok(sample)
@@ -41,6 +43,7 @@ fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'
             let arguments = [
                 ("op", operation.to_owned()),
                 ("depth", depth.to_string()),
+                ("queues", queues.to_string()),
                 ("seconds", session.seconds.to_string()),
                 ("seed", seed.to_string()),
             ];
@@ -53,10 +56,14 @@ fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'
             ])
         };
         let turns = session.by_turns(vec![Runner::new(PROCESS, process), Runner::new(NBD, nbd)])?;
-        let rate = turns.table(format!("{row}: operations, {depth} at a time"), Unit::PerSecond, "rate");
+        let load = match queues {
+            1 => format!("{depth} at a time"),
+            _ => format!("{depth} at a time of each of {queues}"),
+        };
+        let rate = turns.table(format!("{row}: operations, {load}"), Unit::PerSecond, "rate");
         tables.push(rate.ratio(PROCESS, NBD, Side::AtLeast, 2.0));
-        tables.push(turns.table(format!("{row}: p50, {depth} at a time"), Unit::Nanoseconds, "p50"));
-        tables.push(turns.table(format!("{row}: p99, {depth} at a time"), Unit::Nanoseconds, "p99"));
+        tables.push(turns.table(format!("{row}: p50, {load}"), Unit::Nanoseconds, "p50"));
+        tables.push(turns.table(format!("{row}: p99, {load}"), Unit::Nanoseconds, "p99"));
     }
     Ok(tables)
 }

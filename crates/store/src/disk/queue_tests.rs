@@ -1,0 +1,111 @@
+//! Reads of many chunks at once.
+
+use std::os::unix::fs::FileExt;
+
+use super::*;
+use crate::disk::Disk;
+use crate::volume::Volume;
+use crate::{Content, Store, StoreOptions, VolumeOptions};
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// Keeps no chunks, so that each read comes from the segments.
+fn open(folder: &tempfile::TempDir) -> Arc<Store> {
+    Store::open(folder.path(), StoreOptions { chunk_cache_bytes: 0, ..StoreOptions::default() }).unwrap()
+}
+
+/// A volume of that content, all of it in its tree, and read once.
+fn disk_of(folder: &tempfile::TempDir, content: &[u8], chunk_len: u32) -> Arc<OpenDisk> {
+    let store = open(folder);
+    store.create_volume("disk", &Content::Zeros { capacity_bytes: content.len() as u64, chunk_len }).unwrap();
+    let volume = Volume::open(&store, "disk", VolumeOptions::default()).unwrap();
+    volume.write_at(0, content).unwrap();
+    volume.close().unwrap();
+    drop(store);
+    let volume = Volume::open(&open(folder), "disk", VolumeOptions::default()).unwrap();
+    let mut read = vec![0; content.len()];
+    volume.read_at(0, &mut read).unwrap();
+    assert!(read == content);
+    Arc::new(OpenDisk::Volume(volume))
+}
+
+fn read(queue: &mut DiskQueue<Vec<u8>>, offset: u64, len: usize) -> Result<Vec<u8>, DiskError> {
+    queue.submit(1, Operation::Read { offset, buffer: vec![9; len] });
+    loop {
+        if let Some(completion) = queue.next_completion() {
+            return completion.result.map(|()| completion.buffer.unwrap_or_default());
+        }
+        let mut waited = [rustix::event::PollFd::from_borrowed_fd(queue.signal(), rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut waited, Some(&rustix::time::Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap();
+        let _ = rustix::io::read(queue.signal(), &mut [0; 8]);
+    }
+}
+
+#[test]
+fn runs_of_chunks_come_to_their_places_whatever_they_are_made_of() {
+    for chunk_len in [4096, 16_384, 65_536] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut content = noise(1, 40 * chunk_len);
+        for (index, chunk) in content.chunks_exact_mut(chunk_len).enumerate() {
+            match index % 7 {
+                // Half of it repeats.
+                1 | 2 => chunk[chunk_len / 2..].fill(index as u8),
+                4 => chunk.fill(0),
+                // The same as elsewhere: its record lies there.
+                5 => chunk.copy_from_slice(&noise(2, chunk_len)),
+                _ => {}
+            }
+        }
+        let disk = disk_of(&folder, &content, chunk_len as u32);
+        let mut queue = disk.open_queue::<Vec<u8>>().unwrap();
+        for (offset, chunks) in [(0, 40), (0, 4), (chunk_len, 13), (3 * chunk_len, 30), (512, 20)] {
+            let expected = &content[offset..offset + chunks * chunk_len - offset % chunk_len];
+            let read = read(&mut queue, offset as u64, expected.len()).unwrap();
+            assert!(read == expected, "{chunks} chunks of {chunk_len} at {offset}");
+        }
+    }
+}
+
+#[test]
+fn chunks_that_lie_one_after_the_other_are_read_with_one_call() {
+    let folder = tempfile::tempdir().unwrap();
+    let content = noise(1, 12 * 16_384);
+    let disk = disk_of(&folder, &content, 16_384);
+    let queue = disk.open_queue::<Vec<u8>>().unwrap();
+    let (mut pieces, mut buffer) = (Vec::new(), vec![0; content.len()]);
+    let root = queue.view.plan(0, content.len(), &mut pieces).unwrap();
+    assert_eq!(queue.try_run(root, &pieces, 0, &mut buffer, &mut None), Some(8));
+    assert!(buffer[..8 * 16_384] == content[..8 * 16_384]);
+    assert_eq!(queue.try_run(root, &pieces[8..], 8 * 16_384, &mut buffer, &mut None), Some(4));
+    assert!(buffer == content);
+}
+
+#[test]
+fn a_damaged_chunk_of_a_run_is_an_error_and_its_neighbours_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut content = noise(1, 32 * 16_384);
+    content[20 * 16_384 + 8192..21 * 16_384].fill(7);
+    let disk = disk_of(&folder, &content, 16_384);
+    let segment = std::fs::read_dir(folder.path().join("segments")).unwrap().next().unwrap().unwrap().path();
+    let file = std::fs::File::options().read(true).write(true).open(segment).unwrap();
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let mut queue = disk.open_queue::<Vec<u8>>().unwrap();
+    // In what is not packed, in its header, and in what is.
+    for chunk in [6, 7, 20] {
+        let part = &content[chunk * 16_384 + 64..][..64];
+        let at = bytes.windows(64).position(|window| window == part).unwrap();
+        let at = if chunk == 7 { at - 64 - 20 } else { at };
+        file.write_all_at(&[!bytes[at]], at as u64).unwrap();
+        assert!(read(&mut queue, chunk as u64 * 16_384, 16_384).is_err(), "{chunk}");
+        assert!(read(&mut queue, 0, content.len()).is_err(), "{chunk}");
+        let whole = read(&mut queue, 8 * 16_384, 8 * 16_384).unwrap();
+        assert!(whole == content[8 * 16_384..16 * 16_384]);
+        file.write_all_at(&[bytes[at]], at as u64).unwrap();
+        assert!(read(&mut queue, 0, content.len()).unwrap() == content, "{chunk}");
+    }
+}
