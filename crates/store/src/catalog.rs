@@ -384,6 +384,27 @@ impl Catalog {
         Ok(rows.collect::<rusqlite::Result<_>>()?)
     }
 
+    /// Tells of every snapshot, in no order, what a collection has to know: its row, its root, the length of its chunks, and its node.
+    pub fn for_each_snapshot(&self, mut each: impl FnMut(i64, Option<Root>, u32, Option<Name>)) -> Result<()> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT rowid, root, chunk_len, node FROM snapshot")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            each(row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
+        }
+        Ok(())
+    }
+
+    /// The names of the snapshot in a row and of its volume.
+    pub fn snapshot_and_volume(&self, row: i64) -> Result<Option<(String, String)>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached(
+            "SELECT snapshot.name, volume.name FROM snapshot JOIN volume ON volume.id = snapshot.volume
+             WHERE snapshot.rowid = ?1",
+        )?;
+        Ok(statement.query_row([row], |row| Ok((row.get(0)?, row.get(1)?))).optional()?)
+    }
+
     /// The newest snapshot of a volume whose content is in the store, but for some.
     pub fn newest_node(&self, volume: Id, except: &BTreeSet<Id>) -> Result<Option<Name>> {
         let connection = self.quick();

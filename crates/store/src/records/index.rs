@@ -133,6 +133,26 @@ impl Index {
         })
     }
 
+    /// Of each of some names, which come in order, the copy of its record that [`find_all`](Self::find_all) has at the front.
+    pub fn first_copies(&self, names: &[Name]) -> Result<Vec<Option<Location>>> {
+        let prefixes: Vec<Prefix> = names.iter().map(|name| name.prefix()).collect();
+        self.look(|contents| {
+            let mut first: Vec<Option<Location>> = vec![None; names.len()];
+            for (key, run) in &contents.runs {
+                let found = run.find_each(prefixes.iter(), |at, Entry { location, .. }| {
+                    if contents.live.contains(&location.segment()) {
+                        first[at] = Some(first[at].map_or(location, |other| other.min(location)));
+                    }
+                });
+                found.map_err(|error| (*key, error))?;
+            }
+            for (first, prefix) in first.iter_mut().zip(&prefixes) {
+                *first = first.or_else(|| contents.ours.get(prefix).or_else(|| contents.theirs.get(prefix)).copied());
+            }
+            Ok(first)
+        })
+    }
+
     /// Looks into the contents; a run that is found to be damaged on the way is replaced by what its segments say.
     fn look<T>(&self, find: impl Fn(&Contents) -> Result<T, (RunKey, io::Error)>) -> Result<T> {
         loop {

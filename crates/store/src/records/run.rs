@@ -188,7 +188,7 @@ impl Run {
         size_of_val(&fence[..]) + size_of_val(&checksums[..]) + size_of_val(&filter[..])
     }
 
-    /// Reads a page into a buffer, and compares it with its checksum.
+    /// Reads a page into a buffer, and compares it with its checksum. Gives its bytes.
     fn page<'a>(&self, page: u64, buffer: &'a mut [u8; PAGE_LEN]) -> io::Result<&'a [u8]> {
         let count = PAGE_ENTRIES.min(self.entries.saturating_sub(page * PAGE_ENTRIES)) as usize;
         let bytes = &mut buffer[..count * Entry::LEN];
@@ -208,15 +208,31 @@ impl Run {
     /// The entries of a prefix: none, one, or several where the same chunk was stored twice. An error of kind `InvalidData` says that the
     /// run is damaged.
     pub fn find(&self, prefix: &Prefix, found: &mut Vec<Entry>) -> io::Result<()> {
+        self.find_by(prefix, &mut PageReader::new(self), &mut |entry| found.push(entry))
+    }
+
+    /// As [`find`](Self::find) for many prefixes, which come in order: a page that several of them are in is read once. `found` hears of each
+    /// entry, with the place of its prefix among them.
+    pub fn find_each<'a>(
+        &self,
+        prefixes: impl Iterator<Item = &'a Prefix>,
+        mut found: impl FnMut(usize, Entry),
+    ) -> io::Result<()> {
+        let mut reader = PageReader::new(self);
+        prefixes
+            .enumerate()
+            .try_for_each(|(at, prefix)| self.find_by(prefix, &mut reader, &mut |entry| found(at, entry)))
+    }
+
+    fn find_by(&self, prefix: &Prefix, reader: &mut PageReader<'_>, found: &mut dyn FnMut(Entry)) -> io::Result<()> {
         if !self.guide.may_hold(prefix) {
             return Ok(());
         }
         let fence = &self.guide.fence;
         // Equal prefixes can begin in the page before the first page that begins with one.
         let mut page = fence.partition_point(|first| first < prefix).saturating_sub(1) as u64;
-        let mut buffer = [0; PAGE_LEN];
         while fence.get(page as usize).is_some_and(|first| first <= prefix) {
-            let bytes = self.page(page, &mut buffer)?;
+            let bytes = reader.page(page)?;
             let count = bytes.len() / Entry::LEN;
             let entry = |index: usize| &bytes[index * Entry::LEN..(index + 1) * Entry::LEN];
             let (mut low, mut high) = (0, count);
@@ -228,7 +244,7 @@ impl Run {
                 }
             }
             while low < count && entry(low)[..Name::PREFIX_LEN] == *prefix {
-                found.push(Entry::from_bytes(entry(low)));
+                found(Entry::from_bytes(entry(low)));
                 low += 1;
             }
             if low < count {
@@ -242,6 +258,32 @@ impl Run {
     /// Reads all entries, a page at a time.
     fn reader(&self) -> Reader<'_> {
         Reader { run: self, next: 0, entries: Vec::new().into_iter() }
+    }
+}
+
+/// Pages of a run, of which the last that was asked for is kept.
+struct PageReader<'a> {
+    run: &'a Run,
+    buffer: [u8; PAGE_LEN],
+    held: Option<(u64, usize)>,
+}
+
+impl<'a> PageReader<'a> {
+    fn new(run: &'a Run) -> Self {
+        PageReader { run, buffer: [0; PAGE_LEN], held: None }
+    }
+
+    fn page(&mut self, page: u64) -> io::Result<&[u8]> {
+        let len = match self.held {
+            Some((held, len)) if held == page => len,
+            _ => {
+                self.held = None;
+                let len = self.run.page(page, &mut self.buffer)?.len();
+                self.held = Some((page, len));
+                len
+            }
+        };
+        Ok(&self.buffer[..len])
     }
 }
 

@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use crate::catalog::ImageRow;
 use crate::disk::{Disk, Durability, Extent, Operation, Question, Queue};
-use crate::format::{self, RawSource};
+use crate::format::{self, RawSource, Source as _};
+use crate::node::{Node, Tree};
 use crate::records::record::{Header, Packing};
 use crate::test_store::{at_once, noise, volume_content};
+use crate::tree::{self, Root};
+use crate::upkeep::collect::CollectOptions;
 use crate::volume::Volume;
 use crate::{Content, OpenDisk, Replace, Store, StoreError, StoreOptions, TreeSource, VolumeOptions};
 
@@ -302,6 +306,87 @@ fn what_has_no_other_copy_is_named_with_who_needs_it_and_where() {
     let mut bytes = [0; 4096];
     assert!(matches!(disk.read_at(3 * MIB, &mut bytes), Err(StoreError::Damaged { .. })));
     disk.read_at(0, &mut bytes).unwrap();
+}
+
+#[test]
+fn a_collection_keeps_all_that_a_node_holds_and_not_its_parent() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let mut batch = store.batch().unwrap();
+    let mut tree = |name: &str, seed: u64| {
+        let changes: Vec<_> = (0..300).map(|at| (at, batch.put_chunk(&noise(seed + at, 16_384)).unwrap())).collect();
+        let root = tree::update(&mut batch, Root::empty(300), &changes).unwrap();
+        Tree { name: name.to_owned(), root, len_bytes: 300 * 16_384, chunk_len: 16_384, domain: 0 }
+    };
+    let [disk, memory, machine, before] = [("disk", 0), ("memory", 1000), ("machine", 2000), ("before", 3000)]
+        .map(|(name, seed)| (tree(name, seed), seed));
+    let parent = Node { disks: vec![before.0.clone()], ..Node::default() }.put(&mut batch).unwrap();
+    let facts = BTreeMap::from([("title".to_owned(), "saved".to_owned())]);
+    let node = Node {
+        disks: vec![disk.0.clone()],
+        memories: vec![memory.0.clone()],
+        files: vec![machine.0.clone()],
+        parent: Some(parent),
+        created_ns: 1,
+        facts,
+    };
+    let name = node.put(&mut batch).unwrap();
+    // Many others, so that their records are neighbours and lie in several pages of the index.
+    let others: Vec<_> = (0..300)
+        .map(|created_ns| Node { parent: Some(parent), created_ns, ..Node::default() }.put(&mut batch).unwrap())
+        .collect();
+    batch.sync().unwrap();
+    let image = |name: &str, node| ImageRow { name: name.to_owned(), created_ns: 0, node };
+    store.catalog().add_image(&image("saved", name), Replace::No).unwrap();
+    for (number, other) in others.iter().enumerate() {
+        store.catalog().add_image(&image(&format!("other-{number}"), *other), Replace::No).unwrap();
+    }
+    drop(batch);
+    store.seal().unwrap();
+    let options = CollectOptions { needed_percent_min: 101, ..at_once() };
+    let collected = store.collect(options, &mut |_| Ok(())).unwrap();
+    assert!(collected.freed_bytes - collected.rewritten_bytes > 4 * MIB, "{collected:?}");
+    let store = open(&folder);
+    assert_eq!(store.load_node(&name).unwrap(), node);
+    for (tree, seed) in [disk, memory, machine] {
+        let mut bytes = vec![0; tree.len_bytes as usize];
+        TreeSource::new(&store, &tree).read_at(0, &mut bytes).unwrap();
+        let right = bytes.chunks(16_384).zip(seed..).all(|(chunk, seed)| chunk == noise(seed, 16_384));
+        assert!(right, "{}", tree.name);
+    }
+    assert!(others.iter().all(|other| store.load_node(other).is_ok()));
+    assert!(matches!(store.load_node(&parent), Err(StoreError::Missing { .. })));
+    let before = TreeSource::new(&store, &before.0).read_at(0, &mut [0; 4096]);
+    assert!(before.is_err());
+    assert_eq!(store.usage(&mut |_| Ok(())).unwrap().used_bytes, 3 * 300 * 16_384);
+}
+
+#[test]
+fn a_collection_names_the_snapshot_whose_node_is_gone_and_reads_another_copy_of_one_that_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let disk = volume(&store, "disk", 8 * MIB);
+    disk.write_at(0, &noise(1, 16_384)).unwrap();
+    disk.snapshot("saved").unwrap();
+    disk.close().unwrap();
+    store.seal().unwrap();
+    let node = store.snapshot("disk", "saved").unwrap().node.unwrap();
+    let (header, packed) = store.read_packed(&node).unwrap();
+    let location = store.index().find_all(&node).unwrap()[0];
+    let mut batch = store.batch().unwrap();
+    batch.put_packed(&header, &packed).unwrap();
+    batch.sync().unwrap();
+    drop(batch);
+    store.seal().unwrap();
+    // The copy that the collection looks at first.
+    let file = std::fs::File::options().write(true).open(store.segment_path(location)).unwrap();
+    file.write_all_at(b"flood", location.offset() + 64).unwrap();
+    assert_eq!(store.usage(&mut |_| Ok(())).unwrap().lost, []);
+    let second = store.index().find_all(&node).unwrap()[1];
+    let file = std::fs::File::options().write(true).open(store.segment_path(second)).unwrap();
+    file.write_all_at(b"flood", second.offset() + 64).unwrap();
+    let error = store.collect(at_once(), &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("snapshot saved of volume disk needs"), "{error}");
 }
 
 #[test]

@@ -1,23 +1,52 @@
 //! Which records are needed: everything that can be reached from volumes, snapshots and images.
 //!
 //! A node of a tree is looked into once, however many trees share it: the cost is that of what is different, not of the number of
-//! snapshots. What is remembered is four bytes a chunk.
+//! snapshots. Of a snapshot itself there is a row of the catalog and a record with its node; those records are looked up and read in the
+//! order in which they lie. What is remembered is four bytes a chunk.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::sync::Arc;
 
+use crate::domain::is_sealed;
 use crate::error::{Result, StoreError};
 use crate::name::Name;
+use crate::node::Node;
 use crate::records::cache::{NameHasher, NameMap};
-use crate::records::segment::{Location, SegmentNumber};
+use crate::records::record;
+use crate::records::segment::{self, Location, SegmentNumber};
 use crate::remote::Elsewhere;
 use crate::store::{Local, Store};
 use crate::tree::{self, NodeSource, Root};
 use crate::volume::head::Head;
 
+/// Who keeps something. What it is called is looked up for those who ask: of snapshots there can be very many.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Owner {
+    /// A volume or an image, as people call it.
+    Named(String),
+    /// The row of a snapshot.
+    Snapshot(i64),
+}
+
+impl Owner {
+    /// The owner as people call it.
+    pub fn name(&self, store: &Store) -> Result<Cow<'_, str>> {
+        Ok(match self {
+            Owner::Named(name) => name.into(),
+            Owner::Snapshot(row) => match store.catalog().snapshot_and_volume(*row)? {
+                Some((snapshot, volume)) => format!("snapshot {snapshot} of volume {volume}").into(),
+                None => "a snapshot that was removed meanwhile".into(),
+            },
+        })
+    }
+}
+
 /// A tree that something keeps, and what that is.
 #[derive(Debug, Clone)]
 pub(crate) struct Kept {
-    pub owner: String,
+    pub owner: Owner,
     pub root: Root,
     pub chunk_len: u32,
 }
@@ -26,7 +55,7 @@ pub(crate) struct Kept {
 #[derive(Debug, Default)]
 pub(crate) struct Roots {
     pub trees: Vec<Kept>,
-    pub nodes: Vec<(String, Name)>,
+    pub nodes: Vec<(Owner, Name)>,
 }
 
 impl Store {
@@ -36,18 +65,16 @@ impl Store {
         for volume in self.catalog().volumes()? {
             // A volume that was opened has a head, and what it began as is of no account any more.
             let root = Head::peek(&self.volume_folder(volume.id))?.map_or(volume.root, |head| head.root);
-            let owner = format!("volume {}", volume.name);
+            let owner = Owner::Named(format!("volume {}", volume.name));
             roots.trees.push(Kept { owner, root, chunk_len: volume.chunk_len });
         }
-        let names: BTreeMap<_, _> = self.catalog().volumes()?.into_iter().map(|row| (row.id, row.name)).collect();
-        for snapshot in self.catalog().snapshots(None)? {
-            let volume = names.get(&snapshot.volume).map_or("?", String::as_str);
-            let owner = format!("snapshot {} of volume {volume}", snapshot.name);
-            roots.nodes.extend(snapshot.node.map(|node| (owner.clone(), node)));
-            roots.trees.extend(snapshot.root.map(|root| Kept { owner, root, chunk_len: snapshot.chunk_len }));
-        }
+        self.catalog().for_each_snapshot(|row, root, chunk_len, node| {
+            let owner = Owner::Snapshot(row);
+            roots.nodes.extend(node.map(|node| (owner.clone(), node)));
+            roots.trees.extend(root.map(|root| Kept { owner, root, chunk_len }));
+        })?;
         for image in self.catalog().images()? {
-            roots.nodes.push((format!("image {}", image.name), image.node));
+            roots.nodes.push((Owner::Named(format!("image {}", image.name)), image.node));
         }
         Ok(roots)
     }
@@ -76,7 +103,7 @@ pub(crate) struct Marks {
     /// Chunks below each node of a tree that was looked into.
     chunks: NameMap<Name, u64>,
     /// Trees whose bytes were counted: who keeps them, and their roots.
-    counted: HashSet<(String, Name)>,
+    counted: HashSet<(Owner, Name)>,
     /// Bytes of all trees without zeros, what trees share counted for each.
     pub used_bytes: u64,
     pub lost: Vec<Lost>,
@@ -96,22 +123,48 @@ impl Marks {
     /// Marks what roots need and was not marked before. `visited` hears of every node, so that whoever waits sees that it goes on.
     pub fn add(&mut self, store: &Store, roots: &Roots, visited: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         self.sorted = false;
-        for (owner, name) in &roots.nodes {
-            if !self.seen.insert(*name) {
-                continue;
-            }
-            self.need(store, *name, owner, None)?;
-            match store.load_node(name) {
+        let mut nodes: Vec<&(Owner, Name)> = roots.nodes.iter().filter(|(_, name)| self.seen.insert(*name)).collect();
+        nodes.sort_unstable_by_key(|(_, name)| *name);
+        self.add_nodes(store, &nodes, visited)?;
+        roots.trees.iter().try_for_each(|kept| self.add_tree(store, kept, visited))
+    }
+
+    /// Marks nodes of life trees, which come in the order of their names, and what they keep.
+    fn add_nodes(
+        &mut self,
+        store: &Store,
+        nodes: &[&(Owner, Name)],
+        visited: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let names: Vec<Name> = nodes.iter().map(|(_, name)| *name).collect();
+        let copies = store.index().first_copies(&names)?;
+        let mut places: Vec<(Option<Location>, &(Owner, Name))> =
+            copies.into_iter().zip(nodes.iter().copied()).collect();
+        // Neighbours were made one after the other, and are read together.
+        places.sort_unstable_by_key(|(location, _)| *location);
+        let mut reader = NodeReader::new(store);
+        for (location, (owner, name)) in places {
+            let known = match location {
+                Some(location) => {
+                    self.mark(location);
+                    reader.read(name, location)
+                }
+                None => {
+                    self.need(store, *name, owner, None)?;
+                    None
+                }
+            };
+            match known.map_or_else(|| store.load_node(name), Ok) {
                 Ok(node) => {
                     for tree in node.trees() {
                         let kept = Kept { owner: owner.clone(), root: tree.root, chunk_len: tree.chunk_len };
                         self.add_tree(store, &kept, visited)?;
                     }
                 }
-                Err(error) => self.lose(*name, owner, None, &error),
+                Err(error) => self.lose(store, *name, owner, None, &error)?,
             }
         }
-        roots.trees.iter().try_for_each(|kept| self.add_tree(store, kept, visited))
+        Ok(())
     }
 
     fn add_tree(&mut self, store: &Store, kept: &Kept, visited: &mut dyn FnMut() -> Result<()>) -> Result<()> {
@@ -144,7 +197,7 @@ impl Marks {
             Ok(node) => node,
             Err(error) => {
                 if !self.is_elsewhere(store, &name)? {
-                    self.lose(name, &kept.owner, None, &error);
+                    self.lose(store, name, &kept.owner, None, &error)?;
                 }
                 self.chunks.insert(name, 0);
                 return Ok(0);
@@ -166,7 +219,7 @@ impl Marks {
         Ok(chunks)
     }
 
-    fn need(&mut self, store: &Store, name: Name, owner: &str, offset: Option<u64>) -> Result<()> {
+    fn need(&mut self, store: &Store, name: Name, owner: &Owner, offset: Option<u64>) -> Result<()> {
         // Of several copies the oldest one in a sealed segment is kept: others may not even be stable.
         let mut found = store.index().find_all(&name)?;
         if found.is_empty() {
@@ -177,10 +230,12 @@ impl Marks {
             found = store.index().find_all(&name)?;
         }
         match found.first() {
-            Some(&location) => self.mark(location),
-            None => self.lose(name, owner, offset, &StoreError::Missing { name }),
+            Some(&location) => {
+                self.mark(location);
+                Ok(())
+            }
+            None => self.lose(store, name, owner, offset, &StoreError::Missing { name }),
         }
-        Ok(())
     }
 
     /// Whether a record that is not here is in a remote store of which an image is attached: it is not lost.
@@ -196,10 +251,19 @@ impl Marks {
         self.needed.entry(location.segment()).or_default().push((location.offset() / 64) as u32);
     }
 
-    fn lose(&mut self, name: Name, owner: &str, offset: Option<u64>, error: &StoreError) {
+    fn lose(
+        &mut self,
+        store: &Store,
+        name: Name,
+        owner: &Owner,
+        offset: Option<u64>,
+        error: &StoreError,
+    ) -> Result<()> {
         if self.lost.len() < LOST_MAX {
-            self.lost.push(Lost { name, owner: owner.to_owned(), offset, why: error.to_string() });
+            let owner = owner.name(store)?.into_owned();
+            self.lost.push(Lost { name, owner, offset, why: error.to_string() });
         }
+        Ok(())
     }
 
     /// The offsets of the needed records of a segment, in order.
@@ -212,5 +276,55 @@ impl Marks {
             self.sorted = true;
         }
         self.needed.get(&segment).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Reads records of nodes that come in the order in which they lie.
+struct NodeReader<'a> {
+    store: &'a Store,
+    segment: Option<(SegmentNumber, Arc<File>)>,
+    /// Where in the segment `bytes` begins.
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+/// Bytes that are read at a time.
+const READ_LEN: usize = 64 << 10;
+
+impl<'a> NodeReader<'a> {
+    fn new(store: &'a Store) -> Self {
+        NodeReader { store, segment: None, start: 0, bytes: Vec::new() }
+    }
+
+    /// The node at a place. None if it cannot be read there: the long way finds another copy, or says what is wrong.
+    fn read(&mut self, name: &Name, location: Location) -> Option<Node> {
+        let (header, packed) = record::split(self.bytes_at(location)?).ok()?;
+        let content = record::unpack(&header, packed).ok()?;
+        if header.name != *name || is_sealed(&header) {
+            return None;
+        }
+        Node::from_bytes(&content).ok()
+    }
+
+    fn bytes_at(&mut self, location: Location) -> Option<&[u8]> {
+        let number = location.segment();
+        if self.segment.as_ref().is_none_or(|(open, _)| *open != number) {
+            self.segment = Some((number, self.store.file_of(location).ok()?));
+            self.bytes.clear();
+        }
+        let from = location.offset().checked_sub(self.start).map(|from| from as usize);
+        let is_there = |from: &usize| from + location.read_len() <= self.bytes.len();
+        let from = match from.filter(is_there) {
+            Some(from) => from,
+            None => {
+                let (_, file) = self.segment.as_ref()?;
+                self.start = location.offset();
+                self.bytes.resize(READ_LEN.max(location.read_len()), 0);
+                let len = segment::read_up_to(file, &mut self.bytes, self.start).ok()?;
+                self.bytes.truncate(len);
+                0
+            }
+        };
+        self.bytes.get(from..)
     }
 }

@@ -225,7 +225,7 @@ impl Store {
         let roots = self.roots()?;
         let mut kept = roots.trees;
         for (owner, name) in &roots.nodes {
-            found(name, owner, None);
+            found(name, &owner.name(self)?, None);
             if let Ok(node) = self.load_node(name) {
                 kept.extend(node.trees().map(|tree| crate::upkeep::mark::Kept {
                     owner: owner.clone(),
@@ -235,13 +235,14 @@ impl Store {
             }
         }
         for kept in kept {
+            let owner = kept.owner.name(self)?;
             walk(&Local(self), kept.root, &mut |visit| match visit {
                 Visit::Node(name) => {
-                    found(&name, &kept.owner, None);
+                    found(&name, &owner, None);
                     Ok(Local(self).node(&name).is_ok())
                 }
                 Visit::Chunk(index, name) => {
-                    found(&name, &kept.owner, Some(index * u64::from(kept.chunk_len)));
+                    found(&name, &owner, Some(index * u64::from(kept.chunk_len)));
                     Ok(true)
                 }
             })?;
