@@ -4,18 +4,24 @@
 //! Two connections: what must be stable when the call comes back goes through `durable`; what a volume's log already holds
 //! goes through `quick`, which leaves syncing to whoever comes next.
 
+mod row;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::name::Name;
 use crate::records::segment::{SEGMENT_NUMBER_MAX, SegmentNumber, Summary};
 use crate::tree::Root;
+
+pub(crate) use row::SegmentRow;
+pub use row::{DomainRow, ImageRow, SnapshotRow, VolumeRow};
+use row::{domain_row, image_row, snapshot_row, volume_row};
 
 /// The version of the tables' layout.
 const LAYOUT: u32 = 2;
@@ -48,66 +54,6 @@ const DOMAIN_TABLE: &str = "
         erased INTEGER NOT NULL DEFAULT 0
     ) STRICT;
 ";
-
-/// A domain that is encrypted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DomainRow {
-    /// Never used again for another.
-    pub id: u32,
-    pub name: String,
-    pub created_ns: u64,
-    /// Where its key is found, as whoever made it said.
-    pub key_file: Option<String>,
-    /// Its secret was destroyed.
-    pub is_erased: bool,
-}
-
-/// A volume, as the catalog knows it. What was written since it was opened first is in its folder.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VolumeRow {
-    pub id: Id,
-    pub name: String,
-    pub created_ns: u64,
-    pub domain: u32,
-    pub chunk_len: u32,
-    /// Of the volume when it was made.
-    pub capacity_bytes: u64,
-    pub(crate) root: Root,
-    /// The snapshot that it began as, if that was not in the store yet when it was made.
-    pub origin: Option<Id>,
-}
-
-/// A snapshot of a volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SnapshotRow {
-    pub id: Id,
-    pub volume: Id,
-    pub name: String,
-    pub created_ns: u64,
-    pub domain: u32,
-    pub chunk_len: u32,
-    pub capacity_bytes: u64,
-    /// None while its content is only in the volume's log.
-    pub(crate) root: Option<Root>,
-    pub node: Option<Name>,
-}
-
-/// A name for a node that instances start from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ImageRow {
-    pub name: String,
-    pub created_ns: u64,
-    pub node: Name,
-}
-
-/// A sealed segment, and the run that indexes it if its own table does not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct SegmentRow {
-    pub number: SegmentNumber,
-    pub records: u32,
-    pub bytes: u64,
-    pub run: Option<u32>,
-}
 
 pub(crate) struct Catalog {
     durable: Mutex<Connection>,
@@ -613,47 +559,6 @@ fn remove_unused_runs(transaction: &Transaction<'_>) -> Result<Vec<u32>> {
     Ok(unused.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?)
 }
 
-fn volume_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
-    Ok(VolumeRow {
-        id: row.get("id")?,
-        name: row.get("name")?,
-        created_ns: row.get::<_, i64>("created_ns")? as u64,
-        domain: row.get("domain")?,
-        chunk_len: row.get("chunk_len")?,
-        capacity_bytes: row.get::<_, i64>("capacity")? as u64,
-        root: row.get("root")?,
-        origin: row.get("origin")?,
-    })
-}
-
-fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<SnapshotRow> {
-    Ok(SnapshotRow {
-        id: row.get("id")?,
-        volume: row.get("volume")?,
-        name: row.get("name")?,
-        created_ns: row.get::<_, i64>("created_ns")? as u64,
-        domain: row.get("domain")?,
-        chunk_len: row.get("chunk_len")?,
-        capacity_bytes: row.get::<_, i64>("capacity")? as u64,
-        root: row.get("root")?,
-        node: row.get("node")?,
-    })
-}
-
-fn domain_row(row: &Row<'_>) -> rusqlite::Result<DomainRow> {
-    Ok(DomainRow {
-        id: row.get("id")?,
-        name: row.get("name")?,
-        created_ns: row.get::<_, i64>("created_ns")? as u64,
-        key_file: row.get("key_file")?,
-        is_erased: row.get("erased")?,
-    })
-}
-
-fn image_row(row: &Row<'_>) -> rusqlite::Result<ImageRow> {
-    Ok(ImageRow { name: row.get("name")?, created_ns: row.get::<_, i64>("created_ns")? as u64, node: row.get("node")? })
-}
-
 /// Names can be parts of paths and of URLs, and are not options.
 pub fn check_name(what: &'static str, name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -671,52 +576,5 @@ fn exists<T>(result: Result<T>, what: &'static str, name: &str) -> Result<T> {
             Err(StoreError::Exists { what, name: name.to_owned() })
         }
         other => other,
-    }
-}
-
-mod sql {
-    //! How ids, names and roots lie in the tables.
-
-    use rusqlite::ToSql;
-    use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSqlOutput, ValueRef};
-
-    use crate::id::Id;
-    use crate::name::Name;
-    use crate::tree::Root;
-
-    impl ToSql for Id {
-        fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-            Ok(ToSqlOutput::from(&self.0[..]))
-        }
-    }
-
-    impl FromSql for Id {
-        fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
-            value.as_blob()?.try_into().map(Id).map_err(|_| FromSqlError::InvalidType)
-        }
-    }
-
-    impl ToSql for Name {
-        fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-            Ok(ToSqlOutput::from(&self.0[..]))
-        }
-    }
-
-    impl FromSql for Name {
-        fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
-            value.as_blob()?.try_into().map(Name).map_err(|_| FromSqlError::InvalidType)
-        }
-    }
-
-    impl ToSql for Root {
-        fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-            Ok(ToSqlOutput::from(self.to_bytes().to_vec()))
-        }
-    }
-
-    impl FromSql for Root {
-        fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
-            Root::from_bytes(value.as_blob()?).ok_or(FromSqlError::InvalidType)
-        }
     }
 }
