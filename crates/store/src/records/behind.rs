@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::disk::workers::Workers;
 use crate::records::segment::read_up_to;
+use crate::store::room::{self, Purpose};
 
 /// Bytes of a piece, and a record more.
 const PIECE_LEN: usize = 1 << 20;
@@ -101,11 +102,13 @@ impl Buffer {
 struct Ways {
     cached: Arc<File>,
     direct: Option<Arc<File>>,
+    purpose: Purpose,
 }
 
 impl Ways {
     /// Writes bytes of a buffer, whole blocks of them.
     fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.leave_room(bytes)?;
         if let Some(direct) = &self.direct {
             match direct.write_all_at(bytes, offset) {
                 // A file can be opened so and not written so.
@@ -114,6 +117,19 @@ impl Ways {
             }
         }
         self.cached.write_all_at(bytes, offset)
+    }
+
+    /// Writes bytes through the page cache.
+    fn write_cached(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.leave_room(bytes)?;
+        self.cached.write_all_at(bytes, offset)
+    }
+
+    fn leave_room(&self, more: &[u8]) -> io::Result<()> {
+        match self.purpose {
+            Purpose::Grow if !more.is_empty() => room::leave(&*self.cached, more.len() as u64),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -169,7 +185,7 @@ pub(crate) struct Behind {
 
 impl Behind {
     /// The end of an empty file, which is opened a second time by its path.
-    pub fn new(file: Arc<File>, path: &Path, writing: Writing, writers: &Writers) -> Self {
+    pub fn new(file: Arc<File>, path: &Path, writing: Writing, purpose: Purpose, writers: &Writers) -> Self {
         let direct = match writing {
             Writing::Cached => None,
             Writing::Direct => {
@@ -179,7 +195,7 @@ impl Behind {
             }
         };
         Behind {
-            ways: Ways { cached: file, direct },
+            ways: Ways { cached: file, direct, purpose },
             writers: writers.clone(),
             pieces: VecDeque::new(),
             start: 0,
@@ -260,7 +276,7 @@ impl Behind {
     /// Writes what the file does not have through the page cache.
     fn write_rest(&mut self) -> io::Result<()> {
         let rest = &self.gathered.bytes()[self.readable..];
-        self.ways.cached.write_all_at(rest, self.start + self.readable as u64)?;
+        self.ways.write_cached(rest, self.start + self.readable as u64)?;
         self.readable = self.gathered.len;
         Ok(())
     }
@@ -340,13 +356,13 @@ mod tests {
     fn behind(folder: &tempfile::TempDir, writing: Writing) -> Behind {
         let path = folder.path().join("file");
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-        Behind::new(Arc::new(file), &path, writing, &Writers::default())
+        Behind::new(Arc::new(file), &path, writing, Purpose::Grow, &Writers::default())
     }
 
     /// A file that takes nothing: what is written to it fails as on a full disk, until it is replaced.
     fn fill(behind: &mut Behind) -> Ways {
         let full = Arc::new(File::options().write(true).open("/dev/full").unwrap());
-        std::mem::replace(&mut behind.ways, Ways { cached: full, direct: None })
+        std::mem::replace(&mut behind.ways, Ways { cached: full, direct: None, purpose: Purpose::Grow })
     }
 
     fn read(behind: &Behind, offset: u64, len: usize) -> Vec<u8> {

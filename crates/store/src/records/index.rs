@@ -19,6 +19,7 @@ use crate::records::record::Header;
 use crate::records::run::{self, Run};
 use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
 use crate::records::segment_writer::SegmentWriter;
+use crate::store::room::{self, Purpose};
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;
@@ -436,7 +437,8 @@ impl Index {
         let writers = Writers::default();
         let mut segment = loop {
             let number = catalog.new_segment()?;
-            if let Some(segment) = SegmentWriter::create(&self.segments, number, Writing::Direct, &writers)? {
+            let segment = SegmentWriter::create(&self.segments, number, Writing::Direct, Purpose::MakeRoom, &writers)?;
+            if let Some(segment) = segment {
                 break segment;
             }
         };
@@ -459,6 +461,11 @@ impl Index {
         while count < runs.len() && runs[count].1.entries() <= 2 * entries {
             entries += runs[count].1.entries();
             count += 1;
+        }
+        // It only makes look-ups quicker: on a disk that is nearly full it can wait.
+        let folder = File::open(&self.folder).map_err(StoreError::file("open", &self.folder))?;
+        if room::leave(folder, entries * Entry::LEN as u64).is_err() {
+            return Ok(false);
         }
         let merged = &runs[..count];
         let keys: BTreeSet<RunKey> = merged.iter().map(|(key, _)| *key).collect();

@@ -12,6 +12,7 @@ use crate::records::record::{HEADER_LEN, Header};
 use crate::records::segment::{
     Entry, Location, SEGMENT_LEN, SegmentFolder, SegmentNumber, Summary, file_header, lock, name_sealed, write_table,
 };
+use crate::store::room::Purpose;
 use crate::volume::log::sync_folder;
 
 /// The segment that this process writes.
@@ -35,6 +36,7 @@ impl SegmentWriter {
         folder: &SegmentFolder,
         number: SegmentNumber,
         writing: Writing,
+        purpose: Purpose,
         writers: &Writers,
     ) -> Result<Option<Self>> {
         let path = folder.open(number);
@@ -48,7 +50,7 @@ impl SegmentWriter {
         if file.metadata().map_err(StoreError::file("look at", &path))?.nlink() == 0 {
             return Ok(None);
         }
-        let mut behind = Behind::new(Arc::new(file), &path, writing, writers);
+        let mut behind = Behind::new(Arc::new(file), &path, writing, purpose, writers);
         behind.push(&file_header(number));
         Ok(Some(SegmentWriter {
             folder: folder.clone(),

@@ -6,6 +6,7 @@
 
 mod batch;
 mod reading;
+pub(crate) mod room;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -34,14 +35,11 @@ use crate::tree::{NODE_LEN, TreeNode};
 use crate::volume::log::sync_folder;
 use crate::volume::spares::Spares;
 
+use crate::store::room::Purpose;
 pub use batch::Added;
 pub(crate) use batch::{Batch, is_zero};
 pub(crate) use reading::{Expected, InDomain, Local, Read};
 
-/// Room that is set aside.
-const RESERVE: &str = "reserve";
-const RESERVE_LEN: u64 = 4 << 20;
-const ROOM_LOCK: &str = "room.lock";
 /// How long batches are kept from beginning at a time, while those that run end.
 const GATE_TIME: Duration = Duration::from_millis(500);
 /// How soon a lock is looked at again.
@@ -112,7 +110,7 @@ impl Store {
             sync_folder(folder)?;
             sync_folder(&folder.join(".."))?;
         }
-        let catalog = with_reserve(folder, || Catalog::open(&folder.join("catalog.db")))?;
+        let catalog = room::with_reserve(folder, || Catalog::open(&folder.join("catalog.db")))?;
         let store = Store {
             folder: folder.to_path_buf(),
             id: catalog.store_id()?,
@@ -137,8 +135,8 @@ impl Store {
         drop(lock);
         store.index.refresh(&store.catalog)?;
         store.spares.look()?;
-        // On a full disk it could not be made.
-        drop(store.lock_file(ROOM_LOCK, FlockOperation::NonBlockingLockShared));
+        // On a full disk they could not be made.
+        store.make_locks();
         store.make_reserve();
         Ok(Arc::new(store))
     }
@@ -157,43 +155,6 @@ impl Store {
 
     pub fn id(&self) -> Id {
         self.id
-    }
-
-    /// Sets room aside for what makes room on a full disk.
-    pub(crate) fn make_reserve(&self) {
-        let path = self.folder.join(RESERVE);
-        let make = || {
-            let file = File::options().write(true).create_new(true).open(&path)?;
-            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_LEN)?;
-            io::Result::Ok(())
-        };
-        match make() {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                tracing::debug!(%error, "no room can be set aside");
-                let _ = std::fs::remove_file(&path);
-            }
-            _ => {}
-        }
-    }
-
-    /// Does what makes room; on a full disk with the room that was set aside.
-    pub(crate) fn with_reserve<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
-        with_reserve(&self.folder, act)
-    }
-
-    /// As long as this lock is held, those who wait for room leave what there is to whoever makes more. None on a disk that has not even
-    /// room for its file.
-    pub(crate) fn make_room(&self) -> Result<Option<File>> {
-        match self.lock_file(ROOM_LOCK, FlockOperation::LockExclusive) {
-            Err(error) if error.is_no_space() => Ok(None),
-            locked => locked.map(Some),
-        }
-    }
-
-    /// Whether somebody makes room now.
-    pub(crate) fn is_room_being_made(&self) -> bool {
-        let lock = self.lock_file(ROOM_LOCK, FlockOperation::NonBlockingLockShared);
-        matches!(lock, Err(StoreError::File { source, .. }) if source.kind() == io::ErrorKind::WouldBlock)
     }
 
     pub(crate) fn catalog(&self) -> &Catalog {
@@ -347,10 +308,10 @@ impl Store {
     }
 
     /// A new segment, of a number that was never used.
-    pub(crate) fn new_segment(&self, writing: Writing) -> Result<SegmentWriter> {
+    pub(crate) fn new_segment(&self, writing: Writing, purpose: Purpose) -> Result<SegmentWriter> {
         loop {
             let number = self.catalog.new_segment()?;
-            if let Some(segment) = SegmentWriter::create(&self.segments, number, writing, &self.writers)? {
+            if let Some(segment) = SegmentWriter::create(&self.segments, number, writing, purpose, &self.writers)? {
                 return Ok(segment);
             }
         }
@@ -365,7 +326,7 @@ impl Store {
         }
         let segment = match &mut *writer {
             Some(segment) => segment,
-            none => none.insert(self.new_segment(Writing::Direct)?),
+            none => none.insert(self.new_segment(Writing::Direct, Purpose::Grow)?),
         };
         let location = segment.append(header, packed)?;
         self.index.add_ours(&header.name, location);
@@ -379,16 +340,6 @@ impl Drop for Store {
         if let Err(error) = self.seal() {
             tracing::warn!(%error, "the store's segment could not be finished");
         }
-    }
-}
-
-fn with_reserve<T>(folder: &Path, act: impl Fn() -> Result<T>) -> Result<T> {
-    match act() {
-        Err(error) if error.is_no_space() => match std::fs::remove_file(folder.join(RESERVE)) {
-            Ok(()) => act(),
-            Err(_) => Err(error),
-        },
-        other => other,
     }
 }
 

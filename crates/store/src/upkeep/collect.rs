@@ -19,6 +19,7 @@ use crate::records::record::{self, HEADER_LEN};
 use crate::records::segment::{self, Found, SegmentNumber};
 use crate::records::segment_writer::SegmentWriter;
 use crate::store::Store;
+use crate::store::room::{COLLECT_LOCK, Purpose};
 use crate::upkeep::mark::{Lost, Marks};
 
 /// Smaller segments are joined.
@@ -143,7 +144,7 @@ impl Store {
 
     /// Collects what nothing needs. One collection at a time; the store can be used meanwhile.
     pub fn collect(self: &Arc<Self>, options: CollectOptions, watcher: Watcher<'_>) -> Result<Collected> {
-        let Some(_lock) = self.try_lock("collect.lock")? else {
+        let Some(_lock) = self.try_lock(COLLECT_LOCK)? else {
             return Err(StoreError::Refused("another garbage collection is running".to_owned()));
         };
         let making_room = self.make_room()?;
@@ -177,7 +178,13 @@ impl Store {
         }
         self.make_reserve();
         drop(making_room);
-        self.tidy()?;
+        match self.tidy() {
+            // What was freed is freed, and somebody else has it already.
+            Err(error) if error.is_no_space() => {
+                tracing::warn!(%error, "the index and the catalog are left as they are")
+            }
+            tidied => tidied?,
+        }
         Ok(collected)
     }
 
@@ -313,7 +320,7 @@ impl Copier<'_> {
             }
             let target = match &mut self.target {
                 Some(target) => target,
-                none => none.insert(self.store.new_segment(Writing::Cached)?),
+                none => none.insert(self.store.new_segment(Writing::Cached, Purpose::MakeRoom)?),
             };
             target.append(&header, packed)?;
             total += header.record_len() as u64;

@@ -10,6 +10,7 @@ use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN, Header};
 use crate::records::segment::{self};
 use crate::store::Store;
+use crate::store::room::Purpose;
 use crate::upkeep::collect::{Step, Watcher};
 use crate::upkeep::mark::{Lost, Marks};
 
@@ -199,7 +200,7 @@ impl Store {
         let path = self.segments().sealed(row.number);
         let bytes = std::fs::read(&path).unwrap_or_default();
         let end = (row.bytes as usize).min(bytes.len());
-        let mut target = self.new_segment(Writing::Direct)?;
+        let mut target = self.new_segment(Writing::Direct, Purpose::MakeRoom)?;
         for at in (HEADER_LEN..end).step_by(HEADER_LEN) {
             let Ok((header, packed)) = record::split(&bytes[at..end]) else { continue };
             if self.check(&header, &bytes[at..end.min(at + header.record_len())]).is_ok() {

@@ -20,6 +20,7 @@ use rustix::fs::FallocateFlags;
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::records::segment::read_up_to;
+use crate::store::room;
 use crate::volume::extent_map::LogPlace;
 use crate::volume::spares::Spare;
 
@@ -208,6 +209,10 @@ impl LogWriter {
     /// Goes on in the next file. Its name is stable with the next flush.
     pub fn next_file(&mut self, spare: Option<Spare>) -> Result<Arc<LogFile>> {
         self.check()?;
+        if spare.is_none() {
+            room::leave(&self.file.file, ALLOCATION_LEN)
+                .map_err(StoreError::file("make a file after", &self.file.path))?;
+        }
         let (file, used_before) = make_file(&self.folder, self.file.number + 1, self.volume, self.file_len, spare)?;
         self.names += 1;
         self.file = Arc::new(file);
@@ -260,7 +265,8 @@ impl LogWriter {
         let end = (end + ALLOCATION_LEN).min(self.file_len.max(end));
         // What lies before is records.
         let start = self.allocated.max(self.offset);
-        allocate(&self.file.file, start, end).map_err(StoreError::file("take room for", &self.file.path))?;
+        let taken = room::leave(&self.file.file, end - start).and_then(|()| allocate(&self.file.file, start, end));
+        taken.map_err(StoreError::file("take room for", &self.file.path))?;
         self.allocated = end;
         Ok(())
     }

@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::error::{Result, StoreError};
 use crate::id::Id;
+use crate::store::room;
 use crate::volume::log::{LogFile, write_zeros};
 
 /// Bytes of files that are kept: as much as one log holds.
@@ -96,7 +97,8 @@ impl Spares {
         let making = path.with_extension("making");
         let made = (|| {
             let file = File::options().write(true).create_new(true).open(&making)?;
-            write_zeros(&file, 0, len, || file.sync_data())?;
+            room::leave(&file, len)?;
+            write_zeros(&file, 0, len, || room::leave(&file, 0).and_then(|()| file.sync_data()))?;
             file.sync_all()?;
             std::fs::rename(&making, &path)
         })();

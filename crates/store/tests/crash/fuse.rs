@@ -229,9 +229,10 @@ pub fn written(len: usize) -> Vec<u8> {
 }
 
 /// The answer to a question for free room.
-pub fn space(free_bytes: u64) -> Vec<u8> {
-    let free = free_bytes.min(1 << 50) / 4096;
-    let mut bytes = [1 << 40, free, free, 1 << 20, 1 << 20].map(u64::to_le_bytes).concat();
+pub fn space(free_bytes: Option<u64>) -> Vec<u8> {
+    let free = free_bytes.unwrap_or(0).min(1 << 50) / 4096;
+    let blocks = if free_bytes.is_some() { 1 << 40 } else { 0 };
+    let mut bytes = [blocks, free, free, 1 << 20, 1 << 20].map(u64::to_le_bytes).concat();
     bytes.extend_from_slice(&[4096, 255, 4096, 0, 0, 0, 0, 0, 0, 0].map(u32::to_le_bytes).concat());
     bytes
 }

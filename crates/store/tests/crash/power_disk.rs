@@ -153,6 +153,8 @@ pub struct Disk {
     pub cut: bool,
     /// Bytes that files may take.
     pub space: u64,
+    /// Whether it says how many of them are left. What uses it meets the full disk unprepared otherwise.
+    pub tells_space: bool,
     pub faults: Faults,
     /// Sees the disk right before something of it is synced.
     pub before_sync: Option<Arc<Watcher>>,
@@ -170,6 +172,7 @@ impl Default for Disk {
             cut_at: u64::MAX,
             cut: false,
             space: u64::MAX,
+            tells_space: false,
             faults: Faults::default(),
             before_sync: None,
         }
@@ -405,7 +408,10 @@ impl Disk {
                 node.changes.push(Change::Write { offset, bytes });
                 Ok(fuse::written(len))
             }
-            fuse::STATFS => Ok(fuse::space(self.space.saturating_sub(self.used_bytes()))),
+            fuse::STATFS => {
+                let free = self.space.saturating_sub(self.used_bytes());
+                Ok(fuse::space(self.tells_space.then_some(free)))
+            }
             fuse::RELEASE | fuse::FLUSH | fuse::RELEASEDIR | fuse::ACCESS | fuse::DESTROY => Ok(Vec::new()),
             fuse::FSYNC => {
                 self.show_before_sync();

@@ -54,7 +54,7 @@ impl FileSystem for VolumeFile {
                 self.0.zero(offset, len).map_err(failed)?;
                 Ok(Vec::new())
             }
-            fuse::STATFS => Ok(fuse::space(0)),
+            fuse::STATFS => Ok(fuse::space(None)),
             fuse::RELEASE | fuse::FLUSH | fuse::RELEASEDIR | fuse::ACCESS | fuse::DESTROY => Ok(Vec::new()),
             _ => Err(libc::ENOSYS),
         }
