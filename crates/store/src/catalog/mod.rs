@@ -100,7 +100,9 @@ impl Catalog {
 
     /// Grows with every change of segments and runs.
     pub fn generation(&self) -> Result<i64> {
-        Ok(self.quick().query_row("SELECT value FROM fact WHERE key = 'generation'", [], |row| row.get(0))?)
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached("SELECT value FROM fact WHERE key = 'generation'")?;
+        Ok(statement.query_row([], |row| row.get(0))?)
     }
 
     // Segments and runs
@@ -202,23 +204,26 @@ impl Catalog {
 
     pub fn add_volume(&self, volume: &VolumeRow) -> Result<()> {
         check_name("volume", &volume.name)?;
-        let added = self.change(|transaction| {
-            let mut statement = transaction.prepare_cached(
-                "INSERT INTO volume (id, name, created_ns, domain, chunk_len, capacity, root, origin) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-            )?;
-            statement.execute(params![
-                volume.id,
-                volume.name,
-                volume.created_ns as i64,
-                volume.domain,
-                volume.chunk_len,
-                volume.capacity_bytes as i64,
-                volume.root,
-                volume.origin
-            ])?;
-            Ok(())
-        });
+        let added = self.change(|transaction| insert_volume(transaction, volume));
         exists(added, "volume", &volume.name)
+    }
+
+    /// Adds a volume that begins as a snapshot; none if the snapshot is gone. Looking it up and adding the volume are one transaction: what
+    /// the volume needs is kept by one or the other at any moment, so that a collection that looks at snapshots first finds it.
+    pub fn add_clone(
+        &self,
+        name: &str,
+        snapshot: Id,
+        clone: impl FnOnce(SnapshotRow) -> Result<VolumeRow>,
+    ) -> Result<Option<VolumeRow>> {
+        check_name("volume", name)?;
+        let added = self.change(|transaction| {
+            let Some(snapshot) = snapshot_of_id(transaction, snapshot)? else { return Ok(None) };
+            let volume = clone(snapshot)?;
+            insert_volume(transaction, &volume)?;
+            Ok(Some(volume))
+        });
+        exists(added, "volume", name)
     }
 
     pub fn volume(&self, name: &str) -> Result<VolumeRow> {
@@ -315,9 +320,7 @@ impl Catalog {
     }
 
     pub fn snapshot_by_id(&self, id: Id) -> Result<Option<SnapshotRow>> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached("SELECT * FROM snapshot WHERE id = ?1")?;
-        Ok(statement.query_row([id], snapshot_row).optional()?)
+        snapshot_of_id(&self.quick(), id)
     }
 
     /// The snapshots of a volume, oldest first; of all volumes without one.
@@ -520,6 +523,29 @@ fn keep_for_clones(transaction: &Transaction<'_>, column: &str, id: Id) -> Resul
     );
     transaction.execute(&statement, [id])?;
     Ok(())
+}
+
+fn insert_volume(connection: &Connection, volume: &VolumeRow) -> Result<()> {
+    let mut statement = connection.prepare_cached(
+        "INSERT INTO volume (id, name, created_ns, domain, chunk_len, capacity, root, origin)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )?;
+    statement.execute(params![
+        volume.id,
+        volume.name,
+        volume.created_ns as i64,
+        volume.domain,
+        volume.chunk_len,
+        volume.capacity_bytes as i64,
+        volume.root,
+        volume.origin
+    ])?;
+    Ok(())
+}
+
+fn snapshot_of_id(connection: &Connection, id: Id) -> Result<Option<SnapshotRow>> {
+    let mut statement = connection.prepare_cached("SELECT * FROM snapshot WHERE id = ?1")?;
+    Ok(statement.query_row([id], snapshot_row).optional()?)
 }
 
 /// Adds a snapshot, or what is known of it now.

@@ -61,6 +61,13 @@ pub(crate) struct Roots {
 impl Store {
     /// What volumes, snapshots and images keep now.
     pub(crate) fn roots(&self) -> Result<Roots> {
+        // Before volumes: a clone of a snapshot that is not there any more is then among those.
+        let mut snapshots = Roots::default();
+        self.catalog().for_each_snapshot(|row, root, chunk_len, node| {
+            let owner = Owner::Snapshot(row);
+            snapshots.nodes.extend(node.map(|node| (owner.clone(), node)));
+            snapshots.trees.extend(root.map(|root| Kept { owner, root, chunk_len }));
+        })?;
         let mut roots = Roots::default();
         for volume in self.catalog().volumes()? {
             // A volume that was opened has a head, and what it began as is of no account any more.
@@ -68,11 +75,8 @@ impl Store {
             let owner = Owner::Named(format!("volume {}", volume.name));
             roots.trees.push(Kept { owner, root, chunk_len: volume.chunk_len });
         }
-        self.catalog().for_each_snapshot(|row, root, chunk_len, node| {
-            let owner = Owner::Snapshot(row);
-            roots.nodes.extend(node.map(|node| (owner.clone(), node)));
-            roots.trees.extend(root.map(|root| Kept { owner, root, chunk_len }));
-        })?;
+        roots.trees.append(&mut snapshots.trees);
+        roots.nodes.append(&mut snapshots.nodes);
         for image in self.catalog().images()? {
             roots.nodes.push((Owner::Named(format!("image {}", image.name)), image.node));
         }

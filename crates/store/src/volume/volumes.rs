@@ -73,8 +73,6 @@ impl Store {
     ) -> Result<VolumeRow> {
         let domain = domain.map(|domain| self.usable_domain(domain)).transpose()?;
         check_name("volume", name)?;
-        // What the volume begins as is not collected between looking it up and the volume's record.
-        let _kept = self.batch()?;
         let mut row = VolumeRow {
             id: Id::random(),
             name: name.to_owned(),
@@ -96,28 +94,33 @@ impl Store {
                 row.capacity_bytes = *capacity_bytes;
                 row.chunk_len = *chunk_len;
                 row.root = Root::empty(capacity_bytes.div_ceil(u64::from(*chunk_len)));
+                self.catalog().add_volume(&row)?;
             }
             Content::Snapshot(snapshot) => {
-                let missing = || StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() };
-                let snapshot = self.catalog().snapshot_by_id(snapshot.id)?.ok_or_else(missing)?;
-                take_domain(&mut row, domain.as_ref(), snapshot.domain)?;
-                row.chunk_len = snapshot.chunk_len;
-                row.capacity_bytes = snapshot.capacity_bytes;
-                match snapshot.root {
-                    Some(root) => row.root = root,
-                    None => row.origin = Some(snapshot.id),
-                }
+                let cloned = self.catalog().add_clone(name, snapshot.id, |snapshot| {
+                    take_domain(&mut row, domain.as_ref(), snapshot.domain)?;
+                    row.chunk_len = snapshot.chunk_len;
+                    row.capacity_bytes = snapshot.capacity_bytes;
+                    match snapshot.root {
+                        Some(root) => row.root = root,
+                        None => row.origin = Some(snapshot.id),
+                    }
+                    Ok(row)
+                })?;
+                return cloned.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() });
             }
             Content::Image(image) => {
+                // It is not collected between looking it up and the volume's record.
+                let _kept = self.batch()?;
                 let tree = self.first_disk(image)?;
                 check_capacity(tree.len_bytes)?;
                 take_domain(&mut row, domain.as_ref(), tree.domain)?;
                 row.chunk_len = tree.chunk_len;
                 row.capacity_bytes = tree.len_bytes;
                 row.root = tree.root;
+                self.catalog().add_volume(&row)?;
             }
         }
-        self.catalog().add_volume(&row)?;
         Ok(row)
     }
 
