@@ -134,7 +134,6 @@ impl Store {
         store.index.recover(&store.catalog)?;
         drop(lock);
         store.index.refresh(&store.catalog)?;
-        store.spares.look()?;
         // On a full disk they could not be made.
         store.make_locks();
         store.make_reserve();

@@ -174,17 +174,19 @@ impl Mover<'_> {
 
     /// Leaves files that nobody reads any more to whoever needs one next.
     fn reuse_files(&mut self) {
+        let mut free = Vec::new();
         for file in std::mem::take(&mut self.retired) {
             match Arc::try_unwrap(file) {
-                Ok(file) => self.give(&file),
+                Ok(file) => free.push(file),
                 Err(file) => self.retired.push(file),
             }
         }
+        self.give(&free);
     }
 
-    fn give(&self, file: &LogFile) {
-        if let Err(error) = self.core.store.spares().give(file, self.core.options.log_file_len()) {
-            tracing::warn!(%error, "a file of a volume's log cannot be used again");
+    fn give(&self, files: &[LogFile]) {
+        if let Err(error) = self.core.store.spares().give(files, self.core.options.log_file_len()) {
+            tracing::warn!(%error, "files of a volume's log cannot be used again");
         }
     }
 
@@ -196,7 +198,7 @@ impl Mover<'_> {
         let place = LogPlace::new(file.number + 1, log::FIRST_OFFSET);
         let position = Position { place, ..before.position };
         match self.head.write(State { position, ..before }) {
-            Ok(()) => self.give(&file),
+            Ok(()) => self.give(std::slice::from_ref::<LogFile>(&file)),
             // The file stays, as the head says.
             Err(error) => tracing::warn!(volume = self.core.row.name, %error, "a volume keeps its log"),
         }

@@ -157,7 +157,7 @@ fn a_file_that_is_used_again_holds_nothing_of_what_was_in_it() {
     append(&mut log, 4096);
     let first = open_file(folder.path(), 1, volume_tag(ID)).unwrap().unwrap();
     let spares = Spares::new(folder.path().to_owned());
-    spares.give(&first, FILE_LEN).unwrap();
+    spares.give(std::slice::from_ref(&first), FILE_LEN).unwrap();
     let (found, mut log) = open(folder.path(), 2, end).unwrap();
     assert_eq!(found, [write(4096)]);
     while log.fits(4096) {

@@ -20,7 +20,8 @@ const SPARE_BYTES_MAX: u64 = 1 << 30;
 /// The spare files of a store, as far as this process knows of them.
 pub(crate) struct Spares {
     folder: PathBuf,
-    known: Mutex<Vec<PathBuf>>,
+    /// None: nobody has looked.
+    known: Mutex<Option<Vec<PathBuf>>>,
 }
 
 /// A file that is to be written again.
@@ -46,8 +47,26 @@ impl Spares {
         Spares { folder, known: Mutex::default() }
     }
 
-    fn known(&self) -> MutexGuard<'_, Vec<PathBuf>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<PathBuf>>> {
         self.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Does something with the list of known files; whoever wants it first looks at what others left.
+    fn with_known<T>(&self, act: impl FnOnce(&mut Vec<PathBuf>) -> T) -> T {
+        let mut known = self.lock();
+        act(known.get_or_insert_with(|| {
+            self.list().unwrap_or_else(|error| {
+                tracing::warn!(%error, "files that are kept for logs are not known");
+                Vec::new()
+            })
+        }))
+    }
+
+    fn list(&self) -> Result<Vec<PathBuf>> {
+        let entries = std::fs::read_dir(&self.folder).and_then(|entries| {
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<PathBuf>>>()
+        });
+        entries.map_err(StoreError::file("list", &self.folder))
     }
 
     fn is_of(path: &Path, len: u64) -> bool {
@@ -58,27 +77,22 @@ impl Spares {
 
     /// Whether a file of a length is known.
     pub fn has(&self, len: u64) -> bool {
-        self.known().iter().any(|path| Spares::is_of(path, len))
+        self.with_known(|known| known.iter().any(|path| Spares::is_of(path, len)))
     }
 
-    /// Looks at what others left here.
+    /// Looks again at what others left here.
     pub fn look(&self) -> Result<()> {
-        let listing = StoreError::file("list", &self.folder);
-        let entries = std::fs::read_dir(&self.folder).and_then(|entries| {
-            entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<PathBuf>>>()
-        });
-        *self.known() = entries.map_err(listing)?;
+        *self.lock() = Some(self.list()?);
         Ok(())
     }
 
     /// A file of a length, if one is known.
     pub fn take(&self, len: u64) -> Option<Spare> {
         loop {
-            let path = {
-                let mut known = self.known();
+            let path = self.with_known(|known| {
                 let at = known.iter().rposition(|path| Spares::is_of(path, len))?;
-                known.swap_remove(at)
-            };
+                Some(known.swap_remove(at))
+            })?;
             // What cannot be opened somebody else took.
             if let Ok(file) = File::options().read(true).write(true).open(&path) {
                 return Some(Spare { path, file });
@@ -106,18 +120,35 @@ impl Spares {
             let _ = std::fs::remove_file(&making);
             return Err(StoreError::file("make", &path)(error));
         }
-        self.known().push(path);
+        self.add(path);
         Ok(())
     }
 
-    /// Keeps what is left of a log's file that nobody reads any more, or removes it if there are enough.
-    pub fn give(&self, file: &LogFile, len: u64) -> Result<()> {
+    /// Knows of a file that is there; where nobody has looked yet, who does will find it.
+    fn add(&self, path: PathBuf) {
+        if let Some(known) = &mut *self.lock()
+            && !known.contains(&path)
+        {
+            known.push(path);
+        }
+    }
+
+    /// Keeps what is left of files of a log that nobody reads any more, or removes them if there are enough.
+    pub fn give(&self, files: &[LogFile], len: u64) -> Result<()> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        // Others may have taken some, and left some.
         self.look()?;
-        if (self.known().len() as u64 + 1) * len <= SPARE_BYTES_MAX {
+        files.iter().try_for_each(|file| self.give_one(file, len))
+    }
+
+    fn give_one(&self, file: &LogFile, len: u64) -> Result<()> {
+        if (self.with_known(|known| known.len()) as u64 + 1) * len <= SPARE_BYTES_MAX {
             let path = self.new_path(len);
             match std::fs::rename(file.path(), &path) {
                 Ok(()) => {
-                    self.known().push(path);
+                    self.add(path);
                     return Ok(());
                 }
                 // A volume's folder can be on another file system.
@@ -131,7 +162,7 @@ impl Spares {
     /// Removes them all: somebody needs the room.
     pub fn clear(&self) -> Result<()> {
         self.look()?;
-        for path in std::mem::take(&mut *self.known()) {
+        for path in self.with_known(std::mem::take) {
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(StoreError::file("remove", &path)(error));
@@ -152,7 +183,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (one, two) = (Spares::new(folder.path().to_owned()), Spares::new(folder.path().to_owned()));
         one.make(1 << 20).unwrap();
-        two.look().unwrap();
+        // Who wants one for the first time looks.
         assert!(two.take(1 << 19).is_none() && two.has(1 << 20));
         // Somebody is writing zeros into it.
         std::fs::write(two.new_path(1 << 19).with_extension("making"), [0]).unwrap();
@@ -173,7 +204,7 @@ mod tests {
         let kept = || std::fs::read_dir(folder.path().join("spares")).unwrap().count();
         for number in 0..4 {
             let file = LogFile::at(number, folder.path().join(format!("log-{number}")));
-            spares.give(&file, SPARE_BYTES_MAX / 3).unwrap();
+            spares.give(std::slice::from_ref(&file), SPARE_BYTES_MAX / 3).unwrap();
             assert!(!file.path().exists());
         }
         assert_eq!(kept(), 3);
