@@ -21,7 +21,8 @@ use crate::upkeep::collect::{Step, Watcher};
 use crate::volume::volumes::{CHUNK_LEN_DEFAULT, Content};
 use crate::volume::{check_capacity, now_ns};
 
-/// Threads that pack at a time, at most.
+/// Threads that read and pack at a time: two for each core, of which one waits for the disk; and at most.
+const THREADS_PER_CORE: usize = 2;
 const THREADS_MAX: usize = 8;
 
 /// A node that is not in the store yet, and holds its parts until it is.
@@ -186,7 +187,8 @@ impl NewNode {
             leaves,
             failed: AtomicBool::new(false),
         };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (threads * THREADS_PER_CORE).min(THREADS_MAX);
         let mut changes = Vec::new();
         let (send, receive) = std::sync::mpsc::sync_channel(threads * 2);
         let domain = self.store.unlocked(self.domain)?;
@@ -234,7 +236,7 @@ type Part = Result<Vec<(u64, Name)>>;
 
 impl Import<'_> {
     fn work(&self, mut batch: Batch, send: &std::sync::mpsc::SyncSender<Part>) {
-        let mut bytes = Vec::new();
+        let mut bytes = vec![0; FAN_OUT * self.chunk_len];
         loop {
             let leaf = self.next.fetch_add(1, Ordering::Relaxed);
             if leaf >= self.leaves || self.failed.load(Ordering::Relaxed) {
@@ -247,33 +249,29 @@ impl Import<'_> {
     }
 
     /// Stores the chunks of a leaf that are not zeros.
-    fn leaf(&self, batch: &mut Batch, leaf: u64, bytes: &mut Vec<u8>) -> Part {
+    fn leaf(&self, batch: &mut Batch, leaf: u64, bytes: &mut [u8]) -> Part {
         let first = leaf * FAN_OUT as u64;
         let start = first * self.chunk_len as u64;
         let len = (FAN_OUT * self.chunk_len) as u64;
         let end = (start + len).min(self.source.len());
-        let mut names = Vec::new();
-        // The whole leaf is often a hole.
-        bytes.clear();
+        // Bytes of the leaf that are known.
+        let mut known = 0;
         let mut at = start;
         while at < end {
             let extent = self.source.extent_at(at, end - at)?;
-            if extent.content == format::Content::Data {
-                if bytes.is_empty() {
-                    bytes.resize(len as usize, 0);
-                }
-                let from = (at - start) as usize;
-                self.source.read_at(at, &mut bytes[from..from + extent.len as usize])?;
-            }
+            let from = (at - start) as usize;
             at += extent.len;
-        }
-        for (chunk, content) in (first..).zip(bytes.chunks(self.chunk_len)) {
-            let name = batch.put_chunk(content)?;
-            if !name.is_none() {
-                names.push((chunk, name));
+            if extent.content == format::Content::Data {
+                bytes[known..from].fill(0);
+                known = from + extent.len as usize;
+                self.source.read_at(start + from as u64, &mut bytes[from..known])?;
             }
         }
-        Ok(names)
+        // What is behind them is a hole, and often the whole leaf is.
+        let data_end = known.next_multiple_of(self.chunk_len);
+        bytes[known..data_end].fill(0);
+        let stored = batch.put_chunks(bytes[..data_end].chunks(self.chunk_len))?;
+        Ok((first..).zip(stored).filter(|(_, name)| !name.is_none()).collect())
     }
 }
 

@@ -10,6 +10,7 @@
 //! `remote` (images in an object store, pushed, pulled, and used while they are still there);
 //! `format` (image formats: what is imported and exported).
 
+mod aligned;
 mod catalog;
 pub mod disk;
 mod domain;

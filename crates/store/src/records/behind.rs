@@ -12,6 +12,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::aligned::{Aligned, DIRECT_LEN};
 use crate::disk::workers::Workers;
 use crate::records::segment::read_up_to;
 use crate::store::room::{self, Purpose};
@@ -22,8 +23,6 @@ const PIECE_LEN: usize = 1 << 20;
 const PIECES_MAX: usize = 2;
 /// Buffers that are kept for the next pieces.
 const BUFFERS_KEPT: usize = 2 * (PIECES_MAX + 1);
-/// What is written past the host's page cache is whole blocks of this size, in the file and in memory.
-const BLOCK_LEN: usize = 4096;
 
 /// How bytes reach a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +47,7 @@ impl Writers {
 
     fn buffer(&self) -> Buffer {
         let kept = self.buffers().pop();
-        kept.unwrap_or_else(Buffer::new)
+        kept.unwrap_or_else(Buffer::for_a_piece)
     }
 
     /// Keeps a buffer for the next piece: memory that was used before costs less than new memory.
@@ -61,22 +60,20 @@ impl Writers {
     }
 }
 
-/// Bytes that begin at a multiple of [`BLOCK_LEN`] in memory.
+/// Bytes of a piece.
+#[derive(Default)]
 struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
+    room: Aligned,
     len: usize,
 }
 
 impl Buffer {
-    fn new() -> Self {
-        let bytes = vec![0; PIECE_LEN + 2 * BLOCK_LEN];
-        let start = bytes.as_ptr().align_offset(BLOCK_LEN);
-        Buffer { bytes, start, len: 0 }
+    fn for_a_piece() -> Self {
+        Buffer { room: Aligned::zeros(PIECE_LEN), len: 0 }
     }
 
     fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
+        &self.room[..self.len]
     }
 
     fn room(&self) -> usize {
@@ -84,16 +81,15 @@ impl Buffer {
     }
 
     fn push(&mut self, more: &[u8]) {
-        let end = self.start + self.len;
-        self.bytes[end..end + more.len()].copy_from_slice(more);
+        self.room[self.len..][..more.len()].copy_from_slice(more);
         self.len += more.len();
     }
 
     /// The bytes with zeros up to a whole block.
     fn padded(&mut self) -> &[u8] {
-        let (end, padded) = (self.start + self.len, self.start + self.len.next_multiple_of(BLOCK_LEN));
-        self.bytes[end..padded].fill(0);
-        &self.bytes[self.start..padded]
+        let padded = self.len.next_multiple_of(DIRECT_LEN);
+        self.room[self.len..padded].fill(0);
+        &self.room[..padded]
     }
 }
 
@@ -175,7 +171,7 @@ pub(crate) struct Behind {
     writers: Writers,
     /// Each begins where the one before ends, and the gathered bytes behind the last.
     pieces: VecDeque<Piece>,
-    /// Where the gathered bytes belong: at a multiple of [`BLOCK_LEN`].
+    /// Where the gathered bytes belong: at a multiple of [`DIRECT_LEN`].
     start: u64,
     /// Taken from the writers with the first byte.
     gathered: Buffer,
@@ -291,7 +287,7 @@ impl Behind {
     pub fn write_all(&mut self) -> io::Result<()> {
         self.land_all()?;
         if self.ways.direct.is_some() && self.readable < self.gathered.len {
-            let from = self.readable / BLOCK_LEN * BLOCK_LEN;
+            let from = self.readable / DIRECT_LEN * DIRECT_LEN;
             self.ways.write(&self.gathered.padded()[from..], self.start + from as u64)?;
             self.readable = self.gathered.len;
             return Ok(());
@@ -335,7 +331,7 @@ impl Drop for Behind {
                 self.writers.give(buffer);
             }
         }
-        let gathered = std::mem::replace(&mut self.gathered, Buffer { bytes: Vec::new(), start: 0, len: 0 });
+        let gathered = std::mem::take(&mut self.gathered);
         self.writers.give(gathered);
     }
 }

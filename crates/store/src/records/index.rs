@@ -226,11 +226,13 @@ impl Index {
         }))
     }
 
-    /// A record of this process's open segment.
-    pub fn add_ours(&self, name: &Name, location: Location) {
+    /// Records of this process's open segment.
+    pub fn add_ours(&self, records: &[(Name, Location)]) {
         let mut contents = self.write();
-        contents.our_segments.insert(location.segment());
-        contents.ours.insert(name.prefix(), location);
+        for (name, location) in records {
+            contents.our_segments.insert(location.segment());
+            contents.ours.insert(name.prefix(), *location);
+        }
     }
 
     /// Our segment is sealed and in the catalog: its table serves from now on.

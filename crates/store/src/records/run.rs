@@ -22,6 +22,10 @@ const MAGIC: &[u8; 16] = b"polder run\0\0\0\0\0\0";
 const FORMAT: u32 = 1;
 /// Bits of the filter for each entry: one name in eighteen or so that is not here passes it.
 const FILTER_BITS: u64 = 6;
+/// Of a short run, as the table of a segment is: there are many of them before they are merged, and each that is passed is a read. One
+/// name in four hundred passes.
+const FILTER_BITS_SHORT: u64 = 16;
+const SHORT_RUN: u64 = 8192;
 const FILTER_LOOKS: u64 = 4;
 
 type Prefix = [u8; Name::PREFIX_LEN];
@@ -63,7 +67,8 @@ struct Guide {
 impl Guide {
     /// Of at most so many entries.
     fn new(entries_max: u64) -> Self {
-        let words = (entries_max * FILTER_BITS).div_ceil(64).max(1);
+        let bits = if entries_max <= SHORT_RUN { FILTER_BITS_SHORT } else { FILTER_BITS };
+        let words = (entries_max * bits).div_ceil(64).max(1);
         Guide { fence: Vec::new(), checksums: Vec::new(), filter: vec![0; words as usize] }
     }
 

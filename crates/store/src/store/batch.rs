@@ -1,5 +1,6 @@
 //! Adding records to a store.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,9 +35,78 @@ pub(crate) struct Batch {
     /// Of the store when the batch began.
     failures: u64,
     added: Added,
+    packing: Packing,
+    waiting: Waiting,
+}
+
+/// Makes records, each in the place of the one before.
+#[derive(Default)]
+struct Packing {
     packer: Packer,
-    /// A record's sealed bytes, from one to the next.
     sealed: Vec<u8>,
+}
+
+impl Packing {
+    fn record<'a>(
+        &'a mut self,
+        domain: Option<&Domain>,
+        kind: Kind,
+        name: Name,
+        content: &'a [u8],
+    ) -> (Header, &'a [u8]) {
+        let (packing, packed) = self.packer.pack(content);
+        let header = Header {
+            kind,
+            packing,
+            packed_len: packed.len() as u32,
+            content_len: content.len() as u32,
+            name,
+            domain: domain.map_or(OPEN_DOMAIN, |domain| domain.id),
+            checksum: 0,
+        };
+        match domain {
+            Some(domain) if is_sealed(&header) => {
+                let header = domain.seal(&header, packed, &mut self.sealed);
+                (header, &self.sealed[..])
+            }
+            _ => (Header { checksum: crc32c::crc32c(packed), ..header }, packed),
+        }
+    }
+}
+
+/// Bytes of records that are appended together.
+const WAITING_LEN: usize = 512 << 10;
+
+/// Records that are appended soon.
+#[derive(Default)]
+struct Waiting {
+    headers: Vec<Header>,
+    /// Their packed bytes, one behind the other.
+    packed: Vec<u8>,
+    names: BTreeSet<Name>,
+}
+
+impl Waiting {
+    fn push(&mut self, header: Header, packed: &[u8]) {
+        self.names.insert(header.name);
+        self.headers.push(header);
+        self.packed.extend_from_slice(packed);
+    }
+
+    fn records(&self) -> impl Iterator<Item = (&Header, &[u8])> {
+        let mut rest = &self.packed[..];
+        self.headers.iter().map(move |header| {
+            let (packed, behind) = rest.split_at(header.packed_len as usize);
+            rest = behind;
+            (header, packed)
+        })
+    }
+
+    fn clear(&mut self) {
+        self.headers.clear();
+        self.packed.clear();
+        self.names.clear();
+    }
 }
 
 impl Batch {
@@ -47,8 +117,8 @@ impl Batch {
             domain,
             failures,
             added: Added::default(),
-            packer: Packer::default(),
-            sealed: Vec::new(),
+            packing: Packing::default(),
+            waiting: Waiting::default(),
         }
     }
 
@@ -68,34 +138,55 @@ impl Batch {
                 content.len()
             )));
         }
-        let store = self.store.clone();
-        let name = self.domain.as_ref().map_or(&store.namer, |domain| &domain.namer).name(kind, content);
+        let name = self.name(kind, content);
         self.added.records += 1;
-        if let Some(location) = store.find_for_reuse(&name)? {
+        if let Some(location) = self.store.find_for_reuse(&name)? {
             self.added.reused += 1;
             return Ok((name, location));
         }
-        let domain = self.domain_id();
-        let (packing, packed) = self.packer.pack(content);
-        let header = Header {
-            kind,
-            packing,
-            packed_len: packed.len() as u32,
-            content_len: content.len() as u32,
-            name,
-            domain,
-            checksum: 0,
-        };
-        let (header, packed) = match &self.domain {
-            Some(domain) if is_sealed(&header) => {
-                let header = domain.seal(&header, packed, &mut self.sealed);
-                (header, &self.sealed[..])
-            }
-            _ => (Header { checksum: crc32c::crc32c(packed), ..header }, packed),
-        };
-        let location = store.append(&header, packed)?;
+        let (header, packed) = self.packing.record(self.domain.as_deref(), kind, name, content);
+        let location = self.store.append(&header, packed)?;
         self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
         Ok((name, location))
+    }
+
+    /// The names of chunks, which are in the store afterwards, as [`put_chunk`](Self::put_chunk) gives them one at a time: for threads that
+    /// store many beside others.
+    pub fn put_chunks<'a>(&mut self, chunks: impl Iterator<Item = &'a [u8]>) -> Result<Vec<Name>> {
+        let names = chunks.map(|chunk| self.put_soon(chunk)).collect();
+        let appended = self.append_waiting();
+        appended.and(names)
+    }
+
+    fn put_soon(&mut self, chunk: &[u8]) -> Result<Name> {
+        if is_zero(chunk) {
+            return Ok(Name::NONE);
+        }
+        let name = self.name(Kind::Data, chunk);
+        self.added.records += 1;
+        if self.waiting.names.contains(&name) || self.store.find_for_reuse(&name)?.is_some() {
+            self.added.reused += 1;
+            return Ok(name);
+        }
+        let (header, packed) = self.packing.record(self.domain.as_deref(), Kind::Data, name, chunk);
+        self.waiting.push(header, packed);
+        if self.waiting.packed.len() >= WAITING_LEN {
+            self.append_waiting()?;
+        }
+        Ok(name)
+    }
+
+    fn append_waiting(&mut self) -> Result<()> {
+        let added = &mut self.added;
+        let appended = self.store.append_all(self.waiting.records(), |header, _| {
+            added.stored_bytes += HEADER_LEN as u64 + u64::from(header.packed_len);
+        });
+        self.waiting.clear();
+        appended
+    }
+
+    fn name(&self, kind: Kind, content: &[u8]) -> Name {
+        self.domain.as_ref().map_or(&self.store.namer, |domain| &domain.namer).name(kind, content)
     }
 
     /// Adds a record as it lies in a segment. That it holds what its name says is for the caller to have checked.
