@@ -31,6 +31,7 @@ pub mod transfer;
 mod tree;
 mod upkeep;
 mod volume;
+mod workers;
 
 pub use catalog::{DomainRow, ImageRow, Replace, SnapshotRow, VolumeRow, check_name};
 pub use disk::open_disk::{FixedDisk, OpenDisk};

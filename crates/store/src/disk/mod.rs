@@ -8,7 +8,6 @@ pub mod memory;
 pub(crate) mod open_disk;
 pub(crate) mod queue;
 mod stream;
-pub(crate) mod workers;
 
 use std::io;
 use std::os::fd::BorrowedFd;

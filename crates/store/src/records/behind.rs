@@ -13,9 +13,9 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::aligned::{Aligned, DIRECT_LEN};
-use crate::disk::workers::Workers;
 use crate::records::segment::read_up_to;
 use crate::store::room::{self, Purpose};
+use crate::workers::Workers;
 
 /// Bytes of a piece, and a record more.
 const PIECE_LEN: usize = 1 << 20;

@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::catalog::Catalog;
-use crate::disk::workers::Workers;
 use crate::domain::{Domain, Keyring};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
@@ -34,6 +33,7 @@ use crate::records::segment_writer::SegmentWriter;
 use crate::tree::{NODE_LEN, TreeNode};
 use crate::volume::log::sync_folder;
 use crate::volume::spares::Spares;
+use crate::workers::Workers;
 
 use crate::store::room::Purpose;
 pub use batch::Added;
