@@ -213,6 +213,10 @@ impl Run {
     /// The entries of a prefix: none, one, or several where the same chunk was stored twice. An error of kind `InvalidData` says that the
     /// run is damaged.
     pub fn find(&self, prefix: &Prefix, found: &mut Vec<Entry>) -> io::Result<()> {
+        // Most names are in one run of many: memory for a page is not even cleared for the others.
+        if !self.guide.may_hold(prefix) {
+            return Ok(());
+        }
         self.find_by(prefix, &mut PageReader::new(self), &mut |entry| found.push(entry))
     }
 
@@ -226,13 +230,12 @@ impl Run {
         let mut reader = PageReader::new(self);
         prefixes
             .enumerate()
+            .filter(|(_, prefix)| self.guide.may_hold(prefix))
             .try_for_each(|(at, prefix)| self.find_by(prefix, &mut reader, &mut |entry| found(at, entry)))
     }
 
+    /// The entries of a prefix that passed the filter.
     fn find_by(&self, prefix: &Prefix, reader: &mut PageReader<'_>, found: &mut dyn FnMut(Entry)) -> io::Result<()> {
-        if !self.guide.may_hold(prefix) {
-            return Ok(());
-        }
         let fence = &self.guide.fence;
         // Equal prefixes can begin in the page before the first page that begins with one.
         let mut page = fence.partition_point(|first| first < prefix).saturating_sub(1) as u64;
