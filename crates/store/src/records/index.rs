@@ -13,13 +13,12 @@ use std::sync::{Arc, RwLock};
 use crate::catalog::{Catalog, SegmentRow};
 use crate::error::{Result, StoreError};
 use crate::name::Name;
-use crate::records::behind::{Writers, Writing};
 use crate::records::cache::NameMap;
 use crate::records::record::Header;
 use crate::records::run::{self, Run};
 use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
 use crate::records::segment_writer::SegmentWriter;
-use crate::store::room::{self, Purpose};
+use crate::store::room;
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;
@@ -401,8 +400,9 @@ impl Index {
         Ok(())
     }
 
-    /// Finishes segments whose processes died, and takes in files that the catalog does not know.
-    pub fn recover(&self, catalog: &Catalog) -> Result<()> {
+    /// Finishes segments whose processes died, and takes in files that the catalog does not know. Records that have to go elsewhere go into
+    /// a new segment.
+    pub fn recover(&self, catalog: &Catalog, new_segment: &dyn Fn() -> Result<SegmentWriter>) -> Result<()> {
         let known: BTreeSet<SegmentNumber> = catalog.segments()?.iter().map(|row| row.number).collect();
         for (number, state) in self.segments.list()? {
             if known.contains(&number) && state == State::Sealed || self.read().our_segments.contains(&number) {
@@ -412,7 +412,13 @@ impl Index {
                 catalog.skip_segments(number)?;
                 catalog.add_segment(summary)
             };
-            let rescue = |records: Vec<(Header, Vec<u8>)>| self.keep_records(catalog, &records);
+            let rescue = |records: Vec<(Header, Vec<u8>)>| {
+                let mut segment = new_segment()?;
+                for (header, packed) in &records {
+                    segment.append(header, packed)?;
+                }
+                segment.seal(|summary| catalog.add_segment(summary)).map(drop)
+            };
             match state {
                 State::Open => segment::adopt(&self.segments, number, rescue, publish)?,
                 State::Sealed => {
@@ -432,22 +438,6 @@ impl Index {
             }
         }
         Ok(())
-    }
-
-    /// Puts records into a segment of their own.
-    fn keep_records(&self, catalog: &Catalog, records: &[(Header, Vec<u8>)]) -> Result<()> {
-        let writers = Writers::default();
-        let mut segment = loop {
-            let number = catalog.new_segment()?;
-            let segment = SegmentWriter::create(&self.segments, number, Writing::Direct, Purpose::MakeRoom, &writers)?;
-            if let Some(segment) = segment {
-                break segment;
-            }
-        };
-        for (header, packed) in records {
-            segment.append(header, packed)?;
-        }
-        segment.seal(|summary| catalog.add_segment(summary)).map(drop)
     }
 
     /// Merges runs where there are many: the smaller ones, so that each entry is rewritten a few times at most as the store grows.

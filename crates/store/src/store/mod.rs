@@ -131,7 +131,7 @@ impl Store {
         };
         // A collection that runs may have taken segments out of the catalog whose files are still there.
         let lock = store.batch_lock()?;
-        store.index.recover(&store.catalog)?;
+        store.recover_segments()?;
         drop(lock);
         store.index.refresh(&store.catalog)?;
         // On a full disk they could not be made.
@@ -314,6 +314,11 @@ impl Store {
                 return Ok(segment);
             }
         }
+    }
+
+    /// Finishes segments whose processes died, and takes in files that the catalog does not know.
+    pub(crate) fn recover_segments(&self) -> Result<()> {
+        self.index.recover(&self.catalog, &|| self.new_segment(Writing::Direct, Purpose::MakeRoom))
     }
 
     /// Appends a record to the segment that this process writes. Without a batch nothing keeps it from the next collection but what

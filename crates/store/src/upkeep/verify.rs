@@ -179,7 +179,7 @@ impl Store {
         let Some(_lock) = self.try_lock("collect.lock")? else {
             return Err(StoreError::Refused("a garbage collection is running".to_owned()));
         };
-        self.index().recover(self.catalog())?;
+        self.recover_segments()?;
         let found = self.verify(watcher)?;
         let mut repaired = Repaired { found, ..Repaired::default() };
         let damaged: BTreeSet<_> = repaired.found.damages.iter().map(|damage| damage.segment.clone()).collect();
