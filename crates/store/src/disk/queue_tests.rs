@@ -4,14 +4,9 @@ use std::os::unix::fs::FileExt;
 
 use super::*;
 use crate::disk::Disk;
+use crate::test_store::noise;
 use crate::volume::Volume;
 use crate::{Content, Store, StoreOptions, VolumeOptions};
-
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut bytes = vec![0; len];
-    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    bytes
-}
 
 /// Keeps no chunks, so that each read comes from the segments.
 fn open(folder: &tempfile::TempDir) -> Arc<Store> {

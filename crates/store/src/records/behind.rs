@@ -339,15 +339,7 @@ impl Drop for Behind {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn bytes_of(seed: u64, len: usize) -> Vec<u8> {
-        let mut state = seed;
-        let next = |_| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 56) as u8
-        };
-        (0..len).map(next).collect()
-    }
+    use crate::test_store::noise;
 
     fn behind(folder: &tempfile::TempDir, writing: Writing) -> Behind {
         let path = folder.path().join("file");
@@ -375,7 +367,7 @@ mod tests {
             let mut behind = behind(&folder, writing);
             let mut all = Vec::new();
             for turn in 0..400u64 {
-                let more = bytes_of(turn, 1 + (turn as usize * 7919) % 40_000);
+                let more = noise(turn, 1 + (turn as usize * 7919) % 40_000);
                 behind.make_room().unwrap();
                 behind.push(&more);
                 all.extend_from_slice(&more);
@@ -411,7 +403,7 @@ mod tests {
     fn a_full_disk_refuses_more_in_time_and_keeps_all_that_it_took_readable() {
         let folder = tempfile::tempdir().unwrap();
         let mut behind = behind(&folder, Writing::Direct);
-        let first = bytes_of(1, PIECE_LEN + 5000);
+        let first = noise(1, PIECE_LEN + 5000);
         behind.push(&first);
         behind.flush().unwrap();
         let ways = fill(&mut behind);
@@ -421,7 +413,7 @@ mod tests {
             if let Err(error) = behind.make_room() {
                 break error;
             }
-            let more = bytes_of(all.len() as u64, 16_448);
+            let more = noise(all.len() as u64, 16_448);
             behind.push(&more);
             all.extend_from_slice(&more);
             assert!(all.len() < 16 * PIECE_LEN, "nothing is refused");
