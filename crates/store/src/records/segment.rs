@@ -23,6 +23,7 @@ const SEGMENT_LEN_MAX: u64 = 16 << 20;
 const MAGIC: &[u8; 16] = b"polder segment\0\0";
 const TABLE_MAGIC: &[u8; 16] = b"polder table\0\0\0\0";
 const FORMAT: u32 = 1;
+
 /// The number of a segment; 28 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SegmentNumber(pub u32);
@@ -276,28 +277,33 @@ pub(crate) fn summary(folder: &SegmentFolder, number: SegmentNumber, file: &File
     let len = file.metadata().map_err(StoreError::file("read", &path))?.len();
     let damaged = |what: &str| StoreError::Damaged { path: path.clone(), offset: len, what: what.to_owned() };
     let at = len.checked_sub(HEADER_LEN as u64).ok_or_else(|| damaged("it is cut off"))?;
-    let mut trailer = [0; HEADER_LEN];
-    file.read_exact_at(&mut trailer, at).map_err(StoreError::file("read", &path))?;
-    let word = |at: usize| u32::from_le_bytes([trailer[at], trailer[at + 1], trailer[at + 2], trailer[at + 3]]);
-    if &trailer[..16] != TABLE_MAGIC || word(60) != crc32c::crc32c(&trailer[..60]) || word(20) != number.0 {
-        return Err(damaged("its table is missing"));
+    let mut bytes = [0; HEADER_LEN];
+    file.read_exact_at(&mut bytes, at).map_err(StoreError::file("read", &path))?;
+    let summary = trailer(&bytes, number).ok_or_else(|| damaged("its table is missing"))?;
+    match summary.bytes.checked_add(u64::from(summary.records) * Entry::LEN as u64) == Some(at) {
+        true => Ok(summary),
+        false => Err(damaged("its table has an impossible length")),
     }
-    let bytes = u64::from(word(32)) | u64::from(word(36)) << 32;
-    if bytes.checked_add(u64::from(word(24)) * Entry::LEN as u64) != Some(at) {
-        return Err(damaged("its table has an impossible length"));
-    }
-    Ok(Summary { number, records: word(24), bytes, table_checksum: word(40) })
+}
+
+/// What the trailer of a segment says; none if these bytes are no trailer of it.
+fn trailer(bytes: &[u8; HEADER_LEN], number: SegmentNumber) -> Option<Summary> {
+    let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let is_it = &bytes[..16] == TABLE_MAGIC && word(60) == crc32c::crc32c(&bytes[..60]) && word(20) == number.0;
+    is_it.then(|| Summary {
+        number,
+        records: word(24),
+        bytes: u64::from(word(32)) | u64::from(word(36)) << 32,
+        table_checksum: word(40),
+    })
 }
 
 /// What is wrong with the table of a sealed segment, all of whose bytes these are.
 pub(crate) fn check_table(bytes: &[u8], number: SegmentNumber, records_end: u64) -> Result<(), String> {
     let table = bytes.get(records_end as usize..).and_then(|rest| rest.split_last_chunk::<HEADER_LEN>());
-    let (table, trailer) = table.ok_or("it is cut off before its table")?;
-    let word = |at: usize| u32::from_le_bytes([trailer[at], trailer[at + 1], trailer[at + 2], trailer[at + 3]]);
-    if &trailer[..16] != TABLE_MAGIC || word(60) != crc32c::crc32c(&trailer[..60]) || word(20) != number.0 {
-        return Err("its table has no end that can be read".to_owned());
-    }
-    match word(24) as usize * Entry::LEN == table.len() && word(40) == crc32c::crc32c(table) {
+    let (table, end) = table.ok_or("it is cut off before its table")?;
+    let summary = trailer(end, number).ok_or("its table has no end that can be read")?;
+    match summary.records as usize * Entry::LEN == table.len() && summary.table_checksum == crc32c::crc32c(table) {
         true => Ok(()),
         false => Err("its table does not match its checksum".to_owned()),
     }
