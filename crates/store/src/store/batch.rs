@@ -83,6 +83,7 @@ struct Waiting {
     headers: Vec<Header>,
     /// Their packed bytes, one behind the other.
     packed: Vec<u8>,
+    /// Those of the headers once more: of chunks that pack well thousands wait, and each that comes is looked for among them.
     names: BTreeSet<Name>,
 }
 
@@ -138,10 +139,8 @@ impl Batch {
                 content.len()
             )));
         }
-        let name = self.name(kind, content);
-        self.added.records += 1;
-        if let Some(location) = self.store.find_for_reuse(&name)? {
-            self.added.reused += 1;
+        let (name, found) = self.ask_for(kind, content)?;
+        if let Some(location) = found {
             return Ok((name, location));
         }
         let (header, packed) = self.packing.record(self.domain.as_deref(), kind, name, content);
@@ -162,9 +161,11 @@ impl Batch {
         if is_zero(chunk) {
             return Ok(Name::NONE);
         }
-        let name = self.name(Kind::Data, chunk);
-        self.added.records += 1;
-        if self.waiting.names.contains(&name) || self.store.find_for_reuse(&name)?.is_some() {
+        let (name, found) = self.ask_for(Kind::Data, chunk)?;
+        if found.is_some() {
+            return Ok(name);
+        }
+        if self.waiting.names.contains(&name) {
             self.added.reused += 1;
             return Ok(name);
         }
@@ -185,8 +186,14 @@ impl Batch {
         appended
     }
 
-    fn name(&self, kind: Kind, content: &[u8]) -> Name {
-        self.domain.as_ref().map_or(&self.store.namer, |domain| &domain.namer).name(kind, content)
+    /// The name of a record, and where it lies if it is stored already.
+    fn ask_for(&mut self, kind: Kind, content: &[u8]) -> Result<(Name, Option<Location>)> {
+        let namer = self.domain.as_ref().map_or(&self.store.namer, |domain| &domain.namer);
+        let name = namer.name(kind, content);
+        self.added.records += 1;
+        let found = self.store.find_for_reuse(&name)?;
+        self.added.reused += u64::from(found.is_some());
+        Ok((name, found))
     }
 
     /// Adds a record as it lies in a segment. That it holds what its name says is for the caller to have checked.

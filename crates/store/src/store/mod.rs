@@ -324,9 +324,11 @@ impl Store {
     /// Appends a record to the segment that this process writes. Without a batch nothing keeps it from the next collection but what
     /// needs it already.
     pub(crate) fn append(&self, header: &Header, packed: &[u8]) -> Result<Location> {
-        let mut location = None;
-        self.append_all([(header, packed)].into_iter(), |_, at| location = Some(at))?;
-        Ok(location.unwrap_or_else(|| unreachable!("one was appended")))
+        let mut writer = self.writer();
+        let segment = self.segment_with_room(&mut writer, &mut Vec::new())?;
+        let location = segment.append(header, packed)?;
+        self.index.add_ours(&[(header.name, location)]);
+        Ok(location)
     }
 
     /// As [`append`](Self::append) for several at a time: threads that store much get into each other's way less often. `appended` hears where
@@ -341,15 +343,7 @@ impl Store {
         let mut new: Vec<(Name, Location)> = Vec::new();
         let result = (|| {
             for (header, packed) in records {
-                if writer.as_ref().is_some_and(SegmentWriter::is_full) {
-                    self.index.add_ours(&std::mem::take(&mut new));
-                    self.seal_segment(&mut writer)?;
-                }
-                let segment = match &mut *writer {
-                    Some(segment) => segment,
-                    none => none.insert(self.new_segment(Writing::Direct, Purpose::Grow)?),
-                };
-                let location = segment.append(header, packed)?;
+                let location = self.segment_with_room(&mut writer, &mut new)?.append(header, packed)?;
                 new.push((header.name, location));
                 appended(header, location);
             }
@@ -357,6 +351,23 @@ impl Store {
         })();
         self.index.add_ours(&new);
         result
+    }
+
+    /// The segment that this process writes, or another if that is full: then the index hears first of those of its records that it does not
+    /// know yet.
+    fn segment_with_room<'a>(
+        &self,
+        writer: &'a mut Option<SegmentWriter>,
+        unknown: &mut Vec<(Name, Location)>,
+    ) -> Result<&'a mut SegmentWriter> {
+        if writer.as_ref().is_some_and(SegmentWriter::is_full) {
+            self.index.add_ours(&std::mem::take(unknown));
+            self.seal_segment(writer)?;
+        }
+        match writer {
+            Some(segment) => Ok(segment),
+            none => Ok(none.insert(self.new_segment(Writing::Direct, Purpose::Grow)?)),
+        }
     }
 }
 

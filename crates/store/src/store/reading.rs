@@ -74,6 +74,20 @@ fn check_domain(name: &Name, node: &TreeNode, domain: u32) -> Result<()> {
     }
 }
 
+/// What is wrong with a record where another is looked for.
+fn check_expected(header: &Header, name: &Name, expected: Expected) -> Result<(), String> {
+    if header.name != *name {
+        return Err(format!("chunk {} lies here instead of {name}", header.name));
+    }
+    match expected {
+        Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => Err(format!(
+            "chunk {name} of domain number {domain} lies here as one of domain number {}",
+            header.domain
+        )),
+        _ => Ok(()),
+    }
+}
+
 impl Store {
     /// A chunk of a domain that was read not long ago.
     pub(crate) fn cached_chunk(&self, name: &Name, domain: u32) -> Option<Arc<[u8]>> {
@@ -200,16 +214,19 @@ impl Store {
     /// what is sealed next: that finds every bit that a checksum finds.
     fn header_of(&self, name: &Name, expected: Expected, bytes: &[u8]) -> Result<Header, String> {
         let (header, _) = record::split_unless(bytes, is_sealed)?;
-        if header.name != *name {
-            return Err(format!("chunk {} lies here instead of {name}", header.name));
-        }
-        match expected {
-            Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => Err(format!(
-                "chunk {name} of domain number {domain} lies here as one of domain number {}",
-                header.domain
-            )),
-            _ => Ok(header),
-        }
+        check_expected(&header, name, expected)?;
+        Ok(header)
+    }
+
+    /// Whether a chunk of an open domain that was read to its place is the one, by the header that was read with it.
+    pub(crate) fn is_chunk(&self, name: &Name, domain: u32, header: &[u8], content: &[u8]) -> bool {
+        Header::from_bytes(header).is_ok_and(|header| {
+            check_expected(&header, name, Expected::Data { domain }).is_ok()
+                && header.packing == Packing::Raw
+                && header.packed_len as usize == content.len()
+                && header.content_len == header.packed_len
+                && crc32c::crc32c(content) == header.checksum
+        })
     }
 
     /// The record that was read from a place. Afterwards `bytes` are of no account: what is sealed is opened where it lies.
@@ -247,19 +264,6 @@ impl Store {
             },
         };
         unpacked.is_ok()
-    }
-
-    /// Whether a chunk of an open domain that was read to its place is the one, by the header that was read with it.
-    pub(crate) fn is_chunk(&self, name: &Name, domain: u32, header: &[u8], content: &[u8]) -> bool {
-        Header::from_bytes(header).is_ok_and(|header| {
-            header.name == *name
-                && header.kind == Kind::Data
-                && header.domain == domain
-                && header.packing == Packing::Raw
-                && header.packed_len as usize == content.len()
-                && header.content_len == header.packed_len
-                && crc32c::crc32c(content) == header.checksum
-        })
     }
 
     /// Opens and unpacks packed bytes; the inner error is what is wrong with them.

@@ -8,7 +8,7 @@ use crate::error::{Result, StoreError};
 use crate::name::Name;
 use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN, Header};
-use crate::records::segment::{self};
+use crate::records::segment;
 use crate::store::Store;
 use crate::store::room::Purpose;
 use crate::upkeep::collect::{Step, Watcher};

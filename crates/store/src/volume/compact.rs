@@ -198,7 +198,7 @@ impl Mover<'_> {
         let place = LogPlace::new(file.number + 1, log::FIRST_OFFSET);
         let position = Position { place, ..before.position };
         match self.head.write(State { position, ..before }) {
-            Ok(()) => self.give(std::slice::from_ref::<LogFile>(&file)),
+            Ok(()) => self.give(std::slice::from_ref(&file)),
             // The file stays, as the head says.
             Err(error) => tracing::warn!(volume = self.core.row.name, %error, "a volume keeps its log"),
         }
