@@ -3,14 +3,13 @@
 //! A disk is a tree ([`Root`]) whose leaves name chunks; equal chunks are stored once, in segments. What is written to a
 //! volume goes to its log first and into the tree later; a snapshot is a record in that log.
 //!
-//! Rooms, from the bottom: `name` and `id`; `records` (bytes on disk, and from names to places); `tree` and `node` (what is a disk, and
-//! what a life); `catalog` (what there is); `domain` (encryption); `store` (all of it, open in a process); `volume` (what is
-//! written); `images`; `upkeep` (what is needed, and whether it is whole); `disk` (what front ends and disks say to each other, and the
-//! store's side of it); `nbd` (the server for NBD clients); `transfer` (from store to store over a stream, only what is missing);
-//! `remote` (images in an object store, pushed, pulled, and used while they are still there);
+//! Rooms, from the bottom: `name`, `id` and `room` (on the host's disk); `records` (bytes on disk, and from names to places); `tree` and
+//! `node` (what is a disk, and what a life); `catalog` (what there is); `domain` (encryption); `store` (all of it, open in a process);
+//! `volume` (what is written); `images`; `upkeep` (what is needed, and whether it is whole); `disk` (what front ends and disks say to each
+//! other, and the store's side of it); `nbd` (the server for NBD clients); `transfer` (from store to store over a stream, only what is
+//! missing); `remote` (images in an object store, pushed, pulled, and used while they are still there);
 //! `format` (image formats: what is imported and exported).
 
-mod aligned;
 mod catalog;
 pub mod disk;
 mod domain;
@@ -24,6 +23,7 @@ mod node;
 mod pace;
 mod records;
 pub mod remote;
+mod room;
 mod store;
 #[cfg(test)]
 mod test_store;

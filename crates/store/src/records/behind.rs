@@ -12,12 +12,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::aligned::{Aligned, DIRECT_LEN};
+use crate::records::aligned::{Aligned, DIRECT_LEN};
 use crate::records::segment::read_up_to;
-use crate::store::room::{self, Purpose};
+use crate::room::{self, Purpose};
 use crate::workers::Workers;
 
-/// Bytes of a piece, and a record more.
+/// Bytes of a piece.
 const PIECE_LEN: usize = 1 << 20;
 /// Pieces on their way at a time: a disk is busy while the next piece is gathered.
 const PIECES_MAX: usize = 2;
@@ -173,7 +173,7 @@ pub(crate) struct Behind {
     pieces: VecDeque<Piece>,
     /// Where the gathered bytes belong: at a multiple of [`DIRECT_LEN`].
     start: u64,
-    /// Taken from the writers with the first byte.
+    /// The piece that is being filled; never whole for long.
     gathered: Buffer,
     /// Gathered bytes that can be read from the file already.
     readable: usize,

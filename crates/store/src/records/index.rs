@@ -18,7 +18,7 @@ use crate::records::record::Header;
 use crate::records::run::{self, Run};
 use crate::records::segment::{self, Entry, Location, SegmentFolder, SegmentNumber, State, Summary};
 use crate::records::segment_writer::SegmentWriter;
-use crate::store::room;
+use crate::room;
 
 /// More runs than this are merged.
 const RUNS_MAX: usize = 12;

@@ -1,5 +1,6 @@
 //! Records on disk, and from their names to where they lie.
 
+mod aligned;
 pub(crate) mod behind;
 pub(crate) mod cache;
 pub(crate) mod index;

@@ -12,7 +12,7 @@ use crate::records::record::{HEADER_LEN, Header};
 use crate::records::segment::{
     Entry, Location, SEGMENT_LEN, SegmentFolder, SegmentNumber, Summary, file_header, lock, name_sealed, write_table,
 };
-use crate::store::room::Purpose;
+use crate::room::Purpose;
 use crate::volume::log::sync_folder;
 
 /// The segment that this process writes.

@@ -6,7 +6,7 @@
 
 mod batch;
 mod reading;
-pub(crate) mod room;
+pub(crate) mod reserve;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -35,7 +35,7 @@ use crate::volume::log::sync_folder;
 use crate::volume::spares::Spares;
 use crate::workers::Workers;
 
-use crate::store::room::Purpose;
+use crate::room::Purpose;
 pub use batch::Added;
 pub(crate) use batch::{Batch, is_zero};
 pub(crate) use reading::{Expected, InDomain, Local, Read};
@@ -110,7 +110,7 @@ impl Store {
             sync_folder(folder)?;
             sync_folder(&folder.join(".."))?;
         }
-        let catalog = room::with_reserve(folder, || Catalog::open(&folder.join("catalog.db")))?;
+        let catalog = reserve::with_reserve(folder, || Catalog::open(&folder.join("catalog.db")))?;
         let store = Store {
             folder: folder.to_path_buf(),
             id: catalog.store_id()?,

@@ -80,10 +80,9 @@ fn check_expected(header: &Header, name: &Name, expected: Expected) -> Result<()
         return Err(format!("chunk {} lies here instead of {name}", header.name));
     }
     match expected {
-        Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => Err(format!(
-            "chunk {name} of domain number {domain} lies here as one of domain number {}",
-            header.domain
-        )),
+        Expected::Data { domain } if header.kind != Kind::Data || header.domain != domain => {
+            Err(format!("chunk {name} of domain number {domain} lies here as one of domain number {}", header.domain))
+        }
         _ => Ok(()),
     }
 }

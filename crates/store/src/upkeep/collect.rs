@@ -18,8 +18,9 @@ use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN};
 use crate::records::segment::{self, Found, SegmentNumber};
 use crate::records::segment_writer::SegmentWriter;
+use crate::room::Purpose;
 use crate::store::Store;
-use crate::store::room::{COLLECT_LOCK, Purpose};
+use crate::store::reserve::COLLECT_LOCK;
 use crate::upkeep::mark::{Lost, Marks};
 
 /// Smaller segments are joined.

@@ -9,8 +9,8 @@ use crate::name::Name;
 use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN, Header};
 use crate::records::segment;
+use crate::room::Purpose;
 use crate::store::Store;
-use crate::store::room::Purpose;
 use crate::upkeep::collect::{Step, Watcher};
 use crate::upkeep::mark::{Lost, Marks};
 

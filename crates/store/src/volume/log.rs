@@ -20,7 +20,7 @@ use rustix::fs::FallocateFlags;
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::records::segment::read_up_to;
-use crate::store::room;
+use crate::room;
 use crate::volume::extent_map::LogPlace;
 use crate::volume::spares::Spare;
 

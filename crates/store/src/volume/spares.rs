@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::error::{Result, StoreError};
 use crate::id::Id;
-use crate::store::room;
+use crate::room;
 use crate::volume::log::{LogFile, write_zeros};
 
 /// Bytes of files that are kept: as much as one log holds.

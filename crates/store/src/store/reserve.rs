@@ -1,57 +1,26 @@
-//! Room on the host's disk: what is left of it for whoever makes more.
+//! Room that is set aside on the host's disk, for whoever makes more.
 //!
-//! A full disk gets room again by removing volumes and snapshots and collecting, and those need some themselves: for the catalog's log, and
-//! for what is copied out of segments. So everything that lets a store grow [leaves](leave) the last 8 MiB, and waits as if the disk were
-//! full; what makes room takes from them. Other programs do not know of that and can fill the disk to the last block. Therefore 4 MiB are
-//! in a file that is cut shorter where nothing else is left: what it gives back is less than what those who let the store grow leave, so
-//! it is for who makes room, whoever writes at that moment.
+//! What lets a store grow [leaves](crate::room) the last 8 MiB of the disk, but other programs do not know of that and can fill it to the
+//! last block. Therefore 4 MiB are in a file that is cut shorter where nothing else is left: what it gives back is less than what those who
+//! let the store grow leave, so it is for who makes room, whoever writes at that moment.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fstatvfs};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate};
 
 use crate::error::{Result, StoreError};
+use crate::room::LEFT_LEN;
 use crate::store::Store;
 
 /// The file that is cut shorter.
 const RESERVE: &str = "reserve";
-const RESERVE_LEN: u64 = 4 << 20;
+const RESERVE_LEN: u64 = LEFT_LEN / 2;
 /// By how much at a time.
 const RESERVE_STEP: u64 = 512 << 10;
-/// Bytes that are left for who makes room.
-const LEFT_LEN: u64 = 2 * RESERVE_LEN;
 const ROOM_LOCK: &str = "room.lock";
 pub(crate) const COLLECT_LOCK: &str = "collect.lock";
-
-/// Whether somebody makes room.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Purpose {
-    /// What grows leaves room for those who make some.
-    Grow,
-    MakeRoom,
-}
-
-/// Fails, as on a full disk, if so many more bytes in this file would be of the room that is left for who makes more.
-pub(crate) fn leave(file: impl AsFd, more: u64) -> io::Result<()> {
-    match free_bytes(file)? {
-        Some(free) if free < LEFT_LEN.saturating_add(more) => Err(io::Error::new(
-            io::ErrorKind::StorageFull,
-            format!("No space left on device, but {} MiB for what makes room", LEFT_LEN >> 20),
-        )),
-        _ => Ok(()),
-    }
-}
-
-/// Bytes that this process may use on a file's disk; none if the disk does not say.
-fn free_bytes(file: impl AsFd) -> io::Result<Option<u64>> {
-    let facts = fstatvfs(file)?;
-    // Disks keep some blocks for root.
-    let blocks = if rustix::process::geteuid().is_root() { facts.f_bfree } else { facts.f_bavail };
-    Ok((facts.f_blocks > 0).then(|| blocks.saturating_mul(facts.f_frsize)))
-}
 
 /// Does what makes room; on a full disk with the room that was set aside.
 pub(super) fn with_reserve<T>(folder: &Path, act: impl Fn() -> Result<T>) -> Result<T> {
