@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Params, Row, Transaction, TransactionBehavior, params};
 
 use crate::error::{Result, StoreError};
 use crate::id::Id;
@@ -21,7 +21,7 @@ use crate::tree::Root;
 
 pub(crate) use row::SegmentRow;
 pub use row::{DomainRow, ImageRow, SnapshotRow, VolumeRow};
-use row::{domain_row, image_row, snapshot_row, volume_row};
+use row::{domain_row, image_row, segment_row, snapshot_row, volume_row};
 
 /// The version of the tables' layout.
 const LAYOUT: u32 = 2;
@@ -85,6 +85,38 @@ impl Catalog {
         Ok(value)
     }
 
+    /// As [`change`](Self::change) for one statement. Gives the number of rows that it changed.
+    fn execute(&self, statement: &str, values: impl Params) -> Result<usize> {
+        self.change(|transaction| Ok(transaction.execute(statement, values)?))
+    }
+
+    /// All rows that a query finds.
+    fn all<T>(
+        &self,
+        query: &str,
+        values: impl Params,
+        read: impl FnMut(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Vec<T>> {
+        let connection = self.quick();
+        let mut statement = connection.prepare_cached(query)?;
+        let rows = statement.query_map(values, read)?;
+        Ok(rows.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// The one row that a query finds, of something of that name.
+    fn named<T>(
+        &self,
+        what: &'static str,
+        name: &str,
+        query: &str,
+        values: impl Params,
+        read: impl FnOnce(&Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T> {
+        let connection = self.quick();
+        let row = connection.prepare_cached(query)?.query_row(values, read).optional()?;
+        row.ok_or_else(|| StoreError::NotFound { what, name: name.to_owned() })
+    }
+
     /// Moves what was written into the tables proper. For a thread that may wait.
     pub fn checkpoint(&self) -> Result<()> {
         self.quick().query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
@@ -124,10 +156,7 @@ impl Catalog {
 
     /// Sees to it that numbers up to `number` are not given out again.
     pub fn skip_segments(&self, number: SegmentNumber) -> Result<()> {
-        self.change(|transaction| {
-            transaction.execute("UPDATE fact SET value = max(value, ?1) WHERE key = 'segments'", [number.0])?;
-            Ok(())
-        })
+        self.execute("UPDATE fact SET value = max(value, ?1) WHERE key = 'segments'", [number.0]).map(drop)
     }
 
     /// Adds a sealed segment.
@@ -154,18 +183,7 @@ impl Catalog {
     }
 
     pub fn segments(&self) -> Result<Vec<SegmentRow>> {
-        let connection = self.quick();
-        let mut statement =
-            connection.prepare_cached("SELECT number, records, bytes, run FROM segment ORDER BY number")?;
-        let rows = statement.query_map([], |row| {
-            Ok(SegmentRow {
-                number: SegmentNumber(row.get(0)?),
-                records: row.get(1)?,
-                bytes: row.get(2)?,
-                run: row.get(3)?,
-            })
-        })?;
-        Ok(rows.collect::<rusqlite::Result<_>>()?)
+        self.all("SELECT number, records, bytes, run FROM segment ORDER BY number", [], segment_row)
     }
 
     /// A number that no run ever had.
@@ -227,17 +245,11 @@ impl Catalog {
     }
 
     pub fn volume(&self, name: &str) -> Result<VolumeRow> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached("SELECT * FROM volume WHERE name = ?1")?;
-        let row = statement.query_row([name], volume_row).optional()?;
-        row.ok_or_else(|| StoreError::NotFound { what: "volume", name: name.to_owned() })
+        self.named("volume", name, "SELECT * FROM volume WHERE name = ?1", [name], volume_row)
     }
 
     pub fn volumes(&self) -> Result<Vec<VolumeRow>> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached("SELECT * FROM volume ORDER BY name")?;
-        let rows = statement.query_map([], volume_row)?;
-        Ok(rows.collect::<rusqlite::Result<_>>()?)
+        self.all("SELECT * FROM volume ORDER BY name", [], volume_row)
     }
 
     /// Removes a volume and its snapshots.
@@ -253,19 +265,13 @@ impl Catalog {
 
     pub fn rename_volume(&self, id: Id, name: &str) -> Result<()> {
         check_name("volume", name)?;
-        let renamed = self.change(|transaction| {
-            transaction.execute("UPDATE volume SET name = ?2 WHERE id = ?1", params![id, name])?;
-            Ok(())
-        });
-        exists(renamed, "volume", name)
+        let renamed = self.execute("UPDATE volume SET name = ?2 WHERE id = ?1", params![id, name]);
+        exists(renamed, "volume", name).map(drop)
     }
 
     /// The volume began as this content: its origin is in the store now.
     pub fn set_volume_root(&self, id: Id, root: Root) -> Result<()> {
-        self.change(|transaction| {
-            transaction.execute("UPDATE volume SET root = ?2, origin = NULL WHERE id = ?1", params![id, root])?;
-            Ok(())
-        })
+        self.execute("UPDATE volume SET root = ?2, origin = NULL WHERE id = ?1", params![id, root]).map(drop)
     }
 
     // Snapshots
@@ -313,10 +319,8 @@ impl Catalog {
     }
 
     pub fn snapshot(&self, volume: Id, name: &str) -> Result<SnapshotRow> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached("SELECT * FROM snapshot WHERE volume = ?1 AND name = ?2")?;
-        let row = statement.query_row(params![volume, name], snapshot_row).optional()?;
-        row.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: name.to_owned() })
+        let query = "SELECT * FROM snapshot WHERE volume = ?1 AND name = ?2";
+        self.named("snapshot", name, query, params![volume, name], snapshot_row)
     }
 
     pub fn snapshot_by_id(&self, id: Id) -> Result<Option<SnapshotRow>> {
@@ -325,12 +329,8 @@ impl Catalog {
 
     /// The snapshots of a volume, oldest first; of all volumes without one.
     pub fn snapshots(&self, volume: Option<Id>) -> Result<Vec<SnapshotRow>> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached(
-            "SELECT * FROM snapshot WHERE ?1 IS NULL OR volume = ?1 ORDER BY volume, created_ns, rowid",
-        )?;
-        let rows = statement.query_map([volume], snapshot_row)?;
-        Ok(rows.collect::<rusqlite::Result<_>>()?)
+        let query = "SELECT * FROM snapshot WHERE ?1 IS NULL OR volume = ?1 ORDER BY volume, created_ns, rowid";
+        self.all(query, [volume], snapshot_row)
     }
 
     /// Tells of every snapshot, in no order, what a collection has to know: its row, its root, the length of its chunks, and its node.
@@ -397,36 +397,23 @@ impl Catalog {
     }
 
     pub fn domain(&self, name: &str) -> Result<DomainRow> {
-        let row = self.quick().query_row("SELECT * FROM domain WHERE name = ?1", [name], domain_row).optional()?;
-        row.ok_or_else(|| StoreError::NotFound { what: "domain", name: name.to_owned() })
+        self.named("domain", name, "SELECT * FROM domain WHERE name = ?1", [name], domain_row)
     }
 
     pub fn domains(&self) -> Result<Vec<DomainRow>> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached("SELECT * FROM domain ORDER BY name")?;
-        let rows = statement.query_map([], domain_row)?;
-        Ok(rows.collect::<rusqlite::Result<_>>()?)
+        self.all("SELECT * FROM domain ORDER BY name", [], domain_row)
     }
 
     pub fn set_key_file(&self, id: u32, key_file: Option<&str>) -> Result<()> {
-        self.change(|transaction| {
-            transaction.execute("UPDATE domain SET key_file = ?2 WHERE id = ?1", params![id, key_file])?;
-            Ok(())
-        })
+        self.execute("UPDATE domain SET key_file = ?2 WHERE id = ?1", params![id, key_file]).map(drop)
     }
 
     pub fn set_domain_erased(&self, id: u32) -> Result<()> {
-        self.change(|transaction| {
-            transaction.execute("UPDATE domain SET erased = 1 WHERE id = ?1", [id])?;
-            Ok(())
-        })
+        self.execute("UPDATE domain SET erased = 1 WHERE id = ?1", [id]).map(drop)
     }
 
     pub fn remove_domain(&self, id: u32) -> Result<()> {
-        self.change(|transaction| {
-            transaction.execute("DELETE FROM domain WHERE id = ?1", [id])?;
-            Ok(())
-        })
+        self.execute("DELETE FROM domain WHERE id = ?1", [id]).map(drop)
     }
 
     // Images
@@ -438,29 +425,20 @@ impl Catalog {
             Replace::No => "INSERT INTO image (name, created_ns, node) VALUES (?1, ?2, ?3)",
             Replace::Yes => "INSERT OR REPLACE INTO image (name, created_ns, node) VALUES (?1, ?2, ?3)",
         };
-        let added = self.change(|transaction| {
-            transaction.execute(statement, params![image.name, image.created_ns as i64, image.node])?;
-            Ok(())
-        });
-        exists(added, "image", &image.name)
+        let added = self.execute(statement, params![image.name, image.created_ns as i64, image.node]);
+        exists(added, "image", &image.name).map(drop)
     }
 
     pub fn image(&self, name: &str) -> Result<ImageRow> {
-        let connection = self.quick();
-        let row = connection.query_row("SELECT * FROM image WHERE name = ?1", [name], image_row).optional()?;
-        row.ok_or_else(|| StoreError::NotFound { what: "image", name: name.to_owned() })
+        self.named("image", name, "SELECT * FROM image WHERE name = ?1", [name], image_row)
     }
 
     pub fn images(&self) -> Result<Vec<ImageRow>> {
-        let connection = self.quick();
-        let mut statement = connection.prepare_cached("SELECT * FROM image ORDER BY name")?;
-        let rows = statement.query_map([], image_row)?;
-        Ok(rows.collect::<rusqlite::Result<_>>()?)
+        self.all("SELECT * FROM image ORDER BY name", [], image_row)
     }
 
     pub fn remove_image(&self, name: &str) -> Result<()> {
-        let removed =
-            self.change(|transaction| Ok(transaction.execute("DELETE FROM image WHERE name = ?1", [name])?))?;
+        let removed = self.execute("DELETE FROM image WHERE name = ?1", [name])?;
         if removed == 0 {
             return Err(StoreError::NotFound { what: "image", name: name.to_owned() });
         }

@@ -68,14 +68,28 @@ pub(crate) struct SegmentRow {
     pub run: Option<u32>,
 }
 
+/// A number of 64 bits: the catalog has signed ones only.
+fn unsigned(row: &Row<'_>, column: &str) -> rusqlite::Result<u64> {
+    Ok(row.get::<_, i64>(column)? as u64)
+}
+
+pub(super) fn segment_row(row: &Row<'_>) -> rusqlite::Result<SegmentRow> {
+    Ok(SegmentRow {
+        number: SegmentNumber(row.get("number")?),
+        records: row.get("records")?,
+        bytes: row.get("bytes")?,
+        run: row.get("run")?,
+    })
+}
+
 pub(super) fn volume_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
     Ok(VolumeRow {
         id: row.get("id")?,
         name: row.get("name")?,
-        created_ns: row.get::<_, i64>("created_ns")? as u64,
+        created_ns: unsigned(row, "created_ns")?,
         domain: row.get("domain")?,
         chunk_len: row.get("chunk_len")?,
-        capacity_bytes: row.get::<_, i64>("capacity")? as u64,
+        capacity_bytes: unsigned(row, "capacity")?,
         root: row.get("root")?,
         origin: row.get("origin")?,
     })
@@ -86,10 +100,10 @@ pub(super) fn snapshot_row(row: &Row<'_>) -> rusqlite::Result<SnapshotRow> {
         id: row.get("id")?,
         volume: row.get("volume")?,
         name: row.get("name")?,
-        created_ns: row.get::<_, i64>("created_ns")? as u64,
+        created_ns: unsigned(row, "created_ns")?,
         domain: row.get("domain")?,
         chunk_len: row.get("chunk_len")?,
-        capacity_bytes: row.get::<_, i64>("capacity")? as u64,
+        capacity_bytes: unsigned(row, "capacity")?,
         root: row.get("root")?,
         node: row.get("node")?,
     })
@@ -99,14 +113,14 @@ pub(super) fn domain_row(row: &Row<'_>) -> rusqlite::Result<DomainRow> {
     Ok(DomainRow {
         id: row.get("id")?,
         name: row.get("name")?,
-        created_ns: row.get::<_, i64>("created_ns")? as u64,
+        created_ns: unsigned(row, "created_ns")?,
         key_file: row.get("key_file")?,
         is_erased: row.get("erased")?,
     })
 }
 
 pub(super) fn image_row(row: &Row<'_>) -> rusqlite::Result<ImageRow> {
-    Ok(ImageRow { name: row.get("name")?, created_ns: row.get::<_, i64>("created_ns")? as u64, node: row.get("node")? })
+    Ok(ImageRow { name: row.get("name")?, created_ns: unsigned(row, "created_ns")?, node: row.get("node")? })
 }
 
 impl ToSql for Id {
