@@ -26,7 +26,7 @@ use crate::name::{Kind, Namer};
 use crate::node::Node;
 use crate::records::record::{HEADER_LEN, Header, Packing};
 use crate::store::Store;
-use crate::volume::log::sync_folder;
+use crate::volume::log_file::sync_folder;
 use crate::volume::log_seal::LogSealer;
 
 /// The domain of what is not encrypted.

@@ -25,7 +25,7 @@ use crate::store::{Expected, Read};
 use crate::tree::{self, Root, TreeNode};
 use crate::volume::extent_map::BLOCK_LEN;
 use crate::volume::layers::Piece;
-use crate::volume::log::LogFile;
+use crate::volume::log_file::LogFile;
 
 /// Reads that the ring holds; more wait for the next round.
 const RING_ENTRIES: u32 = 128;

@@ -14,7 +14,7 @@ use crate::domain::OPEN_DOMAIN;
 use crate::error::{Result, StoreError};
 use crate::name::{Name, Namer};
 use crate::records::record::{self, HEADER_LEN, Header};
-use crate::volume::log::settle;
+use crate::volume::log_file::settle;
 
 /// A segment is full when it holds that much.
 pub(crate) const SEGMENT_LEN: u64 = 15 << 20;

@@ -13,7 +13,7 @@ use crate::records::segment::{
     Entry, Location, SEGMENT_LEN, SegmentFolder, SegmentNumber, Summary, file_header, lock, name_sealed, write_table,
 };
 use crate::room::Purpose;
-use crate::volume::log::sync_folder;
+use crate::volume::log_file::sync_folder;
 
 /// The segment that this process writes.
 pub(crate) struct SegmentWriter {

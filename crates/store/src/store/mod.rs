@@ -31,7 +31,7 @@ use crate::records::record::{HEADER_LEN, Header};
 use crate::records::segment::{Location, SegmentFolder, SegmentNumber};
 use crate::records::segment_writer::SegmentWriter;
 use crate::tree::{NODE_LEN, TreeNode};
-use crate::volume::log::sync_folder;
+use crate::volume::log_file::sync_folder;
 use crate::volume::spares::Spares;
 use crate::workers::Workers;
 

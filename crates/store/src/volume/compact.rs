@@ -22,7 +22,9 @@ use crate::volume::core::Core;
 use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
 use crate::volume::head::{Head, State};
 use crate::volume::layers::{Frozen, lay};
-use crate::volume::log::{self, Change, LogFile, Position};
+use crate::volume::log_file;
+use crate::volume::log_file::LogFile;
+use crate::volume::log_record::{Change, Position};
 
 /// How soon a failed move is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -195,7 +197,7 @@ impl Mover<'_> {
         self.reuse_files();
         let Some(file) = self.core.take_empty_log() else { return };
         let before = self.head.state;
-        let place = LogPlace::new(file.number + 1, log::FIRST_OFFSET);
+        let place = LogPlace::new(file.number + 1, log_file::FIRST_OFFSET);
         let position = Position { place, ..before.position };
         match self.head.write(State { position, ..before }) {
             Ok(()) => self.give(std::slice::from_ref(&file)),

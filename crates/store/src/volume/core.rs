@@ -19,7 +19,10 @@ use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
 use crate::volume::flush::Syncs;
 use crate::volume::head::Head;
 use crate::volume::layers::{Frozen, Generation, LayeredPart, Layers, Piece, backlog, chunk_pieces, opening_of};
-use crate::volume::log::{self, Change, LogFile, LogWriter, PAYLOAD_LEN_MAX};
+use crate::volume::log::{self, LogWriter};
+use crate::volume::log_file;
+use crate::volume::log_file::LogFile;
+use crate::volume::log_record::{Change, PAYLOAD_LEN_MAX};
 use crate::volume::log_seal::{LogSealer, SEALED_BLOCKS_MAX, sealed_len};
 use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{VolumeOptions, check_range};
@@ -90,8 +93,8 @@ impl Core {
         let sealer = domain.as_ref().map(|domain| domain.log_sealer(row.id, state.epoch)).transpose()?;
         let start = state.position.place;
         // A volume that was never written or was rolled back has no file yet, and none behind that either.
-        let files = log::list(&folder)?;
-        let begun = start.offset() > u64::from(log::FIRST_OFFSET) || files.iter().any(|&file| file > start.file());
+        let files = log_file::list(&folder)?;
+        let begun = start.offset() > u64::from(log_file::FIRST_OFFSET) || files.iter().any(|&file| file > start.file());
         if begun && !files.contains(&start.file()) {
             return Err(StoreError::Damaged {
                 path: folder.join("head"),
@@ -99,7 +102,7 @@ impl Core {
                 what: format!("file {} of the log is missing", start.file()),
             });
         }
-        log::remove_before(&folder, state.position.place.file())?;
+        log_file::remove_before(&folder, state.position.place.file())?;
         let mut active = Generation::default();
         let mut capacity_bytes = state.capacity_bytes;
         let mut snapshots = Vec::new();
@@ -142,7 +145,7 @@ impl Core {
         }
         if !snapshots.is_empty() {
             // What the catalog says is there is not to be gone with the name of its file.
-            log::sync_folder(&folder)?;
+            log_file::sync_folder(&folder)?;
         }
         let mut pending_names = BTreeSet::new();
         for snapshot in snapshots {

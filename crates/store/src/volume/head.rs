@@ -11,7 +11,8 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::tree::Root;
 use crate::volume::extent_map::LogPlace;
-use crate::volume::log::{Position, settle, sync_folder};
+use crate::volume::log_file::{settle, sync_folder};
+use crate::volume::log_record::Position;
 
 const SLOT_LEN: u64 = 4096;
 const CONTENT_LEN: usize = 128;

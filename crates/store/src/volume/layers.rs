@@ -8,7 +8,8 @@ use crate::catalog::SnapshotRow;
 use crate::error::{Result, StoreError};
 use crate::tree::Root;
 use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
-use crate::volume::log::{Appended, Change, LogFile, Position};
+use crate::volume::log_file::LogFile;
+use crate::volume::log_record::{Appended, Change, Position};
 use crate::volume::log_seal::{self, LogSealer, Opening, SealedPart, SealedRecord, salt_of};
 
 /// A record of the log that is not in the tree yet.

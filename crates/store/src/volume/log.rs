@@ -15,148 +15,21 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::FallocateFlags;
-
 use crate::error::{Result, StoreError};
 use crate::id::Id;
-use crate::records::segment::read_up_to;
 use crate::room;
 use crate::volume::extent_map::LogPlace;
+use crate::volume::log_file::{LogFile, PAGE_LEN, allocate, make_file};
+use crate::volume::log_read;
+use crate::volume::log_record::{Appended, Change, HEADER_LEN, Header, Position, record_len, volume_tag};
 use crate::volume::spares::Spare;
 
 /// Bytes of a log file, unless another size is asked for.
 pub(crate) const FILE_LEN_DEFAULT: u64 = 32 << 20;
 /// The shortest that takes the longest record, and the longest.
 pub(crate) const FILE_LEN_RANGE: (u64, u64) = (2 << 20, 1 << 30);
-/// The longest payload of a record.
-pub(crate) const PAYLOAD_LEN_MAX: usize = 1 << 20;
 /// Bytes of a new file whose room is taken at a time: a volume that is hardly written takes little.
 const ALLOCATION_LEN: u64 = 2 << 20;
-/// Bytes of a spare that are written and synced at a time: those who flush meanwhile wait for so much at most.
-const SPARE_STEP_LEN: usize = 256 << 10;
-const HEADER_LEN: usize = 64;
-const PAGE_LEN: u64 = 4096;
-/// Where the first record of a file begins.
-pub(crate) const FIRST_OFFSET: u32 = PAGE_LEN as u32;
-const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
-const MAGIC: u32 = u32::from_le_bytes(*b"Plog");
-const FORMAT: u32 = 1;
-
-/// What a record says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Change {
-    /// The payload was written at `offset`.
-    Write { offset: u64 },
-    /// As `Write` in an encrypted volume; the payload is sealed under that number of the opening that wrote it.
-    Sealed { offset: u64, number: u64 },
-    /// The range reads as zeros.
-    Zeros { offset: u64, len: u64 },
-    /// A snapshot of all records before this one; the payload says which.
-    Snapshot,
-    /// The volume has another size.
-    Resize { capacity_bytes: u64 },
-}
-
-/// A record's header.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Header {
-    change: Change,
-    payload_len: u32,
-    sequence: u64,
-    epoch: u32,
-    checksum: u32,
-    /// Records before this sequence number were stable when it was written.
-    promised: u64,
-}
-
-impl Header {
-    fn to_bytes(self, volume: u64) -> [u8; HEADER_LEN] {
-        let mut bytes = [0; HEADER_LEN];
-        let (kind, offset, len) = match self.change {
-            Change::Write { offset } => (1, offset, u64::from(self.payload_len)),
-            Change::Sealed { offset, number } => (5, offset, number),
-            Change::Zeros { offset, len } => (2, offset, len),
-            Change::Snapshot => (3, 0, 0),
-            Change::Resize { capacity_bytes } => (4, capacity_bytes, 0),
-        };
-        bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
-        bytes[4] = kind;
-        bytes[8..12].copy_from_slice(&(volume as u32).to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.epoch.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
-        bytes[24..32].copy_from_slice(&offset.to_le_bytes());
-        bytes[32..40].copy_from_slice(&len.to_le_bytes());
-        bytes[40..44].copy_from_slice(&self.payload_len.to_le_bytes());
-        bytes[44..48].copy_from_slice(&self.checksum.to_le_bytes());
-        bytes[48..56].copy_from_slice(&self.promised.to_le_bytes());
-        bytes[56..60].copy_from_slice(&((volume >> 32) as u32).to_le_bytes());
-        let checksum = crc32c::crc32c(&bytes[..60]);
-        bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8; HEADER_LEN], volume: u64) -> Option<Header> {
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-        let known = word(0) == MAGIC
-            && word(60) == crc32c::crc32c(&bytes[..60])
-            && (u64::from(word(8)) | u64::from(word(56)) << 32) == volume;
-        let header = Header {
-            change: match bytes[4] {
-                1 => Change::Write { offset: long(24) },
-                2 => Change::Zeros { offset: long(24), len: long(32) },
-                3 => Change::Snapshot,
-                4 => Change::Resize { capacity_bytes: long(24) },
-                5 => Change::Sealed { offset: long(24), number: long(32) },
-                _ => return None,
-            },
-            payload_len: word(40),
-            sequence: long(16),
-            epoch: word(12),
-            checksum: word(44),
-            promised: long(48),
-        };
-        (known && header.payload_len as usize <= PAYLOAD_LEN_MAX).then_some(header)
-    }
-}
-
-/// A file of the log. It is written again from the front once nobody holds it any more.
-pub(crate) struct LogFile {
-    pub number: u32,
-    pub file: File,
-    path: PathBuf,
-}
-
-impl LogFile {
-    #[cfg(test)]
-    pub fn at(number: u32, path: PathBuf) -> Self {
-        LogFile { number, file: File::create(&path).unwrap(), path }
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
-/// Where records end and continue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Position {
-    pub place: LogPlace,
-    /// Of the next record.
-    pub sequence: u64,
-    /// No record from here on was written under an earlier epoch: those that lie here were dropped by a recovery.
-    pub epoch: u32,
-}
-
-/// A record that was appended or found.
-pub(crate) struct Appended {
-    pub change: Change,
-    /// Of the payload.
-    pub place: LogPlace,
-    pub payload_len: u32,
-    /// Behind the record.
-    pub end: Position,
-}
 
 /// The end of a log that is written.
 pub(crate) struct LogWriter {
@@ -323,11 +196,6 @@ impl Flush {
     }
 }
 
-/// Bytes of a record with its padding.
-fn record_len(payload_len: usize) -> u64 {
-    ((HEADER_LEN + payload_len) as u64).next_multiple_of(HEADER_LEN as u64)
-}
-
 /// Writes header and payload, whole.
 fn write_both(file: &File, header: &[u8], payload: &[u8], offset: u64) -> io::Result<()> {
     let whole = header.len() + payload.len();
@@ -343,73 +211,6 @@ fn write_both(file: &File, header: &[u8], payload: &[u8], offset: u64) -> io::Re
         file.write_all_at(&rest[written..], offset + written as u64)?;
     }
     Ok(())
-}
-
-fn path_of(folder: &Path, number: u32) -> PathBuf {
-    folder.join(format!("log-{number:08}"))
-}
-
-/// The part of a volume's id that its records carry. Files were the logs of other volumes before, and what those wrote there is not to pass
-/// for records of this one: so it is no less than what cannot be guessed.
-pub(crate) fn volume_tag(id: Id) -> u64 {
-    id.0.iter().take(8).fold(0, |tag, &byte| tag << 8 | u64::from(byte))
-}
-
-fn file_header(number: u32, volume: u64) -> [u8; HEADER_LEN] {
-    let mut bytes = [0; HEADER_LEN];
-    bytes[..16].copy_from_slice(FILE_MAGIC);
-    bytes[16..20].copy_from_slice(&FORMAT.to_le_bytes());
-    bytes[20..24].copy_from_slice(&number.to_le_bytes());
-    bytes[24..32].copy_from_slice(&volume.to_le_bytes());
-    let checksum = crc32c::crc32c(&bytes[..60]);
-    bytes[60..].copy_from_slice(&checksum.to_le_bytes());
-    bytes
-}
-
-/// A file of the log under its number: one that was used before, or a new one; whether it was. Neither its name nor its header is stable.
-fn make_file(folder: &Path, number: u32, volume: u64, len: u64, spare: Option<Spare>) -> Result<(LogFile, bool)> {
-    let path = path_of(folder, number);
-    let made = (|| {
-        let taken = spare.map(|spare| spare.rename(&path)).transpose()?.flatten();
-        let used_before = taken.is_some();
-        let file = match taken {
-            Some(file) => file,
-            None => File::options().read(true).write(true).create(true).truncate(true).open(&path)?,
-        };
-        // Its length does not change any more, so that a flush need not write it.
-        file.set_len(len)?;
-        file.write_all_at(&file_header(number, volume), 0)?;
-        Ok((file, used_before))
-    })();
-    let (file, used_before) = made.map_err(StoreError::file("make", &path))?;
-    Ok((LogFile { number, file, path }, used_before))
-}
-
-/// Takes the room for a range of a file, which holds nothing yet.
-fn allocate(file: &File, start: u64, end: u64) -> io::Result<()> {
-    match rustix::fs::fallocate(file, FallocateFlags::empty(), start, end - start) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::OPNOTSUPP) => write_zeros(file, start, end, || Ok(())),
-        Err(error) => Err(error.into()),
-    }
-}
-
-pub(super) fn write_zeros(
-    file: &File,
-    start: u64,
-    end: u64,
-    mut written: impl FnMut() -> io::Result<()>,
-) -> io::Result<()> {
-    let zeros = vec![0; SPARE_STEP_LEN];
-    (start..end).step_by(zeros.len()).try_for_each(|offset| {
-        let part = zeros.len().min((end - offset) as usize);
-        file.write_all_at(&zeros[..part], offset)?;
-        written()
-    })
-}
-
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(StoreError::file("write", folder))
 }
 
 /// A log that was found.
@@ -431,7 +232,7 @@ pub(crate) fn recover(
     found: impl FnMut(Appended, &[u8]),
 ) -> Result<Recovered> {
     let volume = volume_tag(id);
-    let (mut files, mut at) = read(folder, id, start, found)?;
+    let (mut files, mut at) = log_read::read(folder, id, start, found)?;
     let (file, allocated) = match files.last() {
         Some(file) => (file.clone(), 0),
         None => {
@@ -463,193 +264,6 @@ pub(crate) fn recover(
         broken: false,
     };
     Ok(Recovered { writer, files })
-}
-
-/// Reads a log from a position on and changes nothing: `found` hears of every record that counts. Gives the files that were read, and
-/// where the log ends.
-pub(crate) fn read(
-    folder: &Path,
-    id: Id,
-    start: Position,
-    mut found: impl FnMut(Appended, &[u8]),
-) -> Result<(Vec<Arc<LogFile>>, Position)> {
-    let volume = volume_tag(id);
-    let mut files: Vec<Arc<LogFile>> = Vec::new();
-    let mut at = start;
-    let mut payload = Vec::new();
-    while let Some(file) = open_file(folder, at.place.file(), volume)? {
-        let file = Arc::new(file);
-        files.push(file.clone());
-        let reading = StoreError::file("read", &file.path);
-        let end = (|| {
-            settle(&file.file)?;
-            while let Some((header, offset)) = next_record(&file.file, &at, volume, &mut payload)? {
-                let begin = LogPlace::new(file.number, (offset + HEADER_LEN as u64) as u32);
-                at = Position {
-                    place: LogPlace::new(file.number, (offset + record_len(payload.len())) as u32),
-                    sequence: at.sequence + 1,
-                    epoch: header.epoch,
-                };
-                let appended =
-                    Appended { change: header.change, place: begin, payload_len: payload.len() as u32, end: at };
-                found(appended, &payload);
-            }
-            Ok(at)
-        })();
-        at = end.map_err(reading)?;
-        // The next file counts if it begins with the record that comes next.
-        let next = Position { place: LogPlace::new(file.number + 1, PAGE_LEN as u32), ..at };
-        let follower = open_file(folder, next.place.file(), volume)?;
-        if let Some(offset) = promised_behind(&file, follower.as_ref(), &at, volume)? {
-            return Err(StoreError::Damaged {
-                path: file.path.clone(),
-                offset,
-                what: format!("record {} of the log was promised and is not whole any more", at.sequence),
-            });
-        }
-        let Some(file) = follower else { break };
-        let begins = next_record(&file.file, &next, volume, &mut payload);
-        if begins.map_err(StoreError::file("read", &file.path))?.is_none() {
-            break;
-        }
-        at = next;
-    }
-    Ok((files, at))
-}
-
-/// Sees to it that what is read from a file is what the host's disk holds. After a sync that failed the host's cache holds what
-/// never came there, as if it had.
-pub(crate) fn settle(file: &File) -> io::Result<()> {
-    file.sync_data()?;
-    match rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed) {
-        // A file system without a cache has none to forget.
-        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Where a record that should be at a position was damaged, if one was: records behind it say that it was promised. One record is as
-/// long as a megabyte, so the one that follows it begins not far behind, or in the next file.
-fn promised_behind(file: &LogFile, follower: Option<&LogFile>, at: &Position, volume: u64) -> Result<Option<u64>> {
-    let reading = |file: &LogFile| {
-        let path = file.path.clone();
-        move |error| StoreError::file("read", &path)(error)
-    };
-    let start = at.place.offset();
-    let mut window = vec![0; 2 * PAYLOAD_LEN_MAX];
-    let len = read_up_to(&file.file, &mut window, start).map_err(reading(file))?;
-    let follows = |header: &Header| header.sequence > at.sequence && header.epoch >= at.epoch;
-    let mut payload = Vec::new();
-    let mut promises = |file: &LogFile, offset: u64, header: &Header| -> io::Result<bool> {
-        let begin = LogPlace::new(file.number, offset as u32);
-        let mut next = Position { place: begin, sequence: header.sequence, epoch: at.epoch };
-        while let Some((header, offset)) = next_record(&file.file, &next, volume, &mut payload)? {
-            if header.promised > at.sequence {
-                return Ok(true);
-            }
-            let end = offset + record_len(payload.len());
-            let place = LogPlace::new(file.number, end as u32);
-            next = Position { place, sequence: header.sequence + 1, epoch: header.epoch };
-        }
-        Ok(false)
-    };
-    for from in (0..len.saturating_sub(HEADER_LEN - 1)).step_by(HEADER_LEN) {
-        let Some(header) = header_at(&window[from..], volume).filter(&follows) else { continue };
-        if promises(file, start + from as u64, &header).map_err(reading(file))? {
-            return Ok(Some(start));
-        }
-        break;
-    }
-    if let Some(follower) = follower {
-        let mut bytes = [0; HEADER_LEN];
-        if read_whole(&follower.file, &mut bytes, PAGE_LEN).map_err(reading(follower))?
-            && let Some(header) = header_at(&bytes, volume).filter(&follows)
-            && promises(follower, PAGE_LEN, &header).map_err(reading(follower))?
-        {
-            return Ok(Some(start));
-        }
-    }
-    Ok(None)
-}
-
-fn header_at(bytes: &[u8], volume: u64) -> Option<Header> {
-    Header::from_bytes(bytes.first_chunk()?, volume)
-}
-
-/// The record at a position, or at the page behind it, if one counts. Its payload is left in `payload`.
-fn next_record(file: &File, at: &Position, volume: u64, payload: &mut Vec<u8>) -> io::Result<Option<(Header, u64)>> {
-    let offset = at.place.offset();
-    let mut places = vec![offset, offset.next_multiple_of(PAGE_LEN)];
-    places.dedup();
-    for offset in places {
-        let mut bytes = [0; HEADER_LEN];
-        if !read_whole(file, &mut bytes, offset)? {
-            continue;
-        }
-        let Some(header) = Header::from_bytes(&bytes, volume) else { continue };
-        if header.sequence != at.sequence || header.epoch < at.epoch {
-            continue;
-        }
-        payload.resize(header.payload_len as usize, 0);
-        if read_whole(file, payload, offset + HEADER_LEN as u64)? && crc32c::crc32c(payload) == header.checksum {
-            return Ok(Some((header, offset)));
-        }
-    }
-    Ok(None)
-}
-
-fn read_whole(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<bool> {
-    match file.read_exact_at(bytes, offset) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Opens a file of the log, if there is one with that number and a header of its own.
-fn open_file(folder: &Path, number: u32, volume: u64) -> Result<Option<LogFile>> {
-    let path = path_of(folder, number);
-    let file = match File::options().read(true).write(true).open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(StoreError::file("open", &path)(error)),
-    };
-    let mut bytes = [0; HEADER_LEN];
-    if !read_whole(&file, &mut bytes, 0).map_err(StoreError::file("read", &path))? {
-        return Ok(None);
-    }
-    let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    if &bytes[..16] != FILE_MAGIC || word(60) != crc32c::crc32c(&bytes[..60]) {
-        // A crash came before its header was written: nothing was ever appended to it.
-        return Ok(None);
-    }
-    if word(16) != FORMAT {
-        return Err(StoreError::UnknownFormat { path, found: word(16), known: FORMAT });
-    }
-    let tag = u64::from(word(24)) | u64::from(word(28)) << 32;
-    Ok((word(20) == number && tag == volume).then_some(LogFile { number, file, path }))
-}
-
-/// Numbers of the log files in a folder.
-pub(crate) fn list(folder: &Path) -> Result<Vec<u32>> {
-    let mut logs = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(StoreError::file("list", folder))? {
-        let entry = entry.map_err(StoreError::file("list", folder))?;
-        if let Some(number) = entry.file_name().to_string_lossy().strip_prefix("log-") {
-            logs.extend(number.parse::<u32>());
-        }
-    }
-    logs.sort_unstable();
-    Ok(logs)
-}
-
-/// Removes the files of a log before a number.
-pub(crate) fn remove_before(folder: &Path, number: u32) -> Result<()> {
-    for old in list(folder)?.into_iter().filter(|&old| old < number) {
-        let path = path_of(folder, old);
-        std::fs::remove_file(&path).map_err(StoreError::file("remove", &path))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

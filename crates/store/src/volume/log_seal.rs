@@ -17,7 +17,8 @@ use polder_trust::seal::{LogCipher, LogPlace as Nonce, TAG_BYTES};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::volume::extent_map::{BLOCK_LEN, LogPlace};
-use crate::volume::log::{Change, LogFile};
+use crate::volume::log_file::LogFile;
+use crate::volume::log_record::Change;
 
 const SALT_LEN: usize = 16;
 /// Blocks of a record at most; their numbers are eight bits of the nonce.

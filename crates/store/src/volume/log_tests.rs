@@ -1,6 +1,7 @@
 //! Logs by themselves: what a flush covers, and what a recovery takes for records.
 
 use super::*;
+use crate::volume::log_file::{open_file, path_of};
 use crate::volume::spares::Spares;
 
 const ID: Id = Id([7; 16]);

@@ -13,6 +13,9 @@ mod flush;
 pub(crate) mod head;
 pub(crate) mod layers;
 pub(crate) mod log;
+pub(crate) mod log_file;
+pub(crate) mod log_read;
+pub(crate) mod log_record;
 pub(crate) mod log_seal;
 mod snapshot;
 pub(crate) mod spares;
@@ -30,7 +33,7 @@ use crate::volume::control::ControlSocket;
 use crate::volume::core::Core;
 use crate::volume::extent_map::{BLOCK_LEN, LogPlace};
 use crate::volume::head::{Head, State};
-use crate::volume::log::Position;
+use crate::volume::log_record::Position;
 
 /// The largest volume.
 pub const CAPACITY_BYTES_MAX: u64 = 64 << 40;
@@ -202,9 +205,9 @@ fn open_head(folder: &std::path::Path, row: &VolumeRow) -> Result<Head> {
     }
     // The folder is new: what is promised in it is lost with its name.
     if let Some(volumes) = folder.parent() {
-        log::sync_folder(volumes)?;
+        log_file::sync_folder(volumes)?;
     }
-    if !log::list(folder)?.is_empty() {
+    if !log_file::list(folder)?.is_empty() {
         return Err(StoreError::Damaged {
             path: folder.join("head"),
             offset: 0,
@@ -216,7 +219,7 @@ fn open_head(folder: &std::path::Path, row: &VolumeRow) -> Result<Head> {
         epoch: 0,
         root: row.root,
         capacity_bytes: row.capacity_bytes,
-        position: Position { place: LogPlace::new(1, log::FIRST_OFFSET), sequence: 1, epoch: 0 },
+        position: Position { place: LogPlace::new(1, log_file::FIRST_OFFSET), sequence: 1, epoch: 0 },
     };
     Head::create(folder, state)
 }

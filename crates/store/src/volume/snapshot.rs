@@ -11,7 +11,7 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::volume::core::Core;
 use crate::volume::extent_map::BLOCK_LEN;
-use crate::volume::log::Change;
+use crate::volume::log_record::Change;
 use crate::volume::{check_capacity, now_ns};
 
 impl Core {

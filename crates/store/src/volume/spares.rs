@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::room;
-use crate::volume::log::{LogFile, write_zeros};
+use crate::volume::log_file::{LogFile, write_zeros};
 
 /// Bytes of files that are kept: as much as one log holds.
 const SPARE_BYTES_MAX: u64 = 1 << 30;

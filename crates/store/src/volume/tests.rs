@@ -225,7 +225,7 @@ fn writers_and_the_log_are_bounded() {
     volume.compact().unwrap();
     // Nothing is counted twice of what is moved bit by bit.
     assert!(volume.core().backlog_bytes() < 4096 * 4096 / 64, "{}", volume.core().backlog_bytes());
-    let files = log::list(&volume.core().folder).unwrap();
+    let files = log_file::list(&volume.core().folder).unwrap();
     assert!(files.len() <= 2, "{files:?}");
 }
 
@@ -239,13 +239,13 @@ fn a_volume_at_rest_has_no_log_and_its_file_goes_to_the_next_one() {
     let folder = volume.core().folder.clone();
     volume.write_at(0, &noise(1, 3 << 20)).unwrap();
     volume.close().unwrap();
-    assert!(log::list(&folder).unwrap().is_empty());
+    assert!(log_file::list(&folder).unwrap().is_empty());
     let left = spares();
     assert!(left >= 2);
 
     world.create("two", 8 * MIB, 4096);
     let two = Volume::open(&world.store, "two", options).unwrap();
-    assert_eq!((log::list(&two.core().folder).unwrap(), spares()), (vec![1], left - 1));
+    assert_eq!((log_file::list(&two.core().folder).unwrap(), spares()), (vec![1], left - 1));
     two.write_at(4096, &noise(2, 4096)).unwrap();
     two.flush().unwrap();
     // What was in the file before is not taken for what the second volume wrote.

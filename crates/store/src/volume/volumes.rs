@@ -21,7 +21,9 @@ use crate::store::Store;
 use crate::tree::{self, Root};
 use crate::volume::extent_map::LogPlace;
 use crate::volume::head::{Head, State};
-use crate::volume::log::{self, Change, Position};
+use crate::volume::log_file;
+use crate::volume::log_read;
+use crate::volume::log_record::{Change, Position};
 use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{Volume, VolumeOptions, check_capacity, now_ns};
 
@@ -296,13 +298,13 @@ impl Store {
         let root = snapshot.root.ok_or_else(missing)?;
         let folder = self.volume_folder(snapshot.volume);
         let mut head = Head::open(&folder)?.ok_or_else(missing)?;
-        let files = log::list(&folder)?;
+        let files = log_file::list(&folder)?;
         let next = files.last().copied().unwrap_or(0).max(head.state.position.place.file()) + 1;
         let epoch = head.state.epoch + 1;
         let sequence = head.state.position.sequence + (1 << 32);
-        let position = Position { place: LogPlace::new(next, log::FIRST_OFFSET), sequence, epoch };
+        let position = Position { place: LogPlace::new(next, log_file::FIRST_OFFSET), sequence, epoch };
         head.write(State { root, capacity_bytes: snapshot.capacity_bytes, position, epoch, ..head.state })?;
-        log::remove_before(&folder, next)
+        log_file::remove_before(&folder, next)
     }
 
     /// The root of a snapshot, which is in the tree afterwards.
@@ -384,13 +386,13 @@ fn take_domain(row: &mut VolumeRow, wanted: Option<&DomainRow>, origin: u32) -> 
 fn log_snapshots(folder: &Path, row: &VolumeRow, state: &State) -> Result<Vec<SnapshotRow>> {
     let mut capacity_bytes = state.capacity_bytes;
     let mut found = Vec::new();
-    log::read(folder, row.id, state.position, |appended, payload| match appended.change {
+    log_read::read(folder, row.id, state.position, |appended, payload| match appended.change {
         Change::Snapshot => found.extend(decode_snapshot(payload, row, capacity_bytes)),
         Change::Resize { capacity_bytes: new } => capacity_bytes = new,
         _ => {}
     })?;
     if !found.is_empty() {
-        log::sync_folder(folder)?;
+        log_file::sync_folder(folder)?;
     }
     Ok(found)
 }
