@@ -32,7 +32,7 @@ pub(crate) fn leave(file: impl AsFd, more: u64) -> io::Result<()> {
 }
 
 /// Bytes that this process may use on a file's disk; none if the disk does not say.
-fn free_bytes(file: impl AsFd) -> io::Result<Option<u64>> {
+pub(crate) fn free_bytes(file: impl AsFd) -> io::Result<Option<u64>> {
     let facts = fstatvfs(file)?;
     // Disks keep some blocks for root.
     let blocks = if rustix::process::geteuid().is_root() { facts.f_bfree } else { facts.f_bavail };

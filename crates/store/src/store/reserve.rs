@@ -19,6 +19,8 @@ const RESERVE: &str = "reserve";
 const RESERVE_LEN: u64 = LEFT_LEN / 2;
 /// By how much at a time.
 const RESERVE_STEP: u64 = 512 << 10;
+/// What copies leave of it for the catalog: without that nothing comes of them.
+const RESERVE_FOR_CATALOG: u64 = 1 << 20;
 const ROOM_LOCK: &str = "room.lock";
 pub(crate) const COLLECT_LOCK: &str = "collect.lock";
 
@@ -26,7 +28,7 @@ pub(crate) const COLLECT_LOCK: &str = "collect.lock";
 pub(super) fn with_reserve<T>(folder: &Path, act: impl Fn() -> Result<T>) -> Result<T> {
     loop {
         match act() {
-            Err(error) if error.is_no_space() && !shorten_reserve(folder) => return Err(error),
+            Err(error) if error.is_no_space() && !shorten_reserve(folder, RESERVE_STEP, 0) => return Err(error),
             Err(error) if error.is_no_space() => {}
             other => return other,
         }
@@ -37,11 +39,11 @@ fn create(folder: &Path, name: &str) -> io::Result<File> {
     File::options().create(true).truncate(false).write(true).open(folder.join(name))
 }
 
-/// Gives back a part of what was set aside; whether there was any.
-fn shorten_reserve(folder: &Path) -> bool {
+/// Gives back so much of what was set aside, and leaves so much; whether there was more than that.
+fn shorten_reserve(folder: &Path, by: u64, left: u64) -> bool {
     let Ok(file) = File::options().write(true).open(folder.join(RESERVE)) else { return false };
     match file.metadata() {
-        Ok(facts) if facts.len() > 0 => file.set_len(facts.len().saturating_sub(RESERVE_STEP)).is_ok(),
+        Ok(facts) if facts.len() > left => file.set_len(facts.len().saturating_sub(by).max(left)).is_ok(),
         _ => false,
     }
 }
@@ -65,6 +67,11 @@ impl Store {
     /// Does what makes room; on a full disk with the room that was set aside.
     pub(crate) fn with_reserve<T>(&self, act: impl Fn() -> Result<T>) -> Result<T> {
         with_reserve(&self.folder, act)
+    }
+
+    /// Gives back what can be spared of what was set aside, for copies that make more room; whether there was any.
+    pub(crate) fn spare_reserve_for_copies(&self) -> bool {
+        shorten_reserve(&self.folder, u64::MAX, RESERVE_FOR_CATALOG)
     }
 
     /// Sees to it that whoever makes room on a full disk has the files that are locked meanwhile.

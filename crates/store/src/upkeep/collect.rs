@@ -3,8 +3,11 @@
 //! There are no reference counts. Marking takes no lock. Segments with little in them that is needed are then rewritten without the rest.
 //! Only at the end are batches kept out for a moment: what they made reachable since is marked as well, and the old segments leave the
 //! catalog. Readers that still look for a record there find it by its name.
+//!
+//! Where the disk has little room, only as many segments are rewritten at a time as there is room for what is needed of them; each lot that goes
+//! makes room for the next one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,17 +17,17 @@ use std::time::{Duration, Instant};
 use crate::catalog::SegmentRow;
 use crate::error::{Result, StoreError};
 use crate::pace::Pace;
-use crate::records::behind::Writing;
-use crate::records::record::{self, HEADER_LEN};
-use crate::records::segment::{self, Found, SegmentNumber};
-use crate::records::segment_writer::SegmentWriter;
-use crate::room::Purpose;
+use crate::records::segment::{self, Entry, Found, SegmentNumber};
+use crate::room;
 use crate::store::Store;
 use crate::store::reserve::COLLECT_LOCK;
+use crate::upkeep::copier::Copier;
 use crate::upkeep::mark::{Lost, Marks};
 
 /// Smaller segments are joined.
 const SEGMENT_LEN_SMALL: u64 = 4 << 20;
+/// What copies take beside the records and their entries, for each segment that they come from at most: header, trailer, and the ends of blocks.
+const COPY_EXTRA_LEN: u64 = 16 << 10;
 
 /// How a collection goes about it.
 #[derive(Debug, Clone, Copy)]
@@ -162,21 +165,40 @@ impl Store {
             )));
         }
         let mut collected = Collected { before, ..Collected::default() };
-        let victims = self.victims(&mut marks, &segments, &options)?;
-        // What is needed of the others has to be written elsewhere first: where the disk is full, this makes the room for it.
-        let (dead, others): (Vec<_>, Vec<_>) = victims.into_iter().partition(|row| marks.needed(row.number).is_empty());
-        for victims in [dead, others] {
-            if victims.is_empty() {
-                continue;
-            }
-            match self.take_out(&victims, &mut marks, &options, &mut collected, watcher) {
-                // Writers that had not met the full disk yet took what there was. What was freed is freed.
+        let mut victims = self.victims(&mut marks, &segments, &options)?;
+        // What makes most room for least comes first.
+        victims.sort_by_key(|victim| victim.copies_len);
+        let mut taking = Taking {
+            store: self,
+            marks,
+            copier: Copier::new(self),
+            pace: Pace::new(options.bytes_per_second),
+            done: 0,
+            total: victims.iter().map(|victim| victim.row.bytes).sum(),
+        };
+        let mut rest = &victims[..];
+        let mut together_max = victims.len();
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(self.together(rest).min(together_max));
+            match taking.take_out(now, &mut collected, watcher) {
+                Ok(()) => {
+                    rest = later;
+                    together_max = together_max.saturating_mul(2);
+                }
+                // The disk did not say how much room it has, or somebody else was quicker.
+                Err(error) if error.is_no_space() && (now.len() > 1 || self.spare_reserve_for_copies()) => {
+                    taking.copier.abandon();
+                    together_max = (now.len() / 2).max(1);
+                }
                 Err(error) if error.is_no_space() && collected.freed_bytes > 0 => {
                     tracing::warn!(%error, "a part of the collection is left for the next one");
+                    break;
                 }
-                result => result?,
+                Err(error) => return Err(error),
             }
         }
+        collected.rewritten_bytes = taking.copier.bytes();
+        drop(taking);
         self.make_reserve();
         drop(making_room);
         match self.tidy() {
@@ -189,50 +211,22 @@ impl Store {
         Ok(collected)
     }
 
-    /// Removes segments; what is needed of them is copied first.
-    fn take_out(
-        self: &Arc<Self>,
-        victims: &[SegmentRow],
-        marks: &mut Marks,
-        options: &CollectOptions,
-        collected: &mut Collected,
-        watcher: Watcher<'_>,
-    ) -> Result<()> {
-        let total = victims.iter().map(|row| row.bytes).sum();
-        let mut copier =
-            Copier { store: self, pace: Pace::new(options.bytes_per_second), copied: BTreeMap::new(), target: None };
-        let mut done = 0;
-        for row in victims {
-            collected.rewritten_bytes += copier.copy(row, marks.needed(row.number))?;
-            done += row.bytes;
-            watcher(Step { what: "rewriting", done, total })?;
+    /// How many of these victims go together: all of which nothing is needed, or as many as what is needed of them takes no more than half
+    /// of what is free. Others write to the disk as well.
+    fn together(&self, victims: &[Victim]) -> usize {
+        let dead = victims.partition_point(|victim| victim.copies_len == 0);
+        if dead > 0 {
+            return dead;
         }
-        copier.finish()?;
-
-        let begin = Instant::now();
-        let alone = self.lock_out_batches()?;
-        self.index().refresh(self.catalog())?;
-        marks.add(self, &self.roots()?, &mut || Ok(()))?;
-        copier.pace = Pace::new(u64::MAX);
-        for row in victims {
-            collected.rewritten_bytes += copier.copy(row, marks.needed(row.number))?;
-        }
-        copier.finish()?;
-        let numbers: Vec<SegmentNumber> = victims.iter().map(|row| row.number).collect();
-        let runs = self.with_reserve(|| self.catalog().remove_segments(&numbers))?;
-        let dead = numbers.iter().map(|&number| self.bury(number)).collect::<Result<Vec<_>>>()?;
-        drop(alone);
-        collected.pause = collected.pause.max(begin.elapsed());
-
-        self.index().refresh(self.catalog())?;
-        self.forget_segments(&numbers);
-        self.index().remove_runs(&runs)?;
-        for (row, path) in victims.iter().zip(&dead) {
-            std::fs::remove_file(path).map_err(StoreError::file("remove", path))?;
-            collected.freed_bytes += row.bytes;
-        }
-        collected.removed_segments += victims.len() as u64;
-        Ok(())
+        // Some disks do not say.
+        let free = File::open(self.folder()).and_then(room::free_bytes).ok().flatten();
+        let room = free.map_or(u64::MAX, |free| free / 2);
+        let mut copies_len = 0;
+        let fits = |victim: &&Victim| {
+            copies_len += victim.copies_len;
+            copies_len <= room
+        };
+        victims.iter().take_while(fits).count().max(1)
     }
 
     /// Removes what a collection or the removal of a volume left behind when its process was killed.
@@ -260,7 +254,7 @@ impl Store {
     }
 
     /// Segments that are to go.
-    fn victims(&self, marks: &mut Marks, segments: &[SegmentRow], options: &CollectOptions) -> Result<Vec<SegmentRow>> {
+    fn victims(&self, marks: &mut Marks, segments: &[SegmentRow], options: &CollectOptions) -> Result<Vec<Victim>> {
         let mut victims = Vec::new();
         let mut small = Vec::new();
         for row in segments {
@@ -269,10 +263,15 @@ impl Store {
                 true => row.bytes,
                 false => self.needed_bytes(row, needed)?,
             };
+            let copies_len = match needed.len() as u64 {
+                0 => 0,
+                count => bytes + count * Entry::LEN as u64 + COPY_EXTRA_LEN,
+            };
+            let victim = Victim { row: *row, copies_len };
             if bytes * 100 < row.bytes * options.needed_percent_min {
-                victims.push(*row);
+                victims.push(victim);
             } else if row.bytes < SEGMENT_LEN_SMALL {
-                small.push(*row);
+                small.push(victim);
             }
         }
         // One small segment alone would only be copied.
@@ -291,64 +290,62 @@ impl Store {
     }
 }
 
-/// Copies needed records out of segments that are to go.
-struct Copier<'a> {
-    store: &'a Store,
+/// A segment that is to go.
+struct Victim {
+    row: SegmentRow,
+    /// Bytes that what is needed of it takes elsewhere; 0 if nothing is.
+    copies_len: u64,
+}
+
+/// Takes segments out of a store.
+struct Taking<'a> {
+    store: &'a Arc<Store>,
+    marks: Marks,
+    copier: Copier<'a>,
     pace: Pace,
-    /// What was copied of each segment.
-    copied: BTreeMap<SegmentNumber, BTreeSet<u32>>,
-    target: Option<SegmentWriter>,
+    /// Bytes of the segments that are gone, and of all that are to go.
+    done: u64,
+    total: u64,
 }
 
-impl Copier<'_> {
-    /// Copies those of the records that were not copied before. Gives the bytes.
-    fn copy(&mut self, row: &SegmentRow, needed: &[u32]) -> Result<u64> {
-        let copied = self.copied.entry(row.number).or_default();
-        let missing: Vec<u32> = needed.iter().copied().filter(|offset| !copied.contains(offset)).collect();
-        if missing.is_empty() {
-            return Ok(0);
+impl Taking<'_> {
+    /// Removes segments; what is needed of them is copied first.
+    fn take_out(&mut self, victims: &[Victim], collected: &mut Collected, watcher: Watcher<'_>) -> Result<()> {
+        let store = self.store;
+        let (marks, copier) = (&mut self.marks, &mut self.copier);
+        let mut done = self.done;
+        for Victim { row, .. } in victims {
+            copier.copy(row, marks.needed(row.number), &mut self.pace)?;
+            done += row.bytes;
+            watcher(Step { what: "rewriting", done, total: self.total })?;
         }
-        let path = self.store.segments().sealed(row.number);
-        let bytes = std::fs::read(&path).map_err(StoreError::file("read", &path))?;
-        let mut total = 0;
-        for offset in missing {
-            let at = u64::from(offset) * HEADER_LEN as u64;
-            let damaged = |what| StoreError::Damaged { path: path.clone(), offset: at, what };
-            let record = bytes.get(at as usize..).unwrap_or_default();
-            let (header, packed) = record::split(record).map_err(damaged)?;
-            if self.target.as_ref().is_some_and(SegmentWriter::is_full) {
-                self.finish()?;
-            }
-            let target = match &mut self.target {
-                Some(target) => target,
-                none => none.insert(self.store.new_segment(Writing::Cached, Purpose::MakeRoom)?),
-            };
-            target.append(&header, packed)?;
-            total += header.record_len() as u64;
-            self.copied.entry(row.number).or_default().insert(offset);
-        }
-        self.pace.spend(bytes.len() as u64 + total);
-        Ok(total)
-    }
+        copier.finish()?;
 
-    /// Ends the segment that is being written: from now on its copies are found.
-    fn finish(&mut self) -> Result<()> {
-        let Some(target) = &mut self.target else { return Ok(()) };
-        if target.seal(|summary| self.store.catalog().add_segment(summary))?.is_some() {
-            self.store.index().refresh_segments(self.store.catalog())?;
+        let begin = Instant::now();
+        let alone = store.lock_out_batches()?;
+        store.index().refresh(store.catalog())?;
+        marks.add(store, &store.roots()?, &mut || Ok(()))?;
+        let mut at_once = Pace::new(u64::MAX);
+        for Victim { row, .. } in victims {
+            copier.copy(row, marks.needed(row.number), &mut at_once)?;
         }
-        self.target = None;
+        copier.finish()?;
+        let numbers: Vec<SegmentNumber> = victims.iter().map(|victim| victim.row.number).collect();
+        let runs = store.with_reserve(|| store.catalog().remove_segments(&numbers))?;
+        let dead = numbers.iter().map(|&number| store.bury(number)).collect::<Result<Vec<_>>>()?;
+        drop(alone);
+        collected.pause = collected.pause.max(begin.elapsed());
+
+        store.index().refresh(store.catalog())?;
+        store.forget_segments(&numbers);
+        store.index().remove_runs(&runs)?;
+        for (Victim { row, .. }, path) in victims.iter().zip(&dead) {
+            std::fs::remove_file(path).map_err(StoreError::file("remove", path))?;
+            collected.freed_bytes += row.bytes;
+            copier.forget(row.number);
+        }
+        self.done = done;
+        collected.removed_segments += victims.len() as u64;
         Ok(())
-    }
-}
-
-impl Drop for Copier<'_> {
-    fn drop(&mut self) {
-        // Copies that nobody knows are of no use, and the disk may be full.
-        if let Some(target) = self.target.take_if(|target| !target.is_published())
-            && let Err(error) = target.remove()
-        {
-            tracing::warn!(%error, "a segment that was not finished cannot be removed");
-        }
     }
 }

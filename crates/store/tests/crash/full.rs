@@ -89,6 +89,57 @@ fn a_child_fills_a_store() {
     }
 }
 
+/// Fills a store so that each of its segments has something of both volumes: a third is of the one that is kept.
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_fills_segments_of_two_volumes() {
+    let Some(task) = Task::of_this_process() else { return };
+    let store = open_store(&task.store).unwrap();
+    let volumes = ["kept", "gone"].map(|name| {
+        store.create_volume(name, &Content::Zeros { capacity_bytes: 64 << 20, chunk_len: 16_384 }).unwrap();
+        Volume::open(&store, name, options()).unwrap()
+    });
+    let mut random = Random::new(task.seed);
+    for round in 0..8 {
+        for (volume, len) in volumes.iter().zip([4 << 20, 8 << 20]) {
+            volume.write_at(round * len, &noise(&mut random, len as usize)).unwrap();
+            volume.compact().unwrap();
+        }
+    }
+    volumes.into_iter().for_each(|volume| volume.close().unwrap());
+}
+
+/// Removes the volume `gone` where other programs have taken all the room but 3 MiB, and collects.
+#[test]
+#[ignore = "other tests run it as a process of its own"]
+fn a_child_makes_room_with_little() {
+    let Some(task) = Task::of_this_process() else { return };
+    let store = open_store(&task.store).unwrap();
+    let collect =
+        || store.collect(CollectOptions { bytes_per_second: u64::MAX, ..CollectOptions::default() }, &mut |_| Ok(()));
+    // Files that logs could go on in are not what makes the room.
+    assert_eq!(collect().unwrap().freed_bytes, 0);
+    let mut ballast = std::fs::File::create(&task.outside).unwrap();
+    while ballast.write_all(&[7; 64 << 10]).is_ok() {}
+    ballast.set_len(ballast.metadata().unwrap().len() - (3 << 20)).unwrap();
+    store.remove_volume("gone").unwrap();
+    let collected = collect().unwrap();
+    assert!(collected.freed_bytes > collected.rewritten_bytes + (60 << 20), "{collected:?}");
+    let volume = Volume::open(&store, "kept", options()).unwrap();
+    let mut random = Random::new(task.seed);
+    for round in 0..8 {
+        let expected = noise(&mut random, 4 << 20);
+        noise(&mut random, 8 << 20);
+        let mut bytes = vec![0; expected.len()];
+        volume.read_at(round * (4 << 20), &mut bytes).unwrap();
+        assert!(bytes == expected, "{round}");
+    }
+}
+
+fn noise(random: &mut Random, len: usize) -> Vec<u8> {
+    (0..len / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+}
+
 /// Removes the volume `gone` and collects what only that needed.
 fn remove_and_collect(store: &Arc<Store>) {
     store.remove_volume("gone").unwrap();
@@ -182,6 +233,37 @@ fn a_volume_can_be_removed_and_collected_on_a_full_disk() {
     task.run("full::a_child_makes_room").unwrap();
     task.run("full::a_child_verifies_a_store").unwrap();
     assert!(mounted.disk().used_bytes() + (15 << 20) < freed_from);
+}
+
+#[test]
+fn a_little_room_is_enough_to_collect_much() {
+    if !can_mount_files() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (file, at) = (folder.path().join("disk"), folder.path().join("mounted"));
+    std::fs::File::create(&file).and_then(|file| file.set_len(192 << 20)).unwrap();
+    make_ext4(&file).unwrap();
+    let mount = LoopMount::new(&file, &at).unwrap();
+    let seed = Random::seed();
+    let task = Task { outside: at.join("ballast"), ..Task::new(at.join("store"), folder.path().join("model"), seed) };
+    task.run("full::a_child_fills_segments_of_two_volumes").unwrap();
+    task.run("full::a_child_makes_room_with_little").unwrap();
+    task.run("full::a_child_verifies_a_store").unwrap();
+    mount.end().unwrap();
+    run("e2fsck", &["-f", "-n", file.to_str().unwrap()]).unwrap();
+}
+
+#[test]
+fn a_little_room_is_enough_on_a_disk_that_does_not_say_what_is_free() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(mounted) = PowerDisk::new() else { return };
+    let task = Task::new(mounted.path().join("store"), folder.path().join("model"), Random::seed());
+    let task = Task { outside: mounted.path().join("ballast"), ..task };
+    mounted.disk().space = 160 << 20;
+    task.run("full::a_child_fills_segments_of_two_volumes").unwrap();
+    task.run("full::a_child_makes_room_with_little").unwrap();
+    task.run("full::a_child_verifies_a_store").unwrap();
 }
 
 #[test]
