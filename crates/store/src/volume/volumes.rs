@@ -3,8 +3,9 @@
 //! Making and cloning are one record in the catalog; a volume's folder comes when it is opened first.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -151,7 +152,7 @@ impl Store {
     pub fn remove_volume(self: &Arc<Self>, name: &str) -> Result<()> {
         let row = self.catalog().volume(name)?;
         let folder = self.volume_folder(row.id);
-        let lock = folder.exists().then(|| lock(&folder, "volume", name)).transpose()?;
+        let lock = folder.exists().then(|| self.with_reserve(|| lock(&folder, "volume", name))).transpose()?;
         // Clones of snapshots that are in the log only need them in the tree.
         let pending = self.catalog().snapshots(Some(row.id))?.into_iter().filter(|snapshot| snapshot.root.is_none());
         let origins: Vec<Id> = self.catalog().volumes()?.into_iter().filter_map(|other| other.origin).collect();
@@ -411,8 +412,10 @@ pub(crate) fn lock(folder: &Path, what: &'static str, name: &str) -> Result<File
     };
     match locked {
         Ok(()) => {
-            file.set_len(0)
-                .and_then(|()| write!(file, "{}", std::process::id()))
+            let process = std::process::id().to_string();
+            // On a full disk a file that is made empty first may get nothing any more.
+            file.write_all_at(process.as_bytes(), 0)
+                .and_then(|()| file.set_len(process.len() as u64))
                 .map_err(StoreError::file("write", &path))?;
             Ok(file)
         }
