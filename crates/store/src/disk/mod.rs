@@ -8,6 +8,7 @@ pub mod memory;
 pub(crate) mod open_disk;
 pub(crate) mod queue;
 mod stream;
+mod writing;
 
 use std::io;
 use std::os::fd::BorrowedFd;

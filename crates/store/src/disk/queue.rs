@@ -1,6 +1,7 @@
 //! One thread's way to a disk of the store.
 //!
-//! What is in memory, or in the host's page cache, completes at once. What has to come from the host's disk goes through io_uring when it
+//! What is in memory, or in the host's page cache, completes at once; small writes wait until the queue is asked for completions, and are
+//! carried out together then (`writing`). What has to come from the host's disk goes through io_uring when it
 //! is known where it lies, and to a worker thread when it has to be looked up. So the thread that owns the queue never waits for a disk.
 
 use std::cell::RefCell;
@@ -10,7 +11,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use io_uring::{IoUring, opcode, types};
 use rustix::event::{EventfdFlags, eventfd};
@@ -18,12 +19,12 @@ use rustix::io::ReadWriteFlags;
 
 use crate::disk::open_disk::{OpenDisk, View};
 use crate::disk::stream::Run;
-use crate::disk::{Buffer, Completion, DiskError, Durability, Operation, Queue};
+use crate::disk::writing::Collected;
+use crate::disk::{Buffer, Completion, DiskError, Operation, Queue};
 use crate::name::Name;
 use crate::records::segment::Location;
 use crate::store::{Expected, Read};
 use crate::tree::{self, Root, TreeNode};
-use crate::volume::extent_map::BLOCK_LEN;
 use crate::volume::layers::Piece;
 use crate::volume::log_file::LogFile;
 
@@ -31,14 +32,10 @@ use crate::volume::log_file::LogFile;
 const RING_ENTRIES: u32 = 128;
 /// Reads of so many whole chunks are streams: what they read is hardly read again soon, and is not kept.
 const STREAM_CHUNKS: usize = 4;
-/// Syncs that take no longer than that are not worth another thread when nothing else is going on.
-const QUICK_SYNC: Duration = Duration::from_micros(400);
-/// After a sync that took longer the next ones are other threads' for so long.
-const SLOW_SYNCS: Duration = Duration::from_millis(200);
 
 /// A queue of a disk of the store.
-pub struct DiskQueue<B> {
-    view: View,
+pub struct DiskQueue<B: Buffer> {
+    pub(super) view: View,
     ring: Option<IoUring>,
     signal: Arc<OwnedFd>,
     ready: VecDeque<Completion<B>>,
@@ -49,14 +46,15 @@ pub struct DiskQueue<B> {
     mailbox: Arc<Mailbox<B>>,
     /// Operations at worker threads.
     at_workers: usize,
+    pub(super) collected: Collected<B>,
     pieces: Vec<Piece>,
-    payload: Vec<u8>,
+    pub(super) payload: Vec<u8>,
     /// A record as it was read.
     record: RefCell<Vec<u8>>,
     /// The thread of the queue may wait for a sync.
-    may_wait: bool,
+    pub(super) may_wait: bool,
     /// When a sync took long last.
-    slow_sync: Option<Instant>,
+    pub(super) slow_sync: Option<Instant>,
     // Last: what is in flight ends before the disk does.
     _disk: Arc<OpenDisk>,
 }
@@ -163,6 +161,7 @@ impl<B: Buffer> DiskQueue<B> {
             unsubmitted: false,
             mailbox: Arc::new(Mailbox { done: Mutex::default(), len: AtomicUsize::new(0) }),
             at_workers: 0,
+            collected: Collected::default(),
             pieces: Vec::new(),
             payload: Vec::new(),
             record: RefCell::default(),
@@ -172,13 +171,16 @@ impl<B: Buffer> DiskQueue<B> {
         })
     }
 
-    fn complete(&mut self, token: u64, buffer: Option<B>, result: Result<(), DiskError>) {
+    pub(super) fn complete(&mut self, token: u64, buffer: Option<B>, result: Result<(), DiskError>) {
         self.ready.push_back(Completion { token, buffer, result });
     }
 
     // Reading
 
     fn read(&mut self, token: u64, offset: u64, mut buffer: B) {
+        if self.collected.overlap(offset, buffer.len()) {
+            self.push_out();
+        }
         let mut pieces = std::mem::take(&mut self.pieces);
         let planned = self.view.plan(offset, buffer.len(), &mut pieces);
         let root = match planned {
@@ -425,7 +427,11 @@ impl<B: Buffer> DiskQueue<B> {
     }
 
     /// Has a worker thread carry out an operation.
-    fn by_worker(&mut self, token: u64, act: impl FnOnce() -> (Option<B>, Result<(), DiskError>) + Send + 'static) {
+    pub(super) fn by_worker(
+        &mut self,
+        token: u64,
+        act: impl FnOnce() -> (Option<B>, Result<(), DiskError>) + Send + 'static,
+    ) {
         let deliver = self.deliverer();
         self.view.store().workers().run(move || {
             let (buffer, result) = act();
@@ -434,7 +440,7 @@ impl<B: Buffer> DiskQueue<B> {
     }
 
     /// What brings the completion of an operation back that another thread carries out.
-    fn deliverer(&mut self) -> impl FnOnce(Completion<B>) + Send + 'static {
+    pub(super) fn deliverer(&mut self) -> impl FnOnce(Completion<B>) + Send + use<B> {
         let (mailbox, signal) = (self.mailbox.clone(), self.signal.clone());
         self.at_workers += 1;
         move |completion| {
@@ -443,86 +449,6 @@ impl<B: Buffer> DiskQueue<B> {
             // A counter of 2^64 - 1 events cannot overflow.
             let _ = rustix::io::write(&*signal, &1u64.to_ne_bytes());
         }
-    }
-
-    // Writing
-
-    fn write(&mut self, token: u64, offset: u64, buffer: B, durability: Durability) {
-        let core = match self.view.volume() {
-            Ok(core) => core.clone(),
-            Err(error) => return self.complete(token, Some(buffer), Err(error)),
-        };
-        let len = buffer.len();
-        if buffer.bytes().is_none() {
-            self.payload.resize(len.max(self.payload.len()), 0);
-            buffer.take(0, &mut self.payload[..len]);
-        }
-        let whole = offset.is_multiple_of(BLOCK_LEN) && (len as u64).is_multiple_of(BLOCK_LEN);
-        if !whole || !core.has_room_now(len) {
-            let taken = buffer.bytes().is_none().then(|| self.payload[..len].to_vec());
-            return self.by_worker(token, move || {
-                let payload = taken.as_deref().or_else(|| buffer.bytes()).unwrap_or_default();
-                let result = core.write_at(offset, payload).and_then(|()| match durability {
-                    Durability::Cached => Ok(()),
-                    Durability::Stable => core.flush(),
-                });
-                (Some(buffer), result.map_err(DiskError::from))
-            });
-        }
-        let result = match buffer.bytes() {
-            Some(bytes) => core.write_at(offset, bytes),
-            None => core.write_at(offset, &self.payload[..len]),
-        };
-        self.then_flush(token, Some(buffer), result.map_err(DiskError::from), durability);
-    }
-
-    fn zero(&mut self, token: u64, offset: u64, len: u64, durability: Durability) {
-        let core = match self.view.volume() {
-            Ok(core) => core.clone(),
-            Err(error) => return self.complete(token, None, Err(error)),
-        };
-        let whole = offset.is_multiple_of(BLOCK_LEN) && len.is_multiple_of(BLOCK_LEN);
-        if !whole || !core.has_room_now(0) {
-            return self.by_worker(token, move || {
-                let result = core.zero(offset, len).and_then(|()| match durability {
-                    Durability::Cached => Ok(()),
-                    Durability::Stable => core.flush(),
-                });
-                (None, result.map_err(DiskError::from))
-            });
-        }
-        let result = core.zero(offset, len);
-        self.then_flush(token, None, result.map_err(DiskError::from), durability);
-    }
-
-    fn then_flush(&mut self, token: u64, buffer: Option<B>, result: Result<(), DiskError>, durability: Durability) {
-        match durability {
-            Durability::Stable if result.is_ok() => self.flush(token, buffer),
-            _ => self.complete(token, buffer, result),
-        }
-    }
-
-    fn flush(&mut self, token: u64, buffer: Option<B>) {
-        let core = match self.view.volume() {
-            Ok(core) => core.clone(),
-            // Nothing of a disk that never changes can be lost.
-            Err(_) => return self.complete(token, buffer, Ok(())),
-        };
-        if core.all_is_stable() {
-            return self.complete(token, buffer, Ok(()));
-        }
-        // Another thread's turn costs two wake-ups. While it lasts nobody else of this queue waits, unless something comes just now.
-        let alone = self.may_wait && self.in_flight() == 0;
-        if alone && self.slow_sync.is_none_or(|slow| slow.elapsed() > SLOW_SYNCS) {
-            let begin = Instant::now();
-            let result = core.flush();
-            self.slow_sync = (begin.elapsed() > QUICK_SYNC).then(Instant::now);
-            return self.complete(token, buffer, result.map_err(DiskError::from));
-        }
-        let deliver = self.deliverer();
-        core.flush_then(move |result| {
-            deliver(Completion { token, buffer, result: result.map_err(DiskError::from) });
-        });
     }
 
     // The ring
@@ -616,6 +542,9 @@ impl<B: Buffer> Queue<B> for DiskQueue<B> {
     }
 
     fn next_completion(&mut self) -> Option<Completion<B>> {
+        if self.ready.is_empty() {
+            self.push_out();
+        }
         if self.ready.is_empty() || self.unsubmitted {
             self.take_from_ring();
             self.take_from_workers();
@@ -628,7 +557,7 @@ impl<B: Buffer> Queue<B> for DiskQueue<B> {
     }
 
     fn in_flight(&self) -> usize {
-        self.requests.len() + self.at_workers + self.ready.len()
+        self.collected.len() + self.requests.len() + self.at_workers + self.ready.len()
     }
 
     fn signal(&self) -> BorrowedFd<'_> {
@@ -636,8 +565,9 @@ impl<B: Buffer> Queue<B> for DiskQueue<B> {
     }
 }
 
-impl<B> Drop for DiskQueue<B> {
+impl<B: Buffer> Drop for DiskQueue<B> {
     fn drop(&mut self) {
+        self.push_out();
         // The kernel writes into buffers that go with the queue: their calls end first.
         let Some(ring) = &mut self.ring else { return };
         while self.calls.len() > 0 {

@@ -22,7 +22,7 @@ use crate::volume::layers::{Frozen, Generation, LayeredPart, Layers, Piece, back
 use crate::volume::log::{self, LogWriter};
 use crate::volume::log_file;
 use crate::volume::log_file::LogFile;
-use crate::volume::log_record::{Change, PAYLOAD_LEN_MAX};
+use crate::volume::log_record::{Change, Entry, PAYLOAD_LEN_MAX};
 use crate::volume::log_seal::{LogSealer, SEALED_BLOCKS_MAX, sealed_len};
 use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{VolumeOptions, check_range};
@@ -305,7 +305,7 @@ impl Core {
     }
 
     /// Bytes that a record takes at most.
-    fn write_len_max(&self) -> u64 {
+    pub(super) fn write_len_max(&self) -> u64 {
         match self.sealer {
             Some(_) => SEALED_BLOCKS_MAX as u64 * BLOCK_LEN,
             None => PAYLOAD_LEN_MAX as u64,
@@ -380,7 +380,7 @@ impl Core {
     }
 
     /// Waits while the log is as long as it may be.
-    fn wait_for_room(&self) -> Result<()> {
+    pub(super) fn wait_for_room(&self) -> Result<()> {
         if self.backlog_bytes() < self.options.log_bytes_max {
             return Ok(());
         }
@@ -440,7 +440,7 @@ impl Core {
 
     /// Whether an operation failed because the host's disk is full, and is to be tried again: a guest waits then, as it would for a
     /// slow disk, until somebody makes room.
-    fn wait_for_space(&self, error: &StoreError) -> bool {
+    pub(super) fn wait_for_space(&self, error: &StoreError) -> bool {
         if !error.is_no_space() {
             return false;
         }
@@ -476,39 +476,8 @@ impl Core {
         checksum: u32,
         snapshot: Option<Box<SnapshotRow>>,
     ) -> Result<()> {
-        let mut before = log.position().place;
-        if !log.fits(payload.len()) {
-            self.work().last_rotation = Some(Instant::now());
-            let spare = self.store.spares().take(self.options.log_file_len());
-            let file = log.next_file(spare)?;
-            self.layers_mut().files.push(file);
-            // The record may fail: what is counted is how far the log is.
-            let begin = log.position().place;
-            self.backlog.fetch_add(backlog(self.options.log_file_len(), before, begin), Ordering::Relaxed);
-            before = begin;
-            self.wake.notify_all();
-        }
-        let appended = log.append(change, payload, checksum)?;
-        {
-            let mut layers = self.layers_mut();
-            let old_capacity = layers.capacity_bytes;
-            let opening = self.sealer.as_ref().filter(|_| matches!(change, Change::Sealed { .. }));
-            let opening = opening.map(|sealer| sealer.ours().clone());
-            layers.active.add(&appended, snapshot, opening, old_capacity);
-            if let Change::Resize { capacity_bytes } = change {
-                layers.capacity_bytes = capacity_bytes;
-            }
-        }
-        let more = backlog(self.options.log_file_len(), before, appended.end.place);
-        let had = self.backlog.fetch_add(more, Ordering::Relaxed);
-        let crossed = |mark: u64, before: u64, after: u64| before < mark && after >= mark;
-        if had == 0
-            || crossed(self.options.log_bytes_start, had, had + more)
-            || crossed(self.spare_mark(), before.offset(), appended.end.place.offset())
-        {
-            self.wake.notify_all();
-        }
-        Ok(())
+        self.make_fit(log, payload.len())?;
+        self.append_fitting(log, &[Entry { change, payload, checksum }], snapshot).1
     }
 
     // Moving into the tree
@@ -616,7 +585,7 @@ impl Core {
     }
 
     /// The bytes of a log's file after which the next one is made ready.
-    fn spare_mark(&self) -> u64 {
+    pub(super) fn spare_mark(&self) -> u64 {
         self.options.log_file_len() / 4
     }
 }

@@ -11,7 +11,6 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +20,7 @@ use crate::room;
 use crate::volume::extent_map::LogPlace;
 use crate::volume::log_file::{LogFile, PAGE_LEN, allocate, make_file};
 use crate::volume::log_read;
-use crate::volume::log_record::{Appended, Change, HEADER_LEN, Header, Position, record_len, volume_tag};
+use crate::volume::log_record::{Appended, Entry, HEADER_LEN, Header, Position, record_len, volume_tag};
 use crate::volume::spares::Spare;
 
 /// Bytes of a log file, unless another size is asked for.
@@ -30,6 +29,10 @@ pub(crate) const FILE_LEN_DEFAULT: u64 = 32 << 20;
 pub(crate) const FILE_LEN_RANGE: (u64, u64) = (2 << 20, 1 << 30);
 /// Bytes of a new file whose room is taken at a time: a volume that is hardly written takes little.
 const ALLOCATION_LEN: u64 = 2 << 20;
+/// Records that are appended with one call at most: the host takes 1,024 slices, and a record has three.
+pub(crate) const GROUP_LEN_MAX: usize = 128;
+/// What lies between a payload and the next record.
+const PADDING: [u8; HEADER_LEN] = [0; HEADER_LEN];
 
 /// The end of a log that is written.
 pub(crate) struct LogWriter {
@@ -54,6 +57,8 @@ pub(crate) struct LogWriter {
     names: u64,
     stable_names: u64,
     broken: bool,
+    /// Room for headers, from one call to the next.
+    headers: Vec<[u8; HEADER_LEN]>,
 }
 
 impl LogWriter {
@@ -96,37 +101,78 @@ impl LogWriter {
         Ok(self.file.clone())
     }
 
-    /// Appends a record; there must be [room](Self::fits) for it. It is in the host's cache when this comes back.
-    pub fn append(&mut self, change: Change, payload: &[u8], checksum: u32) -> Result<Appended> {
+    /// Appends records with one call to the host: the first, for which there must be [room](Self::fits), and those behind it that fit into the
+    /// file, [`GROUP_LEN_MAX`] at most. `appended` hears of each that is whole in the host's cache when this comes back, also if the next one
+    /// failed.
+    pub fn append_all(&mut self, entries: &[Entry], appended: &mut Vec<Appended>) -> Result<()> {
         self.check()?;
         if self.fresh_page {
             self.offset = self.offset.next_multiple_of(PAGE_LEN);
             self.fresh_page = false;
         }
-        self.take_room(self.offset + record_len(payload.len()))?;
-        let header = Header {
-            change,
-            payload_len: payload.len() as u32,
-            sequence: self.sequence,
-            epoch: self.epoch,
-            checksum,
-            promised: self.promised,
-        };
-        let header = header.to_bytes(self.volume);
-        if let Err(error) = write_both(&self.file.file, &header, payload, self.offset) {
+        let (mut count, mut end) = (0, self.offset);
+        for entry in entries.iter().take(GROUP_LEN_MAX) {
+            if count > 0 && end + (HEADER_LEN + entry.payload.len()) as u64 > self.file_len {
+                break;
+            }
+            end += record_len(entry.payload.len());
+            count += 1;
+        }
+        self.take_room(end)?;
+        let entries = &entries[..count];
+        let mut headers = std::mem::take(&mut self.headers);
+        headers.clear();
+        headers.extend((self.sequence..).zip(entries).map(|(sequence, entry)| {
+            let header = Header {
+                change: entry.change,
+                payload_len: entry.payload.len() as u32,
+                sequence,
+                epoch: self.epoch,
+                checksum: entry.checksum,
+                promised: self.promised,
+            };
+            header.to_bytes(self.volume)
+        }));
+        let mut slices = Vec::with_capacity(3 * count);
+        for (header, entry) in headers.iter().zip(entries) {
+            let padding = record_len(entry.payload.len()) as usize - HEADER_LEN - entry.payload.len();
+            slices.extend([IoSlice::new(header), IoSlice::new(entry.payload), IoSlice::new(&PADDING[..padding])]);
+        }
+        // What lies behind the last payload is nobody's.
+        slices.pop();
+        let (written, result) = write_all_of(&self.file.file, &mut slices, self.offset);
+        drop(slices);
+        self.headers = headers;
+        let (begin, written_end) = (self.sequence, self.offset + written);
+        for entry in entries {
+            let payload_end = self.offset + (HEADER_LEN + entry.payload.len()) as u64;
+            // Those that are whole count even so: their numbers would come again, and a recovery could take what lies here for what is written
+            // under them next.
+            if payload_end > written_end {
+                break;
+            }
+            let place = LogPlace::new(self.file.number, (self.offset as usize + HEADER_LEN) as u32);
+            self.offset += record_len(entry.payload.len());
+            self.sequence += 1;
+            appended.push(Appended {
+                change: entry.change,
+                place,
+                payload_len: entry.payload.len() as u32,
+                end: self.position(),
+            });
+        }
+        if self.sequence > begin {
+            match self.unsynced.last_mut() {
+                Some((last, end)) if Arc::ptr_eq(last, &self.file) => *end = self.sequence,
+                _ => self.unsynced.push((self.file.clone(), self.sequence)),
+            }
+        }
+        result.map_err(|error| {
             let error = StoreError::file("write", &self.file.path)(error);
             // A file system that copies on write can be full even so; what is written next takes the place of a part of a record.
             self.broken = !error.is_no_space();
-            return Err(error);
-        }
-        let place = LogPlace::new(self.file.number, (self.offset as usize + HEADER_LEN) as u32);
-        self.offset += record_len(payload.len());
-        self.sequence += 1;
-        match self.unsynced.last_mut() {
-            Some((last, end)) if Arc::ptr_eq(last, &self.file) => *end = self.sequence,
-            _ => self.unsynced.push((self.file.clone(), self.sequence)),
-        }
-        Ok(Appended { change, place, payload_len: payload.len() as u32, end: self.position() })
+            error
+        })
     }
 
     /// Takes the room for what is about to be written, a step ahead: a record that was accepted is never refused for want of it. Takes
@@ -196,21 +242,22 @@ impl Flush {
     }
 }
 
-/// Writes header and payload, whole.
-fn write_both(file: &File, header: &[u8], payload: &[u8], offset: u64) -> io::Result<()> {
-    let whole = header.len() + payload.len();
-    let written = loop {
-        match rustix::io::pwritev(file, &[IoSlice::new(header), IoSlice::new(payload)], offset) {
-            Ok(written) => break written,
+/// Writes all of some slices one behind the other: how many bytes, and why no more.
+fn write_all_of(file: &File, mut slices: &mut [IoSlice<'_>], offset: u64) -> (u64, io::Result<()>) {
+    let mut written = 0;
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match rustix::io::pwritev(file, slices, offset + written) {
+            Ok(0) => return (written, Err(io::ErrorKind::WriteZero.into())),
+            Ok(count) => {
+                written += count as u64;
+                IoSlice::advance_slices(&mut slices, count);
+            }
             Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return (written, Err(error.into())),
         }
-    };
-    if written < whole {
-        let rest = [header, payload].concat();
-        file.write_all_at(&rest[written..], offset + written as u64)?;
     }
-    Ok(())
+    (written, Ok(()))
 }
 
 /// A log that was found.
@@ -262,6 +309,7 @@ pub(crate) fn recover(
         stable_names: 0,
         file,
         broken: false,
+        headers: Vec::new(),
     };
     Ok(Recovered { writer, files })
 }

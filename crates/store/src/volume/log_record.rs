@@ -97,6 +97,20 @@ pub(crate) struct Position {
     pub epoch: u32,
 }
 
+/// A record that is to be appended.
+pub(crate) struct Entry<'a> {
+    pub change: Change,
+    pub payload: &'a [u8],
+    /// Of the payload.
+    pub checksum: u32,
+}
+
+impl<'a> Entry<'a> {
+    pub fn new(change: Change, payload: &'a [u8]) -> Self {
+        Entry { change, payload, checksum: crc32c::crc32c(payload) }
+    }
+}
+
 /// A record that was appended or found.
 pub(crate) struct Appended {
     pub change: Change,

@@ -54,12 +54,12 @@ impl Opening {
         Opening { epoch, salt, cipher: LogCipher::of(&Secret::take(&mut key)) }
     }
 
-    /// The payload that holds some blocks.
+    /// Adds the payload that holds some blocks.
     fn seal(&self, number: u64, offset: u64, blocks: &[u8], payload: &mut Vec<u8>) {
-        payload.clear();
+        let begin = payload.len();
         payload.extend_from_slice(blocks);
-        payload.resize(sealed_len(blocks.len()), 0);
-        let (blocks, rest) = payload.split_at_mut(blocks.len());
+        payload.resize(begin + sealed_len(blocks.len()), 0);
+        let (blocks, rest) = payload[begin..].split_at_mut(blocks.len());
         let (tags, salt) = rest.split_at_mut(rest.len() - SALT_LEN);
         let parts = blocks.chunks_exact_mut(BLOCK_LEN as usize).zip(tags.chunks_exact_mut(TAG_BYTES));
         for (index, (block, tag)) in parts.enumerate() {
@@ -99,15 +99,22 @@ impl LogSealer {
 
     /// Seals whole blocks that are written at `offset`; `append` gets the change and the payload for the log.
     pub fn seal<T>(&self, offset: u64, blocks: &[u8], append: impl FnOnce(Change, &[u8]) -> T) -> T {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
         let write = |sealed: &mut Vec<u8>| {
-            self.ours.seal(number, offset, blocks, sealed);
-            append(Change::Sealed { offset, number }, sealed)
+            sealed.clear();
+            let change = self.seal_onto(offset, blocks, sealed);
+            append(change, sealed)
         };
         SEALED.with(|sealed| match sealed.try_borrow_mut() {
             Ok(mut sealed) => write(&mut sealed),
             Err(_) => write(&mut Vec::new()),
         })
+    }
+
+    /// Adds the payload of whole blocks that are written at `offset` to others; gives the change for the log.
+    pub fn seal_onto(&self, offset: u64, blocks: &[u8], payloads: &mut Vec<u8>) -> Change {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.ours.seal(number, offset, blocks, payloads);
+        Change::Sealed { offset, number }
     }
 
     /// The opening that wrote a record: ours, one of those `before` it, or another.

@@ -1,7 +1,10 @@
 //! Logs by themselves: what a flush covers, and what a recovery takes for records.
 
+use std::os::unix::fs::FileExt;
+
 use super::*;
 use crate::volume::log_file::{open_file, path_of};
+use crate::volume::log_record::Change;
 use crate::volume::spares::Spares;
 
 const ID: Id = Id([7; 16]);
@@ -19,9 +22,17 @@ fn write(offset: u64) -> Change {
     Change::Write { offset }
 }
 
+/// Appends writes as one group.
+fn append_all(log: &mut LogWriter, writes: &[(u64, &[u8])]) -> Result<Vec<Appended>> {
+    let entry = |&(offset, payload): &(u64, _)| Entry::new(write(offset), payload);
+    let mut appended = Vec::new();
+    log.append_all(&writes.iter().map(entry).collect::<Vec<_>>(), &mut appended)?;
+    Ok(appended)
+}
+
 fn append(log: &mut LogWriter, offset: u64) -> Appended {
     let payload = vec![(offset / 4096) as u8 | 0x40; 4096];
-    log.append(write(offset), &payload, crc32c::crc32c(&payload)).unwrap()
+    append_all(log, &[(offset, &payload)]).unwrap().remove(0)
 }
 
 fn flush(log: &mut LogWriter) {
@@ -62,7 +73,7 @@ fn after_a_sync_that_failed_nothing_is_promised() {
     let flush = log.begin_flush().unwrap();
     log.end_flush(&flush, &Err(io::ErrorKind::Other.into()));
     assert!(matches!(log.begin_flush(), Err(StoreError::Broken { .. })));
-    assert!(matches!(log.append(write(0), &[], 0), Err(StoreError::Broken { .. })));
+    assert!(matches!(append_all(&mut log, &[(0, &[])]), Err(StoreError::Broken { .. })));
 }
 
 #[test]
@@ -240,4 +251,55 @@ fn a_log_that_begins_in_a_file_that_was_lost_goes_on_where_the_next_recovery_loo
     assert_eq!(found, []);
     append(&mut log, 4096);
     assert_eq!(open(folder.path(), 5, start).unwrap().0, [write(4096)]);
+}
+
+#[test]
+fn records_of_a_group_are_found_as_if_they_had_come_alone() {
+    let payloads: Vec<Vec<u8>> = (0..600usize).map(|at| vec![at as u8; [4096, 4144, 0, 8208][at % 4]]).collect();
+    let writes: Vec<(u64, &[u8])> = (0..).map(|at| at * 4096).zip(payloads.iter().map(Vec::as_slice)).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let (_, mut log) = open(folder.path(), 1, START).unwrap();
+    let mut places = Vec::new();
+    while places.len() < writes.len() {
+        let rest = &writes[places.len()..];
+        if !log.fits(rest[0].1.len()) {
+            log.next_file(None).unwrap();
+        }
+        let appended = append_all(&mut log, rest).unwrap();
+        assert!((1..=GROUP_LEN_MAX).contains(&appended.len()));
+        places.extend(appended.iter().map(|record| (record.place, record.payload_len as usize)));
+    }
+    // The file ends inside a group.
+    assert_eq!(log.position().place.file(), 2);
+    for ((place, len), payload) in places.iter().zip(&payloads) {
+        let file = File::open(path_of(folder.path(), place.file())).unwrap();
+        let mut read = vec![0; *len];
+        file.read_exact_at(&mut read, place.offset()).unwrap();
+        assert!(read == *payload);
+    }
+    let (found, _) = open(folder.path(), 2, START).unwrap();
+    assert_eq!(found, writes.iter().map(|(offset, _)| write(*offset)).collect::<Vec<_>>());
+}
+
+#[test]
+fn of_a_group_that_the_host_took_a_part_of_what_is_whole_counts() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, mut log) = open(folder.path(), 1, START).unwrap();
+    // A file of five pages that does not grow: the header's, and four for records.
+    let file = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&file, 5 * PAGE_LEN).unwrap();
+    rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::GROW).unwrap();
+    log.file = Arc::new(LogFile { number: 1, file: file.into(), path: path_of(folder.path(), 1) });
+    log.allocated = FILE_LEN;
+    let payload = [7; 4096];
+    let entries: Vec<Entry> = (0..6).map(|at| Entry::new(write(at * 4096), &payload)).collect();
+    let mut appended = Vec::new();
+    let result = log.append_all(&entries, &mut appended);
+    assert!(matches!(result, Err(StoreError::File { .. })), "{:?}", result.err());
+    let whole: Vec<Change> = appended.iter().map(|record| record.change).collect();
+    assert_eq!(whole, [write(0), write(4096), write(8192)]);
+    assert_eq!(log.position().sequence, START.sequence + 3);
+    assert_eq!(log.position().place.offset(), PAGE_LEN + 3 * (HEADER_LEN as u64 + 4096));
+    // Nothing is promised behind a record that could not be written.
+    assert!(log.broken().is_some());
 }

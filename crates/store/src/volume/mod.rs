@@ -10,6 +10,7 @@ pub(crate) mod control;
 pub(crate) mod core;
 pub(crate) mod extent_map;
 mod flush;
+pub(crate) mod group;
 pub(crate) mod head;
 pub(crate) mod layers;
 pub(crate) mod log;
