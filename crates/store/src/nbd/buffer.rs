@@ -1,13 +1,13 @@
 //! The memory of one request, and the buffers that a connection uses again.
 
 use super::POOLED_BYTES_MAX;
-use super::protocol::DATA_HEAD_LEN;
+use super::protocol::DATA_HEAD_LEN_MAX;
 use crate::disk::Buffer;
 use std::ops::Range;
 
 /// Where the data of a request begin in its bytes: before them is room for the head of the reply, so that both are sent as one.
 pub(super) const DATA_START: usize = 64;
-const _: () = assert!(DATA_START >= DATA_HEAD_LEN);
+const _: () = assert!(DATA_START >= DATA_HEAD_LEN_MAX);
 
 /// Bytes of a small buffer, which requests of up to 32 KiB share.
 const SMALL_LEN: usize = DATA_START + (32 << 10);

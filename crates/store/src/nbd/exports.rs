@@ -1,7 +1,7 @@
 //! The disks that a server offers, by name.
 
 use super::EXPORTS_MAX;
-use super::protocol::{STRING_LEN_MAX, transmission};
+use super::protocol::{Form, STRING_LEN_MAX, transmission};
 use crate::disk::{Access, Disk};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -51,7 +51,7 @@ impl<D: Disk> Export<D> {
     }
 
     /// The transmission flags.
-    pub(super) fn flags(&self, structured: bool) -> u16 {
+    pub(super) fn flags(&self, form: Form) -> u16 {
         let mut flags = transmission::HAS_FLAGS
             | transmission::SEND_FLUSH
             | transmission::SEND_FUA
@@ -63,7 +63,7 @@ impl<D: Disk> Export<D> {
                 transmission::SEND_TRIM | transmission::SEND_WRITE_ZEROES | transmission::SEND_FAST_ZERO
             }
         };
-        if structured {
+        if form != Form::Simple {
             flags |= transmission::SEND_DF;
         }
         flags

@@ -1,6 +1,6 @@
 //! The NBD server: disks for clients of the network block device protocol, over Unix sockets and TCP.
 //!
-//! It speaks fixed newstyle negotiation and, with clients that ask for it, structured replies and metadata contexts; "The NBD
+//! It speaks fixed newstyle negotiation and, with clients that ask for it, structured replies, extended headers and metadata contexts; "The NBD
 //! protocol" (doc/proto.md of the NBD project) is what it follows. A connection has one thread and one [`Queue`] of its disk: a
 //! request that the disk answers at once costs one system call to receive, one to send, and no other thread.
 //!
@@ -80,7 +80,10 @@ const ROUND_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a part without data that is worth a chunk of its own in a reply.
 const HOLE_LEN_MIN: usize = 4096;
 /// Bytes that a request to fill the cache reads at most; it is a hint.
-const CACHE_LEN_MAX: u32 = 32 << 20;
+const CACHE_LEN_MAX: u64 = 32 << 20;
+/// Bytes that one request about the status of blocks looks at, at most; the client asks on. Whatever the disk is like, it is looked through in
+/// the thread of the connection.
+const STATUS_LEN_MAX: u64 = 16 << 30;
 /// Parts of memory that are sent with one system call.
 const IO_SLICES_MAX: usize = 64;
 /// Bytes that are received at once, but for the data of writes.

@@ -6,8 +6,8 @@
 use super::context::Context;
 use super::exports::{Export, Exports};
 use super::protocol::{
-    INIT_PASSWORD, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_LEN_MAX, handshake, info, option, reply, u16_at, u32_at,
-    u64_at,
+    Form, INIT_PASSWORD, OPTION_MAGIC, OPTION_REPLY_MAGIC, STRING_LEN_MAX, handshake, info, option, reply, u16_at,
+    u32_at, u64_at,
 };
 use super::{CONTEXT_QUERIES_MAX, CONTEXTS_MAX, OPTION_LEN_MAX, PAYLOAD_LEN_MAX};
 use crate::disk::{Disk, SECTOR_LEN};
@@ -24,7 +24,7 @@ pub(super) enum TlsPolicy {
 /// What was agreed on.
 pub(super) struct Agreed<D> {
     pub export: Arc<Export<D>>,
-    pub structured: bool,
+    pub form: Form,
     pub contexts: Vec<Context>,
 }
 
@@ -50,7 +50,7 @@ pub(super) struct Negotiation<D> {
     fixed: bool,
     no_zeroes: bool,
     secure: bool,
-    structured: bool,
+    form: Form,
     contexts: Option<(Arc<Export<D>>, Vec<Context>)>,
 }
 
@@ -77,7 +77,7 @@ impl<D: Disk> Negotiation<D> {
             fixed: false,
             no_zeroes: false,
             secure: false,
-            structured: false,
+            form: Form::Simple,
             contexts: None,
         }
     }
@@ -94,7 +94,7 @@ impl<D: Disk> Negotiation<D> {
     /// TLS is there now. What was agreed on before is forgotten: somebody between client and server may have said it.
     pub fn secured(&mut self) {
         self.secure = true;
-        self.structured = false;
+        self.form = Form::Simple;
         self.contexts = None;
     }
 
@@ -179,15 +179,24 @@ impl<D: Disk> Negotiation<D> {
             option::LIST => self.list(data, output),
             option::STARTTLS => return self.start_tls(data, output),
             option::INFO | option::GO => return self.info(option, data, output),
-            option::STRUCTURED_REPLY if data.is_empty() => {
-                self.structured = true;
-                answer(output, option, reply::ACK, &[]);
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS if !data.is_empty() => {
+                answer(output, option, reply::ERR_INVALID, b"the option has no data");
             }
-            option::STRUCTURED_REPLY => answer(output, option, reply::ERR_INVALID, b"the option has no data"),
+            // There is no way back to shorter heads.
+            option::STRUCTURED_REPLY if self.form == Form::Extended => {
+                answer(output, option, reply::ERR_EXT_HEADER_REQD, b"extended headers are agreed on");
+            }
+            option::STRUCTURED_REPLY => self.take_form(option, Form::Structured, output),
+            option::EXTENDED_HEADERS => self.take_form(option, Form::Extended, output),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(option, data, output),
             _ => answer(output, option, reply::ERR_UNSUP, b"this server does not know the option"),
         }
         Step::Continue
+    }
+
+    fn take_form(&mut self, option: u32, form: Form, output: &mut Vec<u8>) {
+        self.form = form;
+        answer(output, option, reply::ACK, &[]);
     }
 
     fn needs_tls(&self) -> bool {
@@ -199,7 +208,7 @@ impl<D: Disk> Negotiation<D> {
             return Step::Close;
         };
         output.extend_from_slice(&export.disk().capacity_bytes().to_be_bytes());
-        output.extend_from_slice(&export.flags(self.structured).to_be_bytes());
+        output.extend_from_slice(&export.flags(self.form).to_be_bytes());
         if !self.no_zeroes {
             output.resize(output.len() + 124, 0);
         }
@@ -244,7 +253,7 @@ impl<D: Disk> Negotiation<D> {
         let mut about = |kind: u16, parts: &[&[u8]]| {
             answer(output, option, reply::INFO, &[&kind.to_be_bytes()[..], &parts.concat()].concat());
         };
-        let flags = export.flags(self.structured);
+        let flags = export.flags(self.form);
         about(info::EXPORT, &[&export.disk().capacity_bytes().to_be_bytes(), &flags.to_be_bytes()]);
         let wants = |kind| wanted.contains(&kind);
         if wants(info::NAME) {
@@ -273,7 +282,7 @@ impl<D: Disk> Negotiation<D> {
         let Some((name, queries)) = parse_queries(data) else {
             return answer(output, option, reply::ERR_INVALID, b"the option's data makes no sense");
         };
-        if !self.structured {
+        if self.form == Form::Simple {
             return answer(output, option, reply::ERR_INVALID, b"structured replies were not asked for");
         }
         if queries.len() > CONTEXT_QUERIES_MAX {
@@ -309,7 +318,7 @@ impl<D: Disk> Negotiation<D> {
             Some((of, contexts)) if Arc::ptr_eq(&of, &export) => contexts,
             _ => Vec::new(),
         };
-        Agreed { export, structured: self.structured, contexts }
+        Agreed { export, form: self.form, contexts }
     }
 }
 

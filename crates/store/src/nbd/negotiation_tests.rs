@@ -2,7 +2,7 @@
 
 use super::exports::{Export, Exports};
 use super::negotiation::{Agreed, Negotiation, Step, TlsPolicy};
-use super::protocol::{OPTION_MAGIC, info, option, reply, transmission, u16_at, u32_at, u64_at};
+use super::protocol::{Form, OPTION_MAGIC, info, option, reply, transmission, u16_at, u32_at, u64_at};
 use super::{CONTEXT_QUERIES_MAX, CONTEXTS_MAX, OPTION_LEN_MAX};
 use crate::disk::memory::MemoryDisk;
 use std::sync::Arc;
@@ -124,7 +124,9 @@ fn an_old_client_gets_an_export_by_its_name() {
         assert_eq!(output.len(), 10 + zeroes);
         assert_eq!(u64_at(&output, 0), CAPACITY);
         assert_eq!(u16_at(&output, 8) & transmission::READ_ONLY, transmission::READ_ONLY);
-        assert!(matches!(step, Step::Transmit(agreed) if agreed.export.name() == "second" && !agreed.structured));
+        assert!(
+            matches!(step, Step::Transmit(agreed) if agreed.export.name() == "second" && agreed.form == Form::Simple)
+        );
     }
     let mut client = Client::with_flags(TlsPolicy::Off, 0);
     let (output, step) = client.step(option::EXPORT_NAME, b"third");
@@ -175,7 +177,24 @@ fn structured_replies_bring_the_flag_not_to_fragment() {
     assert_eq!(client.outcome(option::STRUCTURED_REPLY, b"x"), reply::ERR_INVALID);
     assert_eq!(client.outcome(option::STRUCTURED_REPLY, b""), reply::ACK);
     assert_ne!(flags(&mut client) & transmission::SEND_DF, 0);
-    assert!(client.go("first").structured);
+    assert_eq!(client.go("first").form, Form::Structured);
+}
+
+#[test]
+fn extended_headers_need_no_structured_replies_and_there_is_no_way_back() {
+    for before in [&[][..], &[option::STRUCTURED_REPLY]] {
+        let mut client = Client::new(TlsPolicy::Off);
+        before.iter().for_each(|option| assert_eq!(client.outcome(*option, b""), reply::ACK));
+        assert_eq!(client.outcome(option::EXTENDED_HEADERS, b"x"), reply::ERR_INVALID);
+        assert_eq!(client.outcome(option::EXTENDED_HEADERS, b""), reply::ACK);
+        assert_eq!(client.outcome(option::STRUCTURED_REPLY, b""), reply::ERR_EXT_HEADER_REQD);
+        assert_eq!(client.outcome(option::EXTENDED_HEADERS, b""), reply::ACK);
+        let flags = u16_at(&client.ask(option::INFO, &go_data("", &[])).0[0].1, 10);
+        assert_ne!(flags & transmission::SEND_DF, 0);
+        assert_eq!(client.outcome(option::SET_META_CONTEXT, &context_data("first", &["base:allocation"])), reply::ACK);
+        let agreed = client.go("first");
+        assert!(agreed.form == Form::Extended && agreed.contexts.len() == 1);
+    }
 }
 
 #[test]
@@ -308,7 +327,7 @@ fn what_was_said_before_tls_is_forgotten() {
     assert!(matches!(client.ask(option::STARTTLS, b"").1, Step::StartTls));
     client.negotiation.secured();
     let agreed = client.go("first");
-    assert!(!agreed.structured && agreed.contexts.is_empty());
+    assert!(agreed.form == Form::Simple && agreed.contexts.is_empty());
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Numbers and headers of the NBD protocol, as in "The NBD protocol" (doc/proto.md of the NBD project). Names are those of that
 //! document without their prefix; everything on the wire is big-endian.
 
+use std::ops::Deref;
+
 pub(super) const INIT_PASSWORD: u64 = 0x4e42_444d_4147_4943;
 pub(super) const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub(super) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -22,6 +24,7 @@ pub(super) mod option {
     pub const STRUCTURED_REPLY: u32 = 8;
     pub const LIST_META_CONTEXT: u32 = 9;
     pub const SET_META_CONTEXT: u32 = 10;
+    pub const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Replies to options.
@@ -37,6 +40,7 @@ pub(super) mod reply {
     pub const ERR_TLS_REQD: u32 = ERROR + 5;
     pub const ERR_UNKNOWN: u32 = ERROR + 6;
     pub const ERR_TOO_BIG: u32 = ERROR + 9;
+    pub const ERR_EXT_HEADER_REQD: u32 = ERROR + 10;
 }
 
 /// Kinds of information about an export.
@@ -80,6 +84,7 @@ pub(super) mod command_flag {
     pub const DF: u16 = 1 << 2;
     pub const REQ_ONE: u16 = 1 << 3;
     pub const FAST_ZERO: u16 = 1 << 4;
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Bits of `base:allocation`.
@@ -106,8 +111,21 @@ pub(super) enum ErrorNumber {
 /// Bytes of the longest string that the protocol allows.
 pub(super) const STRING_LEN_MAX: usize = 4096;
 
+/// What requests and replies look like, as it was agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// One head a reply.
+    Simple,
+    /// Replies are chunks.
+    Structured,
+    /// The same with lengths of 64 bits, in requests as well.
+    Extended,
+}
+
 pub(super) const REQUEST_LEN: usize = 28;
+pub(super) const EXTENDED_REQUEST_LEN: usize = 32;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
+const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 
 /// The head of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,34 +134,47 @@ pub(super) struct Request {
     pub command: u16,
     pub cookie: u64,
     pub offset: u64,
-    pub len: u32,
+    /// Of the data that follow, or of the range that is meant.
+    pub len: u64,
 }
 
 impl Request {
-    /// Nothing if the magic number is wrong.
-    pub fn parse(bytes: &[u8; REQUEST_LEN]) -> Option<Self> {
-        if u32_at(bytes, 0) != REQUEST_MAGIC {
-            return None;
-        }
-        Some(Self {
-            flags: u16_at(bytes, 4),
-            command: u16_at(bytes, 6),
-            cookie: u64_at(bytes, 8),
-            offset: u64_at(bytes, 16),
-            len: u32_at(bytes, 24),
-        })
+    /// The head that the bytes begin with, and how many it has. Nothing if they are too few; no request if the magic number is wrong.
+    pub fn parse(bytes: &[u8], form: Form) -> Option<(Option<Self>, usize)> {
+        let (magic, head_len) = match form {
+            Form::Simple | Form::Structured => (REQUEST_MAGIC, REQUEST_LEN),
+            Form::Extended => (EXTENDED_REQUEST_MAGIC, EXTENDED_REQUEST_LEN),
+        };
+        let head = bytes.get(..head_len)?;
+        let request = Self {
+            flags: u16_at(head, 4),
+            command: u16_at(head, 6),
+            cookie: u64_at(head, 8),
+            offset: u64_at(head, 16),
+            len: if form == Form::Extended { u64_at(head, 24) } else { u32_at(head, 24).into() },
+        };
+        Some(((u32_at(head, 0) == magic).then_some(request), head_len))
+    }
+
+    /// Bytes of data that follow the head. A write has them whether it says so or not: the protocol wants it to, and QEMU's does not.
+    pub fn payload_len(&self, form: Form) -> u64 {
+        let says_so = form == Form::Extended && self.flags & command_flag::PAYLOAD_LEN != 0;
+        if says_so || self.command == command::WRITE { self.len } else { 0 }
     }
 
     /// As a client sends it.
     #[cfg(test)]
-    pub fn to_bytes(self) -> [u8; REQUEST_LEN] {
-        let mut bytes = [0; REQUEST_LEN];
-        bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
-        bytes[4..6].copy_from_slice(&self.flags.to_be_bytes());
-        bytes[6..8].copy_from_slice(&self.command.to_be_bytes());
-        bytes[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
-        bytes[24..].copy_from_slice(&self.len.to_be_bytes());
+    pub fn to_bytes(self, form: Form) -> Vec<u8> {
+        let magic = if form == Form::Extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        let mut bytes = magic.to_be_bytes().to_vec();
+        bytes.extend_from_slice(&self.flags.to_be_bytes());
+        bytes.extend_from_slice(&self.command.to_be_bytes());
+        bytes.extend_from_slice(&self.cookie.to_be_bytes());
+        bytes.extend_from_slice(&self.offset.to_be_bytes());
+        match form {
+            Form::Extended => bytes.extend_from_slice(&self.len.to_be_bytes()),
+            _ => bytes.extend_from_slice(&(self.len as u32).to_be_bytes()),
+        }
         bytes
     }
 }
@@ -160,12 +191,13 @@ pub(super) fn simple_reply(error: u32, cookie: u64) -> [u8; SIMPLE_REPLY_LEN] {
     bytes
 }
 
-pub(super) const CHUNK_HEAD_LEN: usize = 20;
-/// The head of a chunk of data, with the offset that begins its payload.
-pub(super) const DATA_HEAD_LEN: usize = CHUNK_HEAD_LEN + 8;
-/// A chunk that says where zeros are.
-pub(super) const HOLE_LEN: usize = CHUNK_HEAD_LEN + 12;
+const EXTENDED_CHUNK_HEAD_LEN: usize = 32;
+/// The longest head of a chunk of data, with the offset that begins its payload.
+pub(super) const DATA_HEAD_LEN_MAX: usize = EXTENDED_CHUNK_HEAD_LEN + 8;
+/// The longest chunk that says where zeros are.
+pub(super) const HOLE_LEN_MAX: usize = EXTENDED_CHUNK_HEAD_LEN + 12;
 const CHUNK_MAGIC: u32 = 0x668e_33ef;
+const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// The type of a structured reply's chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +207,7 @@ pub(super) enum ChunkType {
     OffsetData = 1,
     OffsetHole = 2,
     BlockStatus = 5,
+    BlockStatusExtended = 6,
     Error = (1 << 15) + 1,
 }
 
@@ -185,32 +218,58 @@ pub(super) enum Last {
     No,
 }
 
-/// The head of a chunk.
-pub(super) fn chunk_head(last: Last, chunk: ChunkType, cookie: u64, payload_len: u32) -> [u8; CHUNK_HEAD_LEN] {
-    let mut bytes = [0; CHUNK_HEAD_LEN];
-    bytes[..4].copy_from_slice(&CHUNK_MAGIC.to_be_bytes());
-    bytes[4..6].copy_from_slice(&u16::from(last == Last::Yes).to_be_bytes());
-    bytes[6..8].copy_from_slice(&(chunk as u16).to_be_bytes());
-    bytes[8..16].copy_from_slice(&cookie.to_be_bytes());
-    bytes[16..].copy_from_slice(&payload_len.to_be_bytes());
-    bytes
+/// The first bytes of a chunk.
+pub(super) struct Head {
+    bytes: [u8; HOLE_LEN_MAX],
+    len: usize,
+}
+
+impl Head {
+    fn push(&mut self, more: &[u8]) {
+        self.bytes[self.len..][..more.len()].copy_from_slice(more);
+        self.len += more.len();
+    }
+}
+
+impl Deref for Head {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// The head of a chunk of a reply; `payload_len` bytes follow. The form is not the simple one.
+pub(super) fn chunk_head(form: Form, last: Last, chunk: ChunkType, request: &Request, payload_len: u32) -> Head {
+    let mut head = Head { bytes: [0; HOLE_LEN_MAX], len: 0 };
+    let magic = if form == Form::Extended { EXTENDED_CHUNK_MAGIC } else { CHUNK_MAGIC };
+    head.push(&magic.to_be_bytes());
+    head.push(&u16::from(last == Last::Yes).to_be_bytes());
+    head.push(&(chunk as u16).to_be_bytes());
+    head.push(&request.cookie.to_be_bytes());
+    match form {
+        Form::Extended => {
+            head.push(&request.offset.to_be_bytes());
+            head.push(&u64::from(payload_len).to_be_bytes());
+        }
+        _ => head.push(&payload_len.to_be_bytes()),
+    }
+    head
 }
 
 /// What comes before the `len` bytes of a chunk of data.
-pub(super) fn data_head(last: Last, cookie: u64, offset: u64, len: u32) -> [u8; DATA_HEAD_LEN] {
-    let mut bytes = [0; DATA_HEAD_LEN];
-    bytes[..CHUNK_HEAD_LEN].copy_from_slice(&chunk_head(last, ChunkType::OffsetData, cookie, len + 8));
-    bytes[CHUNK_HEAD_LEN..].copy_from_slice(&offset.to_be_bytes());
-    bytes
+pub(super) fn data_head(form: Form, last: Last, request: &Request, offset: u64, len: u32) -> Head {
+    let mut head = chunk_head(form, last, ChunkType::OffsetData, request, len + 8);
+    head.push(&offset.to_be_bytes());
+    head
 }
 
 /// A chunk that says that `len` bytes are zeros.
-pub(super) fn hole(last: Last, cookie: u64, offset: u64, len: u32) -> [u8; HOLE_LEN] {
-    let mut bytes = [0; HOLE_LEN];
-    bytes[..CHUNK_HEAD_LEN].copy_from_slice(&chunk_head(last, ChunkType::OffsetHole, cookie, 12));
-    bytes[CHUNK_HEAD_LEN..CHUNK_HEAD_LEN + 8].copy_from_slice(&offset.to_be_bytes());
-    bytes[CHUNK_HEAD_LEN + 8..].copy_from_slice(&len.to_be_bytes());
-    bytes
+pub(super) fn hole(form: Form, last: Last, request: &Request, offset: u64, len: u32) -> Head {
+    let mut head = chunk_head(form, last, ChunkType::OffsetHole, request, 12);
+    head.push(&offset.to_be_bytes());
+    head.push(&len.to_be_bytes());
+    head
 }
 
 /// The number at `at`, which is inside `bytes`.

@@ -1,7 +1,7 @@
 //! Requests that are refused, and why.
 
 use super::PAYLOAD_LEN_MAX;
-use super::protocol::{ErrorNumber, Request, command, command_flag};
+use super::protocol::{ErrorNumber, Form, Request, command, command_flag};
 use crate::disk::{Access, DiskError};
 
 /// A request that was refused: what went wrong, for programs and for people.
@@ -32,7 +32,7 @@ impl From<DiskError> for Refusal {
 
 /// What decides whether a request makes sense.
 pub(super) struct Rules {
-    pub structured: bool,
+    pub form: Form,
     pub access: Access,
     pub capacity_bytes: u64,
     pub has_contexts: bool,
@@ -43,7 +43,8 @@ impl Rules {
     pub fn check(&self, request: &Request) -> Result<(), Refusal> {
         let invalid = |message| Err(Refusal::new(ErrorNumber::Invalid, message));
         let flags = match request.command {
-            command::READ if self.structured => command_flag::DF,
+            command::READ if self.form != Form::Simple => command_flag::DF,
+            command::WRITE if self.form == Form::Extended => command_flag::PAYLOAD_LEN,
             command::READ | command::WRITE | command::FLUSH | command::TRIM | command::CACHE => 0,
             command::WRITE_ZEROES => command_flag::NO_HOLE | command_flag::FAST_ZERO,
             command::BLOCK_STATUS => command_flag::REQ_ONE,
@@ -61,15 +62,15 @@ impl Rules {
             command::FLUSH if offset != 0 || len != 0 => return invalid("a flush has no offset and no length"),
             command::BLOCK_STATUS if !self.has_contexts => return invalid("no metadata context was chosen"),
             command::BLOCK_STATUS if len == 0 => return invalid("the range is empty"),
-            command::READ if len > PAYLOAD_LEN_MAX && self.structured => {
+            command::READ if len > u64::from(PAYLOAD_LEN_MAX) && self.form != Form::Simple => {
                 return Err(Refusal::new(ErrorNumber::Overflow, "the request is longer than 64 MiB"));
             }
-            command::READ | command::WRITE if len > PAYLOAD_LEN_MAX => {
+            command::READ | command::WRITE if len > u64::from(PAYLOAD_LEN_MAX) => {
                 return invalid("the request is longer than 64 MiB");
             }
             _ => {}
         }
-        let end = offset.checked_add(u64::from(len));
+        let end = offset.checked_add(len);
         if end.is_none_or(|end| end > self.capacity_bytes) {
             let error = match request.command {
                 command::WRITE | command::WRITE_ZEROES => ErrorNumber::NoSpace,

@@ -1,6 +1,6 @@
 //! Sockets, threads and the end of a server.
 
-use super::protocol::{OPTION_MAGIC, REQUEST_LEN, Request, SIMPLE_REPLY_LEN, command, option, u32_at, u64_at};
+use super::protocol::{Form, OPTION_MAGIC, Request, SIMPLE_REPLY_LEN, command, option, u32_at, u64_at};
 use super::{Export, Exports, ListenError, Listener, REQUESTS_IN_FLIGHT_MAX, Server, ServerOptions, Tls};
 use crate::disk::memory::MemoryDisk;
 use std::io::{ErrorKind, Read, Write};
@@ -53,8 +53,8 @@ fn option_head(option: u32) -> Vec<u8> {
     [&OPTION_MAGIC.to_be_bytes()[..], &option.to_be_bytes(), &[0; 4]].concat()
 }
 
-fn request(command: u16, cookie: u64, len: u32) -> [u8; REQUEST_LEN] {
-    Request { flags: 0, command, cookie, offset: 0, len }.to_bytes()
+fn request(command: u16, cookie: u64, len: u64) -> Vec<u8> {
+    Request { flags: 0, command, cookie, offset: 0, len }.to_bytes(Form::Simple)
 }
 
 /// The error and the cookie of the next reply.
@@ -172,7 +172,7 @@ fn a_flood_of_requests_is_answered_one_by_one() {
     let count = 20 * REQUESTS_IN_FLIGHT_MAX as u64;
     let thread = std::thread::spawn(move || {
         for cookie in 0..count {
-            let len = 512 * (1 + cookie as u32 % 70);
+            let len = 512 * (1 + cookie % 70);
             sender.write_all(&request(command::READ, cookie, len)).unwrap();
         }
         sender.write_all(&request(command::DISC, 0, 0)).unwrap();

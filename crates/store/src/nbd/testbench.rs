@@ -4,7 +4,7 @@ use super::budget::Budget;
 use super::context::Context;
 use super::exports::{Export, Exports};
 use super::negotiation::{Agreed, Negotiation, Step, TlsPolicy};
-use super::protocol::{REQUEST_LEN, Request, command, u16_at, u32_at, u64_at};
+use super::protocol::{Form, Request, command, u16_at, u32_at, u64_at};
 use super::transmission::Transmission;
 use super::{HELD_BYTES_MAX, PAYLOAD_LEN_MAX};
 use crate::disk::DiskError;
@@ -42,11 +42,15 @@ pub fn converse(input: &[u8]) {
     let cut = usize::from(u16_at(control, 2)).max(1);
     if control[0] & 4 != 0 {
         // Straight to the second phase.
-        let structured = control[0] & 8 != 0;
-        let contexts =
-            Context::select(&*disk, if structured { &CONTEXTS } else { &[] }).expect("the snapshot is there");
+        let form = match (control[0] & 8 != 0, control[0] & 32 != 0) {
+            (false, _) => Form::Simple,
+            (true, false) => Form::Structured,
+            (true, true) => Form::Extended,
+        };
+        let contexts: &[&str] = if form == Form::Simple { &[] } else { &CONTEXTS };
+        let contexts = Context::select(&*disk, contexts).expect("the snapshot is there");
         let export = exports.find(if control[0] & 16 != 0 { "" } else { "disk" }).expect("both are there");
-        return transmit(Agreed { export, structured, contexts }, said, cut);
+        return transmit(Agreed { export, form, contexts }, said, cut);
     }
     let policy = [TlsPolicy::Off, TlsPolicy::Allowed, TlsPolicy::Required][usize::from(control[1]) % 3];
     let mut negotiation = Negotiation::new(exports, policy);
@@ -67,7 +71,7 @@ pub fn converse(input: &[u8]) {
 }
 
 fn transmit(agreed: Agreed<MemoryDisk>, said: &[u8], cut: usize) {
-    let structured = agreed.structured;
+    let form = agreed.form;
     let mut transmission = Transmission::new(agreed, Budget::default()).expect("a disk in memory has queues");
     let (mut start, mut end) = (0, 0);
     let mut sent = Vec::new();
@@ -100,9 +104,9 @@ fn transmit(agreed: Agreed<MemoryDisk>, said: &[u8], cut: usize) {
         }
         end = said.len().min(end + cut);
     }
-    if structured {
+    if form != Form::Simple {
         let mut answered = answers(&sent);
-        let mut asked = requests(&said[..start]);
+        let mut asked = requests(&said[..start], form);
         answered.sort_unstable();
         asked.sort_unstable();
         assert_eq!(answered, asked, "each request has one answer");
@@ -114,12 +118,12 @@ fn used_directly(cut: usize) -> bool {
 }
 
 /// The cookies of the requests that are whole.
-fn requests(mut said: &[u8]) -> Vec<u64> {
+fn requests(mut said: &[u8], form: Form) -> Vec<u64> {
     let mut cookies = Vec::new();
-    while let Some(head) = said.first_chunk::<REQUEST_LEN>() {
-        let Some(request) = Request::parse(head).filter(|request| request.command != command::DISC) else { break };
-        let data_len = if request.command == command::WRITE { request.len as usize } else { 0 };
-        let Some((_, rest)) = said.split_at_checked(REQUEST_LEN + data_len) else { break };
+    while let Some((request, head_len)) = Request::parse(said, form) {
+        let Some(request) = request.filter(|request| request.command != command::DISC) else { break };
+        let Some(end) = request.payload_len(form).checked_add(head_len as u64) else { break };
+        let Some((_, rest)) = said.split_at_checked(end as usize) else { break };
         said = rest;
         cookies.push(request.cookie);
     }
@@ -133,6 +137,7 @@ fn answers(mut sent: &[u8]) -> Vec<u64> {
         let (is_last, len) = match u32_at(sent, 0) {
             0x6744_6698 => (true, 16),
             0x668e_33ef => (u16_at(sent, 4) == 1, 20 + u32_at(sent, 16) as usize),
+            0x6e8a_278c => (u16_at(sent, 4) == 1, 32 + u64_at(sent, 24) as usize),
             magic => panic!("{magic:#x} begins no reply"),
         };
         if is_last {
@@ -146,34 +151,47 @@ fn answers(mut sent: &[u8]) -> Vec<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nbd::protocol::command_flag;
     use proptest::prelude::*;
 
     /// Requests that mostly make sense, so that most of them reach the disk.
-    fn request() -> impl Strategy<Value = Vec<u8>> {
-        let flags = prop_oneof![8 => Just(0u16), 1 => 0u16..32];
+    fn request(form: Form) -> impl Strategy<Value = Vec<u8>> {
+        let flags = prop_oneof![8 => Just(0u16), 1 => 0u16..64];
         let offset = prop_oneof![8 => 0..CAPACITY, 1 => any::<u64>()];
-        let len = prop_oneof![8 => 0u32..20_000, 1 => any::<u32>()];
-        (flags, 0u16..9, 0u64..4, offset, len, any::<u8>()).prop_map(|(flags, command, cookie, offset, len, fill)| {
-            let len = if command == command::WRITE { len % 50_000 } else { len };
+        let len = prop_oneof![8 => 0u64..20_000, 1 => any::<u32>().prop_map(u64::from), 1 => any::<u64>()];
+        let parts = (flags, 0u16..9, 0u64..4, offset, len, any::<u8>());
+        parts.prop_map(move |(mut flags, command, cookie, offset, mut len, fill)| {
             // A client that goes is rare.
             let command = if command == command::DISC && fill > 10 { command::READ } else { command };
-            let mut bytes = Request { flags, command, cookie, offset, len }.to_bytes().to_vec();
-            if command == command::WRITE {
-                bytes.resize(bytes.len() + len as usize, fill);
+            if form == Form::Extended && command == command::WRITE && fill > 10 {
+                flags |= command_flag::PAYLOAD_LEN;
             }
+            let mut request = Request { flags, command, cookie, offset, len };
+            if request.payload_len(form) > 0 {
+                len %= 50_000;
+                request.len = len;
+            }
+            let mut bytes = request.to_bytes(form);
+            bytes.resize(bytes.len() + request.payload_len(form) as usize, fill);
             bytes
         })
+    }
+
+    /// What a client says with heads of that form, which `control` goes along with.
+    fn conversation() -> impl Strategy<Value = (u8, Vec<Vec<u8>>)> {
+        prop_oneof![Just((8, Form::Structured)), Just((8 | 32, Form::Extended))]
+            .prop_flat_map(|(bits, form)| (Just(bits), prop::collection::vec(request(form), 0..30)))
     }
 
     proptest! {
         #[test]
         fn each_request_of_a_random_conversation_has_one_answer(
             control: [u8; CONTROL_LEN],
-            requests in prop::collection::vec(request(), 0..30),
+            (bits, requests) in conversation(),
             tail in prop::collection::vec(any::<u8>(), 0..40),
         ) {
             let mut input = control.to_vec();
-            input[0] |= 4 | 8;
+            input[0] = input[0] & !32 | 4 | bits;
             input.extend(requests.concat());
             input.extend(tail);
             converse(&input);

@@ -14,13 +14,12 @@ use super::exports::Export;
 use super::negotiation::Agreed;
 use super::outgoing::Outgoing;
 use super::protocol::{
-    CHUNK_HEAD_LEN, ChunkType, DATA_HEAD_LEN, Last, REQUEST_LEN, Request, SIMPLE_REPLY_LEN, chunk_head, command,
-    command_flag, data_head, simple_reply,
+    ChunkType, Form, Last, Request, SIMPLE_REPLY_LEN, chunk_head, command, command_flag, data_head, simple_reply,
 };
 use super::refusal::{Refusal, Rules};
 use super::{
     CACHE_LEN_MAX, EXTENTS_MAX, HELD_BYTES_MAX, HOLE_LEN_MIN, OUTGOING_BYTES_MAX, REQUESTS_IN_FLIGHT_MAX,
-    ROUND_BYTES_MAX,
+    ROUND_BYTES_MAX, STATUS_LEN_MAX,
 };
 use crate::disk::{Completion, Disk, DiskError, Durability, Operation, Queue, SECTOR_LEN};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -37,10 +36,10 @@ enum Receiving {
         buffer: RequestBuffer,
         filled: usize,
     },
-    /// The data of a write that is refused.
+    /// The data of a request that is refused.
     Refused {
         request: Request,
-        remaining: u32,
+        remaining: u64,
         refusal: Refusal,
     },
     /// The client has said that it goes, or has broken the protocol.
@@ -57,7 +56,7 @@ struct Pending {
 /// The transmission phase of one connection.
 pub(super) struct Transmission<D: Disk> {
     export: Arc<Export<D>>,
-    structured: bool,
+    form: Form,
     contexts: Vec<Context>,
     queue: D::Queue<RequestBuffer>,
     pending: Vec<Option<Pending>>,
@@ -79,7 +78,7 @@ impl<D: Disk> Transmission<D> {
         queue.let_flushes_wait();
         Ok(Self {
             export: agreed.export,
-            structured: agreed.structured,
+            form: agreed.form,
             contexts: agreed.contexts,
             queue,
             pending: Vec::new(),
@@ -176,9 +175,9 @@ impl<D: Disk> Transmission<D> {
             let rest = &input[used..];
             match &mut self.receiving {
                 Receiving::Head => {
-                    let Some(head) = rest.first_chunk::<REQUEST_LEN>() else { break };
-                    used += REQUEST_LEN;
-                    match Request::parse(head) {
+                    let Some((request, head_len)) = Request::parse(rest, self.form) else { break };
+                    used += head_len;
+                    match request {
                         Some(request) => self.start(request),
                         None => self.end(),
                     }
@@ -194,9 +193,9 @@ impl<D: Disk> Transmission<D> {
                     }
                 }
                 Receiving::Refused { remaining, .. } => {
-                    let count = (*remaining as usize).min(rest.len());
-                    *remaining -= count as u32;
-                    used += count;
+                    let count = (*remaining).min(rest.len() as u64);
+                    *remaining -= count;
+                    used += count as usize;
                     if *remaining > 0 {
                         break;
                     }
@@ -246,14 +245,14 @@ impl<D: Disk> Transmission<D> {
             return self.end();
         }
         let rules = Rules {
-            structured: self.structured,
+            form: self.form,
             access: self.export.access(),
             capacity_bytes: self.export.disk().capacity_bytes(),
             has_contexts: !self.contexts.is_empty(),
         };
         match rules.check(&request) {
-            Err(refusal) if request.command == command::WRITE && request.len > 0 => {
-                self.receiving = Receiving::Refused { request, remaining: request.len, refusal };
+            Err(refusal) if request.payload_len(self.form) > 0 => {
+                self.receiving = Receiving::Refused { request, remaining: request.payload_len(self.form), refusal };
             }
             Err(refusal) => self.refuse(&request, &refusal),
             Ok(()) => self.start_checked(request),
@@ -261,16 +260,16 @@ impl<D: Disk> Transmission<D> {
     }
 
     fn start_checked(&mut self, request: Request) {
-        let (offset, len) = (request.offset, u64::from(request.len));
+        let (offset, len) = (request.offset, request.len);
         if len == 0 && request.command != command::FLUSH {
             return self.succeed(&request);
         }
         match request.command {
             command::READ => {
                 let range = whole_sectors_around(offset, len);
-                let holes = match self.structured {
-                    true => Holes::Remembered,
-                    false => Holes::Filled,
+                let holes = match self.form {
+                    Form::Simple => Holes::Filled,
+                    Form::Structured | Form::Extended => Holes::Remembered,
                 };
                 let buffer = self.buffer((range.end - range.start) as usize, holes);
                 let skip = (offset - range.start) as usize;
@@ -305,7 +304,7 @@ impl<D: Disk> Transmission<D> {
                 self.answer(&request, result);
             }
             command::CACHE => {
-                let range = whole_sectors_around(offset, len.min(u64::from(CACHE_LEN_MAX)));
+                let range = whole_sectors_around(offset, len.min(CACHE_LEN_MAX));
                 let buffer = RequestBuffer::sink((range.end - range.start) as usize);
                 self.submit(request, 0, Operation::Read { offset: range.start, buffer });
             }
@@ -315,7 +314,7 @@ impl<D: Disk> Transmission<D> {
 
     fn write(&mut self, request: Request, buffer: RequestBuffer) {
         let (offset, durability) = (request.offset, durability(&request));
-        if is_whole_sectors(offset, u64::from(request.len)) {
+        if is_whole_sectors(offset, request.len) {
             return self.submit(request, 0, Operation::Write { offset, buffer, durability });
         }
         self.wait_for_disk();
@@ -380,21 +379,24 @@ impl<D: Disk> Transmission<D> {
     }
 
     fn succeed(&mut self, request: &Request) {
-        if self.structured && request.command == command::READ {
-            self.outgoing.push_short(&chunk_head(Last::Yes, ChunkType::None, request.cookie, 0));
-        } else {
-            self.outgoing.push_short(&simple_reply(0, request.cookie));
+        match self.form {
+            Form::Structured if request.command != command::READ => {
+                self.outgoing.push_short(&simple_reply(0, request.cookie));
+            }
+            Form::Simple => self.outgoing.push_short(&simple_reply(0, request.cookie)),
+            form => self.outgoing.push_short(&chunk_head(form, Last::Yes, ChunkType::None, request, 0)),
         }
     }
 
     fn refuse(&mut self, request: &Request, refusal: &Refusal) {
         let error = refusal.error as u32;
-        if !self.structured {
+        if self.form == Form::Simple {
             return self.outgoing.push_short(&simple_reply(error, request.cookie));
         }
         let text = refusal.message.as_bytes();
         let text = &text[..text.len().min(ERROR_TEXT_LEN_MAX)];
-        let mut message = chunk_head(Last::Yes, ChunkType::Error, request.cookie, 6 + text.len() as u32).to_vec();
+        let payload_len = 6 + text.len() as u32;
+        let mut message = chunk_head(self.form, Last::Yes, ChunkType::Error, request, payload_len).to_vec();
         message.extend_from_slice(&error.to_be_bytes());
         message.extend_from_slice(&(text.len() as u16).to_be_bytes());
         message.extend_from_slice(text);
@@ -405,15 +407,16 @@ impl<D: Disk> Transmission<D> {
     fn succeed_read(&mut self, request: &Request, skip: usize, buffer: RequestBuffer) {
         let (mut bytes, holes) = buffer.into_parts();
         let (start, end) = (DATA_START + skip, DATA_START + skip + request.len as usize);
-        if !self.structured {
+        if self.form == Form::Simple {
             let head = start - SIMPLE_REPLY_LEN;
             bytes[head..start].copy_from_slice(&simple_reply(0, request.cookie));
             return self.outgoing.push(bytes, head..end);
         }
         if holes.is_empty() {
-            let head = start - DATA_HEAD_LEN;
-            bytes[head..start].copy_from_slice(&data_head(Last::Yes, request.cookie, request.offset, request.len));
-            return self.outgoing.push(bytes, head..end);
+            let head = data_head(self.form, Last::Yes, request, request.offset, request.len as u32);
+            let head_start = start - head.len();
+            bytes[head_start..start].copy_from_slice(&head);
+            return self.outgoing.push(bytes, head_start..end);
         }
         let mut holes: Vec<Range<usize>> = holes
             .into_iter()
@@ -428,14 +431,15 @@ impl<D: Disk> Transmission<D> {
             }
             sent
         });
-        let ranges = write_chunks(&mut bytes, request, start..end, &holes);
+        let ranges = write_chunks(&mut bytes, self.form, request, start..end, &holes);
         self.outgoing.push_ranges(bytes, ranges);
     }
 
     fn block_status(&mut self, request: &Request) {
         let one = request.flags & command_flag::REQ_ONE != 0;
         let extents_max = if one { 1 } else { EXTENTS_MAX };
-        let range = whole_sectors_around(request.offset, u64::from(request.len));
+        let end = request.offset + request.len.min(STATUS_LEN_MAX);
+        let range = whole_sectors_around(request.offset, end - request.offset);
         let mut message = Vec::new();
         for (id, context) in self.contexts.iter().enumerate() {
             let extents =
@@ -445,19 +449,28 @@ impl<D: Disk> Transmission<D> {
                 Err(error) => return self.refuse(request, &error.into()),
             };
             let last = if id + 1 == self.contexts.len() { Last::Yes } else { Last::No };
-            let at = message.len();
-            message.extend_from_slice(&[0; CHUNK_HEAD_LEN]);
-            message.extend_from_slice(&(id as u32).to_be_bytes());
-            let end = request.offset + u64::from(request.len);
+            let mut payload = (id as u32).to_be_bytes().to_vec();
+            if self.form == Form::Extended {
+                payload.extend_from_slice(&(extents.len() as u32).to_be_bytes());
+            }
             for extent in &extents {
                 // The disk speaks of sectors, the client of bytes; a length is at most that of the request.
                 let len = (extent.offset + extent.len).min(end) - extent.offset.max(request.offset);
-                message.extend_from_slice(&(len as u32).to_be_bytes());
-                message.extend_from_slice(&context.status(extent.set).to_be_bytes());
+                let status = context.status(extent.set);
+                if self.form == Form::Extended {
+                    payload.extend_from_slice(&len.to_be_bytes());
+                    payload.extend_from_slice(&u64::from(status).to_be_bytes());
+                } else {
+                    payload.extend_from_slice(&(len as u32).to_be_bytes());
+                    payload.extend_from_slice(&status.to_be_bytes());
+                }
             }
-            let payload_len = (message.len() - at - CHUNK_HEAD_LEN) as u32;
-            let head = chunk_head(last, ChunkType::BlockStatus, request.cookie, payload_len);
-            message[at..at + CHUNK_HEAD_LEN].copy_from_slice(&head);
+            let chunk = match self.form {
+                Form::Extended => ChunkType::BlockStatusExtended,
+                Form::Simple | Form::Structured => ChunkType::BlockStatus,
+            };
+            message.extend_from_slice(&chunk_head(self.form, last, chunk, request, payload.len() as u32));
+            message.append(&mut payload);
         }
         let len = message.len();
         self.outgoing.push(message, 0..len);
@@ -468,9 +481,9 @@ impl<D: Disk> Transmission<D> {
         self.wait_for_disk();
         let export = self.export.clone();
         let _edges = export.edges.lock().unwrap_or_else(PoisonError::into_inner);
-        let (offset, end) = (request.offset, request.offset + u64::from(request.len));
+        let (offset, end) = (request.offset, request.offset + request.len);
         let durability = durability(request);
-        let inside = whole_sectors_inside(offset, u64::from(request.len));
+        let inside = whole_sectors_inside(offset, request.len);
         let parts = match inside.is_empty() {
             true => [offset..end, end..end],
             false => [offset..inside.start, inside.end..end],
@@ -480,7 +493,7 @@ impl<D: Disk> Transmission<D> {
             let around = whole_sectors_around(part.start, len);
             let mut buffer = self.pool.get((around.end - around.start) as usize, Holes::Filled);
             buffer.data().fill(0);
-            self.change_sectors(part.start, len as u32, buffer, durability)?;
+            self.change_sectors(part.start, len, buffer, durability)?;
         }
         if inside.is_empty() {
             return Ok(());
@@ -495,12 +508,12 @@ impl<D: Disk> Transmission<D> {
     fn change_sectors(
         &mut self,
         offset: u64,
-        len: u32,
+        len: u64,
         mut buffer: RequestBuffer,
         durability: Durability,
     ) -> Result<(), DiskError> {
-        let around = whole_sectors_around(offset, u64::from(len));
-        let end = offset + u64::from(len);
+        let around = whole_sectors_around(offset, len);
+        let end = offset + len;
         let (first, last) = (around.start, around.end - SECTOR_LEN);
         for (sector, missing) in [(first, first..offset), (last, end..around.end)] {
             if missing.is_empty() {

@@ -112,6 +112,29 @@ fn maps_show_what_is_allocated_and_what_has_changed() {
 }
 
 #[test]
+fn qemu_asks_about_more_than_32_bits_can_say_and_hears_of_it() {
+    let capacity = 14u64 << 30;
+    let server = TestServer::new(capacity);
+    let chunk = CHUNK_LEN as u64;
+    server.nbdsh("disk", &format!("h.pwrite(b'1' * {chunk}, {})", 6u64 << 30));
+    // What QEMU sends is said on standard error.
+    let traced = "exec 2>&1; qemu-img -T nbd_send_request map --output=json -f raw \"$0\"";
+    let said = run("sh", &["-c", traced, &server.uri("disk")]);
+    let asked = said.split(".len = ").skip(1).filter_map(|rest| rest.split([',', ' ']).next()?.parse::<u64>().ok());
+    assert_eq!(asked.max(), Some(capacity), "{said}");
+    let map = json("qemu-img", &["map", "--output=json", "-f", "raw", &server.uri("disk")]);
+    let parts: Vec<(u64, u64, bool)> = map
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|extent| (extent["start"].as_u64().unwrap(), extent["length"].as_u64().unwrap(), extent["data"] == true))
+        .collect();
+    let data = 6 << 30;
+    let behind = data + chunk;
+    assert_eq!(parts, [(0, data, false), (data, chunk, true), (behind, capacity - behind, false)]);
+}
+
+#[test]
 fn a_client_that_comes_again_sees_a_resized_disk() {
     let server = TestServer::new(CAPACITY);
     server.disk.resize(2 * CAPACITY).unwrap();
