@@ -9,3 +9,4 @@ pub(crate) mod record;
 pub(crate) mod run;
 pub(crate) mod segment;
 pub(crate) mod segment_writer;
+pub(crate) mod tight;

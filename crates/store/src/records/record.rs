@@ -7,7 +7,7 @@ use std::sync::Arc;
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
 use crate::name::{Kind, Name};
-use crate::records::lz4;
+use crate::records::{lz4, tight};
 
 /// Bytes before the packed bytes, and the unit that records are padded to.
 pub(crate) const HEADER_LEN: usize = 64;
@@ -162,7 +162,7 @@ pub(crate) fn unpack_into(header: &Header, packed: &[u8], content: &mut [u8]) ->
             Some(packed.len())
         }
         Packing::Lz4 => lz4::unpack(packed, content),
-        Packing::Zstd => zstd::bulk::decompress_to_buffer(packed, content).ok(),
+        Packing::Zstd => tight::unpack(packed, content),
     };
     match unpacked == Some(content.len()) {
         true => Ok(()),

@@ -89,6 +89,54 @@ fn a_collection_frees_what_nothing_needs_and_nothing_else() {
 }
 
 #[test]
+fn old_chunks_that_are_packed_tighter_take_less_room_and_are_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    // Sixteen letters in no order: LZ4 finds nothing in them. Noise gets no smaller at all.
+    let mut bytes: Vec<u8> = noise(1, 24 << 20).iter().map(|byte| b'a' + byte % 16).collect();
+    bytes[20 << 20..].copy_from_slice(&noise(2, 4 << 20));
+    let disk = volume(&store, "disk", 24 * MIB);
+    disk.write_at(0, &bytes).unwrap();
+    disk.close().unwrap();
+    store.seal().unwrap();
+    let day = std::time::Duration::from_secs(24 * 3600);
+    let tighten = |store: &Arc<Store>| {
+        let options = CollectOptions { tighten_after: Some(30 * day), ..at_once() };
+        store.collect(options, &mut |_| Ok(())).unwrap()
+    };
+    assert_eq!(tighten(&store).removed_segments, 0, "nothing is old");
+    for segment in std::fs::read_dir(folder.path().join("segments")).unwrap() {
+        let file = std::fs::File::options().write(true).open(segment.unwrap().path()).unwrap();
+        file.set_modified(std::time::SystemTime::now() - 31 * day).unwrap();
+    }
+    let before = store.usage(&mut |_| Ok(())).unwrap();
+    let collected = tighten(&store);
+    let after = store.usage(&mut |_| Ok(())).unwrap();
+    assert!(after.stored_bytes * 10 < before.stored_bytes * 7, "{before:?} {after:?}");
+    assert!(collected.freed_bytes > collected.rewritten_bytes + 9 * MIB, "{collected:?}");
+    assert_eq!((after.needed_records, after.used_bytes), (before.needed_records, before.used_bytes));
+    // What is new is not looked at again.
+    assert_eq!(tighten(&store).removed_segments, 0);
+    // The same chunks are still found, and stored no second time.
+    let again = volume(&store, "again", 24 * MIB);
+    again.write_at(0, &bytes).unwrap();
+    again.close().unwrap();
+    store.seal().unwrap();
+    assert!(store.usage(&mut |_| Ok(())).unwrap().stored_bytes < after.stored_bytes + 100_000);
+    drop(store);
+    let store = open(&folder);
+    assert!(content(&store, "disk") == bytes);
+    let disk = Volume::open(&open(&folder), "disk", VolumeOptions::default()).unwrap();
+    let mut part = [0; 4096];
+    for offset in [0usize, 20_480, (5 << 20) + 4096, (20 << 20) - 4096, 23 << 20] {
+        disk.read_at(offset as u64, &mut part).unwrap();
+        assert!(part[..] == bytes[offset..offset + 4096], "{offset}");
+    }
+    let verified = store.verify(&mut |_| Ok(())).unwrap();
+    assert!(verified.damages.is_empty() && verified.lost.is_empty(), "{verified:?}");
+}
+
+#[test]
 fn a_collection_beside_writers_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder);

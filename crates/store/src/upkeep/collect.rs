@@ -15,13 +15,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::catalog::SegmentRow;
+use crate::domain::is_sealed;
 use crate::error::{Result, StoreError};
+use crate::name::Kind;
 use crate::pace::Pace;
+use crate::records::record::Packing;
 use crate::records::segment::{self, Entry, Found, SegmentNumber};
 use crate::room;
 use crate::store::Store;
 use crate::store::reserve::COLLECT_LOCK;
-use crate::upkeep::copier::Copier;
+use crate::upkeep::copier::{Copier, Repack};
 use crate::upkeep::mark::{Lost, Marks};
 
 /// Smaller segments are joined.
@@ -36,11 +39,14 @@ pub struct CollectOptions {
     pub bytes_per_second: u64,
     /// A segment is rewritten if less than this share of it is needed, in percent.
     pub needed_percent_min: u64,
+    /// What lies in segments that were sealed that long ago is packed tighter, and such segments are rewritten for that alone. It takes
+    /// longer to read then.
+    pub tighten_after: Option<Duration>,
 }
 
 impl Default for CollectOptions {
     fn default() -> Self {
-        CollectOptions { bytes_per_second: 100 << 20, needed_percent_min: 50 }
+        CollectOptions { bytes_per_second: 100 << 20, needed_percent_min: 50, tighten_after: None }
     }
 }
 
@@ -267,8 +273,10 @@ impl Store {
                 0 => 0,
                 count => bytes + count * Entry::LEN as u64 + COPY_EXTRA_LEN,
             };
-            let victim = Victim { row: *row, copies_len };
-            if bytes * 100 < row.bytes * options.needed_percent_min {
+            let is_old = options.tighten_after.is_some_and(|age| self.is_older(row, age));
+            let repack = if is_old { Repack::Tight } else { Repack::No };
+            let victim = Victim { row: *row, copies_len, repack };
+            if bytes * 100 < row.bytes * options.needed_percent_min || is_old && self.is_loose(row)? {
                 victims.push(victim);
             } else if row.bytes < SEGMENT_LEN_SMALL {
                 small.push(victim);
@@ -279,6 +287,23 @@ impl Store {
             victims.extend(small);
         }
         Ok(victims)
+    }
+
+    /// Whether a segment was sealed that long ago, by the time of its file.
+    fn is_older(&self, row: &SegmentRow, age: Duration) -> bool {
+        let sealed = std::fs::metadata(self.segments().sealed(row.number)).and_then(|facts| facts.modified());
+        sealed.is_ok_and(|sealed| sealed.elapsed().is_ok_and(|elapsed| elapsed >= age))
+    }
+
+    /// Whether half of a segment is chunks that may be packed tighter.
+    fn is_loose(&self, row: &SegmentRow) -> Result<bool> {
+        let mut loose = 0;
+        self.scan_segment(row, |Found { header, .. }| {
+            if header.kind == Kind::Data && header.packing != Packing::Zstd && !is_sealed(&header) {
+                loose += header.record_len() as u64;
+            }
+        })?;
+        Ok(loose * 2 > row.bytes)
     }
 
     /// Takes a segment's file out of the way of whoever looks for segments that the catalog does not know.
@@ -295,6 +320,7 @@ struct Victim {
     row: SegmentRow,
     /// Bytes that what is needed of it takes elsewhere; 0 if nothing is.
     copies_len: u64,
+    repack: Repack,
 }
 
 /// Takes segments out of a store.
@@ -314,8 +340,8 @@ impl Taking<'_> {
         let store = self.store;
         let (marks, copier) = (&mut self.marks, &mut self.copier);
         let mut done = self.done;
-        for Victim { row, .. } in victims {
-            copier.copy(row, marks.needed(row.number), &mut self.pace)?;
+        for Victim { row, repack, .. } in victims {
+            copier.copy(row, marks.needed(row.number), *repack, &mut self.pace)?;
             done += row.bytes;
             watcher(Step { what: "rewriting", done, total: self.total })?;
         }
@@ -326,8 +352,8 @@ impl Taking<'_> {
         store.index().refresh(store.catalog())?;
         marks.add(store, &store.roots()?, &mut || Ok(()))?;
         let mut at_once = Pace::new(u64::MAX);
-        for Victim { row, .. } in victims {
-            copier.copy(row, marks.needed(row.number), &mut at_once)?;
+        for Victim { row, repack, .. } in victims {
+            copier.copy(row, marks.needed(row.number), *repack, &mut at_once)?;
         }
         copier.finish()?;
         let numbers: Vec<SegmentNumber> = victims.iter().map(|victim| victim.row.number).collect();

@@ -9,12 +9,23 @@ use crate::records::behind::Writing;
 use crate::records::record::{self, HEADER_LEN};
 use crate::records::segment::SegmentNumber;
 use crate::records::segment_writer::SegmentWriter;
+use crate::records::tight::TightPacker;
 use crate::room::Purpose;
 use crate::store::Store;
+
+/// How records are packed where they go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Repack {
+    No,
+    /// Tighter than before, where that gains something.
+    Tight,
+}
 
 /// Copies needed records out of segments that are to go.
 pub(super) struct Copier<'a> {
     store: &'a Store,
+    /// Made when something is to be packed again first.
+    tight: Option<TightPacker>,
     /// What was copied of each segment.
     copied: BTreeMap<SegmentNumber, BTreeSet<u32>>,
     /// Bytes of all copies.
@@ -26,7 +37,7 @@ pub(super) struct Copier<'a> {
 
 impl<'a> Copier<'a> {
     pub fn new(store: &'a Store) -> Self {
-        Copier { store, copied: BTreeMap::new(), bytes: 0, target: None, unfinished: Vec::new() }
+        Copier { store, tight: None, copied: BTreeMap::new(), bytes: 0, target: None, unfinished: Vec::new() }
     }
 
     /// Bytes of all copies that were made, but for those that were given up.
@@ -35,7 +46,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Copies those of the records that were not copied before.
-    pub fn copy(&mut self, row: &SegmentRow, needed: &[u32], pace: &mut Pace) -> Result<()> {
+    pub fn copy(&mut self, row: &SegmentRow, needed: &[u32], repack: Repack, pace: &mut Pace) -> Result<()> {
         let copied = self.copied.entry(row.number).or_default();
         let missing: Vec<u32> = needed.iter().copied().filter(|offset| !copied.contains(offset)).collect();
         if missing.is_empty() {
@@ -59,6 +70,15 @@ impl<'a> Copier<'a> {
                     none.insert(self.store.with_reserve(new)?)
                 }
             };
+            let tight = match repack {
+                Repack::No => None,
+                Repack::Tight if self.tight.is_none() => {
+                    self.tight = TightPacker::new();
+                    self.tight.as_mut()
+                }
+                Repack::Tight => self.tight.as_mut(),
+            };
+            let (header, packed) = tight.and_then(|tight| tight.pack(&header, packed)).unwrap_or((header, packed));
             target.append(&header, packed)?;
             let len = header.record_len() as u64;
             self.copied.entry(row.number).or_default().insert(offset);
