@@ -61,6 +61,8 @@ impl Load {
     /// Runs until told to stop. Gives the times of its operations, and how long it ran.
     pub fn run(&self, disk: &Arc<OpenDisk>, stop: &AtomicBool) -> Outcome<(Figures, Duration)> {
         let mut queue: DiskQueue<Vec<u8>> = disk.open_queue()?;
+        // As front ends do that have a thread for each queue.
+        Queue::<Vec<u8>>::let_flushes_wait(&mut queue);
         let mut random = Random::new(self.seed);
         let mut figures = Figures::default();
         let mut idle: Vec<(u64, Vec<u8>)> = (0..self.depth as u64)

@@ -51,6 +51,8 @@ pub struct DiskQueue<B: Buffer> {
     pub(super) payload: Vec<u8>,
     /// A record as it was read.
     record: RefCell<Vec<u8>>,
+    /// What a part of is wanted.
+    content: RefCell<Vec<u8>>,
     /// The thread of the queue may wait for a sync.
     pub(super) may_wait: bool,
     /// When a sync took long last.
@@ -165,6 +167,7 @@ impl<B: Buffer> DiskQueue<B> {
             pieces: Vec::new(),
             payload: Vec::new(),
             record: RefCell::default(),
+            content: RefCell::default(),
             may_wait: false,
             slow_sync: None,
             _disk: disk,
@@ -342,6 +345,17 @@ impl<B: Buffer> DiskQueue<B> {
         let bytes = &mut record[..location.read_len()];
         let read = read_some_if_cached(&file, bytes, location.offset());
         match read {
+            // What is read once is read where it is wanted; what is read again is kept whole.
+            Some(read) if !store.was_read_before(&name) => {
+                let (bytes, mut content) = (&mut bytes[..read], self.content.borrow_mut());
+                match store.part_of(&name, domain, bytes, from..from + len, &mut content) {
+                    Some(part) => {
+                        buffer.put(at, part);
+                        Tried::Done
+                    }
+                    None => Tried::LookUp,
+                }
+            }
             Some(read) => match store.content(&name, location, Expected::Data { domain }, &mut bytes[..read]) {
                 Ok(Read { content, .. }) if content.len() >= from + len => {
                     store.cache_chunk(&name, domain, &content);
@@ -475,8 +489,12 @@ impl<B: Buffer> DiskQueue<B> {
             return;
         }
         let mut done = Vec::new();
-        for entry in ring.completion() {
-            done.push((entry.user_data() as usize, entry.result()));
+        loop {
+            done.extend(ring.completion().map(|entry| (entry.user_data() as usize, entry.result())));
+            // Those that did not fit into the ring come, and signal, when it is entered again.
+            if !ring.submission().cq_overflow() || ring.submit().is_err() {
+                break;
+            }
         }
         for (call, result) in done {
             self.end_call(call, result);

@@ -104,3 +104,43 @@ fn a_damaged_chunk_of_a_run_is_an_error_and_its_neighbours_are_read() {
         assert!(read(&mut queue, 0, content.len()).unwrap() == content, "{chunk}");
     }
 }
+
+/// More reads than the ring has room for the ends of, of which none is in memory.
+#[test]
+fn reads_of_more_parts_than_the_ring_holds_all_come_back() {
+    const BLOCK: usize = 4096;
+    let folder = tempfile::tempdir().unwrap();
+    let mut content = noise(1, 128 * 16_384);
+    content.chunks_mut(2 * 16_384).for_each(|chunks| chunks[8192..16_384].fill(7));
+    let disk = disk_of(&folder, &content, 16_384);
+    let mut queue = disk.open_queue::<Vec<u8>>().unwrap();
+    for is_cached in [true, false, true] {
+        if !is_cached {
+            for entry in std::fs::read_dir(folder.path().join("segments")).unwrap() {
+                let file = std::fs::File::open(entry.unwrap().path()).unwrap();
+                file.sync_all().unwrap();
+                rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            }
+        }
+        let blocks = (content.len() / BLOCK) as u64;
+        for token in 0..blocks {
+            queue.submit(token, Operation::Read { offset: token * BLOCK as u64, buffer: vec![9; BLOCK] });
+        }
+        let mut missing: std::collections::BTreeSet<u64> = (0..blocks).collect();
+        while queue.in_flight() > 0 {
+            let Some(completion) = queue.next_completion() else {
+                let mut waited =
+                    [rustix::event::PollFd::from_borrowed_fd(queue.signal(), rustix::event::PollFlags::IN)];
+                let patience = rustix::time::Timespec { tv_sec: 10, tv_nsec: 0 };
+                assert_eq!(rustix::event::poll(&mut waited, Some(&patience)).unwrap(), 1, "nobody rang");
+                let _ = rustix::io::read(queue.signal(), &mut [0; 8]);
+                continue;
+            };
+            completion.result.unwrap();
+            let at = completion.token as usize * BLOCK;
+            assert!(completion.buffer.unwrap() == content[at..at + BLOCK], "{}", completion.token);
+            assert!(missing.remove(&completion.token));
+        }
+        assert!(missing.is_empty());
+    }
+}

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::RwLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::name::Name;
 
@@ -110,6 +110,26 @@ impl<V> Shard<V> {
     }
 }
 
+/// Names that were asked for lately, as far as 32 bits tell them apart: what is asked for once is hardly worth a place in a cache.
+pub(crate) struct ReadOnce(Box<[AtomicU32]>);
+
+/// Names that are remembered: about as many as a cache of usual size has chunks, twice.
+const REMEMBERED: usize = 8192;
+
+impl Default for ReadOnce {
+    fn default() -> Self {
+        ReadOnce((0..REMEMBERED).map(|_| AtomicU32::new(0)).collect())
+    }
+}
+
+impl ReadOnce {
+    /// Remembers a name; whether it was remembered.
+    pub fn note(&self, name: &Name) -> bool {
+        let word = |at: usize| u32::from_le_bytes([name.0[at], name.0[at + 1], name.0[at + 2], name.0[at + 3]]);
+        self.0[word(8) as usize % REMEMBERED].swap(word(12), Ordering::Relaxed) == word(12)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,5 +149,18 @@ mod tests {
         assert!((SHARDS * 8..=SHARDS * 10).contains(&held), "{held}");
         cache.insert(name(20_000), 7, SHARDS * 1000);
         assert_eq!(cache.get(&name(20_000)), None);
+    }
+
+    #[test]
+    fn a_name_is_remembered_until_another_takes_its_place() {
+        let read = ReadOnce::default();
+        assert!(!read.note(&name(1)));
+        assert!(read.note(&name(1)));
+        // So many others leave none of the first ones.
+        for index in 2..200_000 {
+            read.note(&name(index));
+        }
+        assert!(!read.note(&name(1)));
+        assert!(read.note(&name(1)));
     }
 }

@@ -19,8 +19,17 @@ const LOOP_LEN: usize = 12;
 
 /// Unpacks a block to the front of `content`; how many bytes it became. None if it is damaged, or there is no room for it.
 pub(super) fn unpack(packed: &[u8], content: &mut [u8]) -> Option<usize> {
+    unpack_front(packed, content, usize::MAX)
+}
+
+/// As [`unpack`], but ends when there are `enough` bytes: how many there are then. What follows is not looked at, and nothing is to be made of
+/// the bytes behind them.
+pub(super) fn unpack_front(packed: &[u8], content: &mut [u8], enough: usize) -> Option<usize> {
     let (mut from, mut to) = (0, 0);
     loop {
+        if to >= enough {
+            return Some(to);
+        }
         let token = *packed.get(from)?;
         from += 1;
         let mut literals = usize::from(token >> 4);
@@ -108,6 +117,14 @@ mod tests {
             let mut unpacked = vec![0; content.len()];
             prop_assert_eq!(unpack(&compress(&content), &mut unpacked), Some(content.len()));
             prop_assert_eq!(unpacked, content);
+        }
+
+        #[test]
+        fn the_front_of_a_block_is_that_of_its_content(content in content(), enough in 0..20_000usize) {
+            let mut unpacked = vec![0; content.len()];
+            let len = unpack_front(&compress(&content), &mut unpacked, enough).unwrap();
+            prop_assert!(len >= enough.min(content.len()) && len <= content.len());
+            prop_assert_eq!(&unpacked[..len], &content[..len]);
         }
 
         /// Another reader of the format says the same of damaged blocks: either what they hold, or that they are damaged.

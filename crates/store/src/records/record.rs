@@ -2,6 +2,7 @@
 //!
 //! A record says itself what it holds, so that a segment can be read without an index. docs/store-format.md draws it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
@@ -170,6 +171,32 @@ pub(crate) fn unpack_into(header: &Header, packed: &[u8], content: &mut [u8]) ->
     }
 }
 
+/// A part of the content of a record, which is unpacked as far as it goes in `scratch`. None if that cannot be.
+pub(crate) fn unpack_part<'a>(
+    header: &Header,
+    packed: &'a [u8],
+    part: Range<usize>,
+    scratch: &'a mut Vec<u8>,
+) -> Option<&'a [u8]> {
+    let len = header.content_len as usize;
+    if part.end > len {
+        return None;
+    }
+    if header.packing == Packing::Raw {
+        return packed.get(part).filter(|_| packed.len() == len);
+    }
+    if scratch.len() < len {
+        scratch.resize(len, 0);
+    }
+    let content = &mut scratch[..len];
+    if header.packing == Packing::Lz4 {
+        lz4::unpack_front(packed, content, part.end).filter(|&unpacked| unpacked >= part.end)?;
+    } else {
+        unpack_into(header, packed, content).ok()?;
+    }
+    content.get(part)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -199,6 +226,11 @@ mod tests {
             let header = header(content, chosen, packed);
             assert_eq!(Header::from_bytes(&header.to_bytes()), Ok(header));
             assert_eq!(unpack(&header, packed).unwrap()[..], content[..]);
+            let mut scratch = vec![9; 100];
+            for part in [0..1, 0..4096, 512..513, 4096..16_384, 16_384..16_384] {
+                assert_eq!(unpack_part(&header, packed, part.clone(), &mut scratch).unwrap(), &content[part]);
+            }
+            assert_eq!(unpack_part(&header, packed, 16_000..16_385, &mut scratch), None);
         }
     }
 

@@ -25,7 +25,7 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::name::{Name, Namer};
 use crate::records::behind::{Writers, Writing};
-use crate::records::cache::Cache;
+use crate::records::cache::{Cache, ReadOnce};
 use crate::records::index::{Index, IndexFigures};
 use crate::records::record::{HEADER_LEN, Header};
 use crate::records::segment::{Location, SegmentFolder, SegmentNumber};
@@ -79,6 +79,8 @@ pub struct Store {
     files: Mutex<VecDeque<(SegmentNumber, Arc<File>)>>,
     /// With the domains that they were read in.
     chunks: Cache<(u32, Arc<[u8]>)>,
+    /// Chunks that were read and not kept.
+    chunks_read: ReadOnce,
     nodes: Cache<Arc<TreeNode>>,
     workers: Workers,
     spares: Spares,
@@ -123,6 +125,7 @@ impl Store {
             failures: AtomicU64::new(0),
             files: Mutex::default(),
             chunks: Cache::new(options.chunk_cache_bytes),
+            chunks_read: ReadOnce::default(),
             nodes: Cache::new(options.node_cache_bytes),
             workers: Workers::default(),
             spares: Spares::new(spares),

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
@@ -95,6 +96,11 @@ impl Store {
 
     pub(crate) fn cache_chunk(&self, name: &Name, domain: u32, content: &Arc<[u8]>) {
         self.chunks.insert(*name, (domain, content.clone()), content.len() + 64);
+    }
+
+    /// Whether a chunk was read not long ago, though it was not kept; the next time it was.
+    pub(crate) fn was_read_before(&self, name: &Name) -> bool {
+        self.chunks_read.note(name)
     }
 
     /// A chunk of a leaf, which remembers where it lies.
@@ -263,6 +269,25 @@ impl Store {
             },
         };
         unpacked.is_ok()
+    }
+
+    /// A part of the chunk that was read from a place; no more is unpacked than that takes, in `scratch`. None if something is wrong with it:
+    /// the long way says what.
+    pub(crate) fn part_of<'a>(
+        &self,
+        name: &Name,
+        domain: u32,
+        bytes: &'a mut [u8],
+        part: Range<usize>,
+        scratch: &'a mut Vec<u8>,
+    ) -> Option<&'a [u8]> {
+        let header = self.header_of(name, Expected::Data { domain }, bytes).ok()?;
+        let packed = &mut bytes[HEADER_LEN..HEADER_LEN + header.packed_len as usize];
+        let packed = match is_sealed(&header) {
+            false => packed,
+            true => self.unlocked(header.domain).ok()??.open(&header, packed).ok()?,
+        };
+        record::unpack_part(&header, packed, part, scratch)
     }
 
     /// Opens and unpacks packed bytes; the inner error is what is wrong with them.

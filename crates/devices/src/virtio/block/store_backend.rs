@@ -44,7 +44,10 @@ pub(super) struct StoreBackend {
 impl StoreBackend {
     pub fn new(disk: &Arc<OpenDisk>, write_through: bool) -> Result<Self, DiskError> {
         let durability = if write_through { Durability::Stable } else { Durability::Cached };
-        Ok(StoreBackend { queue: disk.open_queue()?, durability })
+        let mut queue: DiskQueue<GuestBuffer> = disk.open_queue()?;
+        // The worker of a device's queue has a thread of its own.
+        queue.let_flushes_wait();
+        Ok(StoreBackend { queue, durability })
     }
 }
 
