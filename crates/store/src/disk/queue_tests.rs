@@ -105,9 +105,9 @@ fn a_damaged_chunk_of_a_run_is_an_error_and_its_neighbours_are_read() {
     }
 }
 
-/// More reads than the ring has room for the ends of, of which none is in memory.
+/// Many reads at a time, from memory and from the disk, of which the host reads some ahead.
 #[test]
-fn reads_of_more_parts_than_the_ring_holds_all_come_back() {
+fn deep_reads_from_memory_and_from_the_disk_all_come_back() {
     const BLOCK: usize = 4096;
     let folder = tempfile::tempdir().unwrap();
     let mut content = noise(1, 128 * 16_384);
