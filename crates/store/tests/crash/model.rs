@@ -88,7 +88,9 @@ fn version(index: usize, bytes: &[u8]) -> Result<Option<u32>, String> {
     let found = u32::from_le_bytes([bytes[8], bytes[9], bytes[10], bytes[11]]);
     match sector(index, found) == bytes {
         true => Ok(Some(found)),
-        false => Err(format!("sector {index} holds what was never written there")),
+        false => {
+            Err(format!("sector {index} holds what was never written there, beginning with {:02x?}", &bytes[..12]))
+        }
     }
 }
 

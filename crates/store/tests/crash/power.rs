@@ -41,7 +41,12 @@ fn nothing_that_was_promised_is_lost_when_the_power_goes_at_any_moment() {
     while begin.elapsed() < time {
         let Some(mounted) = PowerDisk::mount(disk) else { panic!("it was mounted before") };
         mounted.disk().cut_at = 1 + random.below(if cuts % 3 == 0 { 100 } else { 3000 });
-        if let Err(what) = task(&mounted, random.next()).run("killed::a_child_works_until_it_is_killed") {
+        let worked = task(&mounted, random.next()).run("killed::a_child_works_until_it_is_killed");
+        // SQLite has the index of the catalog's log mapped into memory. Once the power is gone a page of it that the host has dropped
+        // cannot be read again, which ends the process.
+        if let Err(what) = worked
+            && !(mounted.disk().cut && what.starts_with("signal: 7 "))
+        {
             panic!("at cut {cuts} of seed {seed}: {what}");
         }
         disk = mounted.disk().after_power_loss(&mut random);
