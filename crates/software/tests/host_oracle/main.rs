@@ -162,6 +162,16 @@ fn differences(
     if beyond_limit && fault.is_some_and(|exception| matches!(exception.vector, 12 | 13)) {
         return lines;
     }
+    // Elements of a masked move that lie beyond the last address of 16 or 32 bits are at the first ones to some hosts (Zen 3). (A NOP stands
+    // for a sequence.)
+    let masked = matches!(
+        generated.instruction.mnemonic(),
+        Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+    );
+    let wrapped = bits == 32 && host_vector == 14 && state.fault.address < 32;
+    if wrapped && fault.is_some() && (masked || generated.instruction.code() == Code::Nopd) {
+        return lines;
+    }
     compare("vector".into(), fault.map_or(NO_FAULT, |exception| u64::from(exception.vector)), host_vector);
     compare("rip".into(), bench.cpu.rip, host_rip);
     if let (Some(exception), 14) = (fault, host_vector) {
@@ -177,6 +187,12 @@ fn differences(
                 | Mnemonic::Vmaskmovdqu
         );
         let mask = if long || generated.instruction.code() == Code::Nopd { !0xfff } else { !0 };
+        // As is which of two operands in memory.
+        let two_operands = matches!(
+            generated.instruction.code(),
+            Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
+        );
+        let mask = if two_operands { 0 } else { mask };
         compare("fault address".into(), exception.detail & mask, state.fault.address & mask);
         // The kernel shows addresses from its TASK_SIZE_MAX on as present: that is a page below its own half (arch/x86/mm/fault.c).
         let mask = if state.fault.address >= 0x7fff_ffff_f000 { !1 } else { !0 };
