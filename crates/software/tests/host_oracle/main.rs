@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use generate::{BRANCH_TARGET, Generated, Generator, START};
-use iced_x86::{Code, FlowControl, Mnemonic, RflagsBits};
+use iced_x86::{Code, FlowControl, Mnemonic, OpKind, RflagsBits};
 use native::{DATA_PAGES, GS_BASE, NO_FAULT, Native, PAGE, STATE, State};
 use polder_software::CpuModel;
 use polder_software::testbench::{CODE, CodeSize, DATA, STACK, Stop, TestBench};
@@ -187,12 +187,19 @@ fn differences(
                 | Mnemonic::Vmaskmovdqu
         );
         let mask = if long || generated.instruction.code() == Code::Nopd { !0xfff } else { !0 };
-        // As is which of two operands in memory.
-        let two_operands = matches!(
+        // As is which of two operands in memory: the engine begins with that of RSI, Zen 3 with that of RDI.
+        let kinds = [generated.instruction.op0_kind(), generated.instruction.op1_kind()];
+        let address_mask = match kinds {
+            kinds if kinds.contains(&OpKind::MemoryESDI) => 0xffff,
+            kinds if kinds.contains(&OpKind::MemoryESEDI) => 0xffff_ffff,
+            _ => !0,
+        };
+        let compares = matches!(
             generated.instruction.code(),
             Code::Cmpsb_m8_m8 | Code::Cmpsw_m16_m16 | Code::Cmpsd_m32_m32 | Code::Cmpsq_m64_m64
         );
-        let mask = if two_operands { 0 } else { mask };
+        let second = state.fault.address.wrapping_sub(state.gpr[7] & address_mask) < 8;
+        let mask = if compares && second { 0 } else { mask };
         compare("fault address".into(), exception.detail & mask, state.fault.address & mask);
         // The kernel shows addresses from its TASK_SIZE_MAX on as present: that is a page below its own half (arch/x86/mm/fault.c).
         let mask = if state.fault.address >= 0x7fff_ffff_f000 { !1 } else { !0 };
