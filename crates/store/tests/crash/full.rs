@@ -1,6 +1,7 @@
 //! A full disk: the one that the test serves, and an ext4 of the host.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -235,23 +236,52 @@ fn a_volume_can_be_removed_and_collected_on_a_full_disk() {
     assert!(mounted.disk().used_bytes() + (15 << 20) < freed_from);
 }
 
+/// An ext4 of the host that is soon full, and room beside it.
+struct SmallExt4 {
+    // Ends before its folder goes.
+    mount: LoopMount,
+    folder: tempfile::TempDir,
+}
+
+impl SmallExt4 {
+    /// None, with a message, where files cannot be mounted.
+    fn new(len: u64) -> Option<Self> {
+        if !can_mount_files() {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("disk");
+        std::fs::File::create(&file).and_then(|file| file.set_len(len)).unwrap();
+        make_ext4(&file).unwrap();
+        let mount = LoopMount::new(&file, &folder.path().join("mounted")).unwrap();
+        Some(SmallExt4 { mount, folder })
+    }
+
+    /// Where it is mounted.
+    fn at(&self) -> PathBuf {
+        self.folder.path().join("mounted")
+    }
+
+    /// A task at a store on it, whose model is not.
+    fn task(&self) -> Task {
+        Task::new(self.at().join("store"), self.folder.path().join("model"), Random::seed())
+    }
+
+    /// Unmounts it, and has another program check it.
+    fn end(self) {
+        self.mount.end().unwrap();
+        run("e2fsck", &["-f", "-n", self.folder.path().join("disk").to_str().unwrap()]).unwrap();
+    }
+}
+
 #[test]
 fn a_little_room_is_enough_to_collect_much() {
-    if !can_mount_files() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let (file, at) = (folder.path().join("disk"), folder.path().join("mounted"));
-    std::fs::File::create(&file).and_then(|file| file.set_len(192 << 20)).unwrap();
-    make_ext4(&file).unwrap();
-    let mount = LoopMount::new(&file, &at).unwrap();
-    let seed = Random::seed();
-    let task = Task { outside: at.join("ballast"), ..Task::new(at.join("store"), folder.path().join("model"), seed) };
+    let Some(disk) = SmallExt4::new(192 << 20) else { return };
+    let task = Task { outside: disk.at().join("ballast"), ..disk.task() };
     task.run("full::a_child_fills_segments_of_two_volumes").unwrap();
     task.run("full::a_child_makes_room_with_little").unwrap();
     task.run("full::a_child_verifies_a_store").unwrap();
-    mount.end().unwrap();
-    run("e2fsck", &["-f", "-n", file.to_str().unwrap()]).unwrap();
+    disk.end();
 }
 
 #[test]
@@ -268,16 +298,10 @@ fn a_little_room_is_enough_on_a_disk_that_does_not_say_what_is_free() {
 
 #[test]
 fn writes_to_a_full_ext4_go_on_once_another_process_has_collected_and_nothing_is_lost() {
-    if !can_mount_files() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let (file, at) = (folder.path().join("disk"), folder.path().join("mounted"));
-    std::fs::File::create(&file).and_then(|file| file.set_len(320 << 20)).unwrap();
-    make_ext4(&file).unwrap();
-    let mount = LoopMount::new(&file, &at).unwrap();
-    let model = Shared::open(&folder.path().join("model"));
-    let task = Task { may_fail: true, ..Task::new(at.join("store"), folder.path().join("model"), Random::seed()) };
+    let Some(disk) = SmallExt4::new(320 << 20) else { return };
+    let at = disk.at();
+    let task = disk.task().that_may_fail();
+    let model = Shared::open(&task.model);
     task.run("full::a_child_fills_a_store").unwrap();
     make(&task.store, &model).unwrap();
     let mut child = task.start("full::a_child_works_on_a_full_disk");
@@ -314,6 +338,5 @@ fn writes_to_a_full_ext4_go_on_once_another_process_has_collected_and_nothing_is
     child.wait().unwrap();
     check(&task.store, &model).unwrap();
     drop(ballast);
-    mount.end().unwrap();
-    run("e2fsck", &["-f", "-n", file.to_str().unwrap()]).unwrap();
+    disk.end();
 }
