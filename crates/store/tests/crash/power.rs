@@ -1,5 +1,7 @@
 //! Power cuts: what was not synced is lost, in part and in any order.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
@@ -61,4 +63,31 @@ fn nothing_that_was_promised_is_lost_when_the_power_goes_at_any_moment() {
     let promises = model.promises.load(SeqCst);
     println!("{cuts} cuts, {promises} promises");
     assert!(cuts >= 5 && promises > 20, "{cuts} cuts, {promises} promises");
+}
+
+/// A disk that judges the store has no faults of its own.
+#[test]
+fn a_file_that_somebody_opens_while_it_is_written_holds_what_was_written() {
+    let Some(mounted) = PowerDisk::new() else { return };
+    let path = mounted.path();
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    let read = |file: &File| {
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    file.write_all_at(&[1; 4096], 0).unwrap();
+    assert!(read(&file) == [1; 4096]);
+    mounted.disk().faults.stuck = Some("store");
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| file.write_all_at(&[2; 100], 0));
+        while !mounted.disk().faults.held {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The write is on its way to the disk: who reads sees it, or does not yet.
+        read(&File::open(&path).unwrap());
+        mounted.disk().faults.stuck = None;
+        writer.join().unwrap().unwrap();
+    });
+    assert!(read(&file)[..101] == [[2; 100].as_slice(), &[1]].concat());
 }
