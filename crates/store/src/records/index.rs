@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::catalog::{Catalog, SegmentRow};
 use crate::error::{Result, StoreError};
@@ -88,11 +88,18 @@ pub(crate) struct Index {
     segments: SegmentFolder,
     folder: PathBuf,
     contents: RwLock<Contents>,
+    /// Held from a look at the catalog or a segment until what was found is in the contents, which serve others meanwhile: none puts in what
+    /// was there before another's change.
+    changes: Mutex<()>,
 }
 
 impl Index {
     pub fn new(segments: SegmentFolder, folder: PathBuf) -> Self {
-        Index { segments, folder, contents: RwLock::default() }
+        Index { segments, folder, contents: RwLock::default(), changes: Mutex::default() }
+    }
+
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read(&self) -> std::sync::RwLockReadGuard<'_, Contents> {
@@ -168,6 +175,10 @@ impl Index {
 
     /// Replaces a damaged run by what is found in the segments themselves.
     fn replace(&self, key: RunKey) -> Result<()> {
+        let _change = self.change();
+        if !self.read().runs.contains_key(&key) {
+            return Ok(());
+        }
         tracing::warn!(run = ?key, "a part of the index is damaged; the segments themselves serve instead");
         let numbers = match key {
             RunKey::Segment(number) => vec![number],
@@ -236,6 +247,7 @@ impl Index {
 
     /// Our segment is sealed and in the catalog: its table serves from now on.
     pub fn sealed(&self, summary: &Summary, generation: i64) -> Result<()> {
+        let _change = self.change();
         let run = self.open_segment(summary.number)?;
         let mut contents = self.write();
         contents.live.insert(summary.number);
@@ -311,22 +323,31 @@ impl Index {
 
     /// Looks at which segments there are.
     pub fn refresh_segments(&self, catalog: &Catalog) -> Result<()> {
-        let generation = catalog.generation()?;
-        let is_old = |contents: &Contents| contents.generation != generation || !contents.damaged.is_empty();
-        if is_old(&self.read()) {
-            self.reload(catalog, generation)?;
+        if self.is_old(catalog.generation()?) {
+            let _change = self.change();
+            while !self.reload(catalog)? {}
         }
         Ok(())
     }
 
-    fn reload(&self, catalog: &Catalog, generation: i64) -> Result<()> {
+    fn is_old(&self, generation: i64) -> bool {
+        let contents = self.read();
+        contents.generation != generation || !contents.damaged.is_empty()
+    }
+
+    /// Whether that is done; it is to be done again else.
+    fn reload(&self, catalog: &Catalog) -> Result<bool> {
+        let generation = catalog.generation()?;
+        if !self.is_old(generation) {
+            return Ok(true);
+        }
         // What was found to be damaged others are told of.
         let damaged = std::mem::take(&mut self.write().damaged);
         for &run in &damaged {
             catalog.forget_run(run)?;
         }
         if !damaged.is_empty() {
-            return self.refresh_segments(catalog);
+            return Ok(false);
         }
         let rows = catalog.segments()?;
         let key = |row: &SegmentRow| row.run.map_or(RunKey::Segment(row.number), RunKey::File);
@@ -341,12 +362,12 @@ impl Index {
                     match Run::open(&path) {
                         Ok(run) => Some(Arc::new(run)),
                         // A run that was merged into another meanwhile: the generation has changed again.
-                        Err(_) if catalog.generation()? != generation => return self.refresh_segments(catalog),
+                        Err(_) if catalog.generation()? != generation => return Ok(false),
                         Err(error @ StoreError::UnknownFormat { .. }) => return Err(error),
                         Err(error) => {
                             tracing::warn!(%error, "the segments' own tables serve instead");
                             catalog.forget_run(run)?;
-                            return self.refresh_segments(catalog);
+                            return Ok(false);
                         }
                     }
                 }
@@ -364,7 +385,7 @@ impl Index {
             }
         }
         contents.generation = generation;
-        Ok(())
+        Ok(true)
     }
 
     /// Reads what other processes appended to their open segments.

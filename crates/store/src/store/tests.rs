@@ -188,6 +188,39 @@ fn a_collection_beside_writers_loses_nothing() {
 }
 
 #[test]
+fn what_one_thread_seals_is_found_whatever_others_read_of_the_catalog_meanwhile() {
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    let folder = tempfile::tempdir().unwrap();
+    let (store, other) = (open(&folder), open(&folder));
+    let seal = |store: &Arc<Store>, seed| {
+        let mut batch = store.batch_in(None).unwrap();
+        let name = batch.put_chunk(&noise(seed, 16_384)).unwrap();
+        batch.sync().unwrap();
+        drop(batch);
+        store.seal().unwrap();
+        name
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in (1 << 32..).take_while(|_| !stop.load(SeqCst)) {
+                seal(&other, round);
+            }
+        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(SeqCst) {
+                    store.index().refresh_segments(store.catalog()).unwrap()
+                }
+            });
+        }
+        let lost = (0..300).filter(|&round| store.index().find(&seal(&store, round)).unwrap().is_empty()).count();
+        stop.store(true, SeqCst);
+        assert_eq!(lost, 0);
+    });
+}
+
+#[test]
 fn a_flipped_bit_is_found_named_and_repaired_where_another_copy_is() {
     let folder = tempfile::tempdir().unwrap();
     let bytes = noise(1, 4 << 20);
