@@ -2,7 +2,8 @@
 //!
 //! `golden/v1.tar.zst` is a store as it lay on the disk while a process used it: volumes in trees of one to three levels, a run of the
 //! index, a segment that was still written, an encrypted domain, and logs with records of every kind, snapshots among them. It was made
-//! once by `make_a_golden_store` and is never made again: a format that changes gets a store of its own beside it.
+//! once by `make_a_golden_store` and is never made again: a format that changes gets a store of its own beside it. `v2` has log files of
+//! version 2, whose records name chunks.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -179,8 +180,29 @@ fn image_parts() -> (Vec<u8>, Vec<u8>) {
     (disk, noise(61, 5000))
 }
 
-fn archive() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1.tar.zst")
+fn archive(version: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{version}.tar.zst"))
+}
+
+/// The disks of the second golden store: each has long writes in its log, and others over them.
+fn streams() -> Vec<Disk> {
+    [("stream", None, 16), ("sealed-stream", Some(DOMAIN), 16), ("fine-stream", None, 4)]
+        .map(|(name, domain, chunk_kib)| Disk {
+            name,
+            chunk_len: chunk_kib * KIB,
+            capacity: 2 * MIB,
+            domain,
+            settled: vec![Put(0, text("before ", 300 * KIB))],
+            logged: vec![
+                // With zeros in the middle, and parts of chunks at both ends.
+                Put(4 * KIB, [text("long ", 200 * KIB), vec![0; 64 * KIB], noise(70, 20 * KIB)].concat()),
+                Put(90 * KIB, noise(71, 5 * KIB)),
+                Snapshot("between"),
+                Zero(100 * KIB, 10 * KIB),
+                Put(MIB, text("longer ", 512 * KIB)),
+            ],
+        })
+        .into()
 }
 
 fn carry_out(volume: &Volume, steps: &[Step]) {
@@ -210,7 +232,7 @@ fn key(folder: &Path) -> Key {
 #[test]
 #[ignore = "golden stores are made once"]
 fn make_a_golden_store() {
-    assert!(!archive().exists(), "a golden store is made once: another format gets another");
+    assert!(!archive("v1").exists(), "a golden store is made once: another format gets another");
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(&folder.path().join("store"), StoreOptions::default()).unwrap();
     store.create_domain(DOMAIN, &key(folder.path()), None).unwrap();
@@ -254,23 +276,51 @@ fn make_a_golden_store() {
         }
     }
     node.save_as_image("system", Replace::No).unwrap();
+    pack(folder.path(), "v1");
+}
 
+#[test]
+#[ignore = "golden stores are made once"]
+fn make_a_golden_store_whose_logs_name_chunks() {
+    assert!(!archive("v2").exists(), "a golden store is made once: another format gets another");
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&folder.path().join("store"), StoreOptions::default()).unwrap();
+    store.create_domain(DOMAIN, &key(folder.path()), None).unwrap();
+    let never = Duration::from_secs(24 * 3600);
+    let options = VolumeOptions { settle: never, stream_bytes: 0, log_file_bytes: 2 << 20, ..VolumeOptions::default() };
+    let open = streams().into_iter().map(|disk| {
+        create(&store, disk.name, &disk);
+        let volume = Volume::open(&store, disk.name, options).unwrap();
+        carry_out(&volume, &disk.settled);
+        volume.compact().unwrap();
+        carry_out(&volume, &disk.logged);
+        volume.flush().unwrap();
+        volume
+    });
+    let open: Vec<Volume> = open.collect();
+    pack(folder.path(), "v2");
+    drop(open);
+}
+
+/// Archives the store in a folder as it lies there.
+fn pack(folder: &Path, version: &str) {
     let tar = Command::new("tar")
         .args(["--create", "--sparse", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
         .args(["--exclude=control", "--exclude=spares/*", "--exclude=catalog.db-shm", "--directory"])
-        .arg(folder.path())
+        .arg(folder)
         .arg("store")
         .output()
         .unwrap();
     assert!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
     let packed = zstd::encode_all(&tar.stdout[..], 19).unwrap();
     assert!(packed.len() <= ARCHIVE_LEN_MAX, "{} bytes", packed.len());
-    std::fs::create_dir_all(archive().parent().unwrap()).unwrap();
-    std::fs::write(archive(), packed).unwrap();
+    let archive = archive(version);
+    std::fs::create_dir_all(archive.parent().unwrap()).unwrap();
+    std::fs::write(archive, packed).unwrap();
 }
 
-fn unpack(folder: &Path) {
-    let bytes = zstd::decode_all(&std::fs::read(archive()).unwrap()[..]).unwrap();
+fn unpack(folder: &Path, version: &str) {
+    let bytes = zstd::decode_all(&std::fs::read(archive(version)).unwrap()[..]).unwrap();
     let mut tar = Command::new("tar")
         .args(["--extract", "--no-same-owner", "--directory"])
         .arg(folder)
@@ -295,8 +345,8 @@ fn same(found: &[u8], expected: &[u8], what: &str) {
     assert_eq!(at, None, "{what} differs at this byte");
 }
 
-fn check(store: &Arc<Store>) {
-    for disk in disks() {
+fn check_disks(store: &Arc<Store>, disks: &[Disk]) {
+    for disk in disks {
         let name = disk.name;
         let expected = disk.expected();
         let volume = Volume::open(store, name, VolumeOptions::default()).unwrap();
@@ -314,7 +364,11 @@ fn check(store: &Arc<Store>) {
             same(&read(store, &tree), content, snapshot);
         }
     }
+}
+
+fn check(store: &Arc<Store>) {
     let disks = disks();
+    check_disks(store, &disks);
     let disk = |name: &str| disks.iter().find(|disk| disk.name == name).unwrap().expected();
     let clone = |name: &str| read(store, &store.settled_disk(name, None).unwrap());
     same(&clone("clone"), &disk("level-2").now, "clone");
@@ -337,7 +391,7 @@ fn verify(store: &Arc<Store>) {
 #[test]
 fn stores_of_this_release_are_read() {
     let folder = tempfile::tempdir().unwrap();
-    unpack(folder.path());
+    unpack(folder.path(), "v1");
     let store = Store::open_existing(&folder.path().join("store"), StoreOptions::default()).unwrap();
     // Without the key what is sealed cannot be read, and is whole as far as can be seen.
     verify(&store);
@@ -358,4 +412,17 @@ fn stores_of_this_release_are_read() {
     store.collect(Default::default(), &mut |_| Ok(())).unwrap();
     verify(&store);
     check(&store);
+}
+
+#[test]
+fn stores_whose_logs_name_chunks_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    unpack(folder.path(), "v2");
+    let store = Store::open_existing(&folder.path().join("store"), StoreOptions::default()).unwrap();
+    verify(&store);
+    // Without the key, and before any of them is opened.
+    store.collect(Default::default(), &mut |_| Ok(())).unwrap();
+    store.unlock_domain(DOMAIN, &key(folder.path())).unwrap();
+    check_disks(&store, &streams());
+    verify(&store);
 }

@@ -223,7 +223,7 @@ impl Disk for OpenDisk {
             for (range, place) in layered {
                 match place {
                     Some(Place::Zeros) => extents.add(range, base.is_some()),
-                    Some(Place::Log(_)) => extents.add(range, true),
+                    Some(Place::Log(_) | Place::Chunks(_)) => extents.add(range, true),
                     None => extents.add_parts(range, &tree),
                 }
             }

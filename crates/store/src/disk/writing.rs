@@ -99,7 +99,9 @@ impl<B: Buffer> DiskQueue<B> {
             buffer.take(0, &mut self.payload[..len]);
         }
         let whole = offset.is_multiple_of(BLOCK_LEN) && (len as u64).is_multiple_of(BLOCK_LEN);
-        if !whole || !core.has_room_now(len) {
+        // Where much is packed at once several threads do it.
+        let is_direct = core.direct_part(offset, len as u64).is_some();
+        if !whole || is_direct || !core.has_room_now(len) {
             let taken = buffer.bytes().is_none().then(|| self.payload[..len].to_vec());
             return self.by_worker(token, move || {
                 let payload = taken.as_deref().or_else(|| buffer.bytes()).unwrap_or_default();
@@ -206,7 +208,7 @@ impl<B: Buffer> DiskQueue<B> {
             return self.complete(token, buffer, Ok(()));
         }
         // Another thread's turn costs two wake-ups. While it lasts nobody else of this queue waits, unless something comes just now.
-        let alone = self.may_wait && self.in_flight() == 0;
+        let alone = self.may_wait && self.in_flight() == 0 && !core.owes_chunks();
         if alone && self.slow_sync.is_none_or(|slow| slow.elapsed() > SLOW_SYNCS) {
             let begin = Instant::now();
             let result = core.flush();

@@ -335,6 +335,16 @@ impl Index {
         contents.generation != generation || !contents.damaged.is_empty()
     }
 
+    /// Which state of the catalog is known.
+    pub fn generation(&self) -> i64 {
+        self.read().generation
+    }
+
+    /// The segments that are in the catalog.
+    pub fn live(&self) -> BTreeSet<SegmentNumber> {
+        self.read().live.clone()
+    }
+
     /// Whether that is done; it is to be done again else.
     fn reload(&self, catalog: &Catalog) -> Result<bool> {
         let generation = catalog.generation()?;

@@ -224,7 +224,8 @@ pub fn needed_by(store: &Store, address: &RemoteAddress) -> Result<Vec<String>> 
     let known = Known::kept(&folder)?;
     let mut marks = Marks::with_elsewhere(Elsewhere::load_if(store, |other| *other != folder)?);
     store.index().refresh(store.catalog())?;
-    marks.add(store, &store.roots()?, &mut || Ok(()))?;
+    let roots = store.roots(&mut marks.logs)?;
+    marks.add(store, &roots, &mut || Ok(()))?;
     let only_there = marks.lost.into_iter().filter(|lost| known.find(&lost.name).next().is_some());
     let mut owners: Vec<String> = only_there.map(|lost| lost.owner).collect();
     owners.sort();

@@ -3,14 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use crate::domain::{Domain, OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
 use crate::records::record::{CONTENT_LEN_MAX, HEADER_LEN, Header, Packer};
 use crate::records::segment::Location;
-use crate::records::segment_writer::SegmentWriter;
 use crate::store::{InDomain, NODE_WEIGHT, Store};
 use crate::tree::{NodeSink, NodeSource, TreeNode};
 
@@ -205,15 +203,13 @@ impl Batch {
     /// Makes everything stable that the batch added or found; the lock stays until the batch is dropped, which is to be after the root
     /// that needs the records is stable too.
     pub fn sync(&mut self) -> Result<Added> {
-        let mut writer = self.store.writer();
-        let synced = writer.as_mut().map_or(Ok(()), SegmentWriter::sync);
-        synced.inspect_err(|_| self.store.drop_broken(&mut writer))?;
-        if self.store.failures.load(Ordering::SeqCst) != self.failures {
-            return Err(StoreError::Refused(
-                "the host's disk failed to keep what was added to the store meanwhile".to_owned(),
-            ));
-        }
+        self.store.sync_records(self.failures)?;
         Ok(self.added)
+    }
+
+    /// How often the store had failed to keep records when the batch began.
+    pub fn failures(&self) -> u64 {
+        self.failures
     }
 }
 

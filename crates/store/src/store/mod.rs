@@ -23,11 +23,11 @@ use crate::catalog::Catalog;
 use crate::domain::{Domain, Keyring};
 use crate::error::{Result, StoreError};
 use crate::id::Id;
-use crate::name::{Name, Namer};
+use crate::name::{Kind, Name, Namer};
 use crate::records::behind::{Writers, Writing};
 use crate::records::cache::{Cache, ReadOnce};
 use crate::records::index::{Index, IndexFigures};
-use crate::records::record::{HEADER_LEN, Header};
+use crate::records::record::{self, HEADER_LEN, Header};
 use crate::records::segment::{Location, SegmentFolder, SegmentNumber};
 use crate::records::segment_writer::SegmentWriter;
 use crate::tree::{NODE_LEN, TreeNode};
@@ -132,11 +132,7 @@ impl Store {
             origins: RwLock::default(),
             keyring: RwLock::default(),
         };
-        // A collection that runs may have taken segments out of the catalog whose files are still there.
-        let lock = store.batch_lock()?;
-        store.recover_segments()?;
-        drop(lock);
-        store.index.refresh(&store.catalog)?;
+        store.finish_dead_segments()?;
         // On a full disk they could not be made.
         store.make_locks();
         store.make_reserve();
@@ -222,7 +218,11 @@ impl Store {
 
     /// A lock that one process at most has. It ends with the file, and so with the process.
     pub(crate) fn try_lock(&self, name: &str) -> Result<Option<File>> {
-        match self.lock_file(name, FlockOperation::NonBlockingLockExclusive) {
+        self.lock_unless_taken(name, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn lock_unless_taken(&self, name: &str, operation: FlockOperation) -> Result<Option<File>> {
+        match self.lock_file(name, operation) {
             Ok(file) => Ok(Some(file)),
             Err(StoreError::File { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
@@ -261,10 +261,79 @@ impl Store {
     /// Begins to add records of a domain.
     pub(crate) fn batch_in(self: &Arc<Self>, domain: Option<Arc<Domain>>) -> Result<Batch> {
         let lock = self.batch_lock()?;
+        self.begin_batch(lock, domain)
+    }
+
+    /// As [`batch_in`](Self::batch_in), if a collection does not keep batches out just now.
+    pub(crate) fn try_batch_in(self: &Arc<Self>, domain: Option<Arc<Domain>>) -> Result<Option<Batch>> {
+        let shared = FlockOperation::NonBlockingLockShared;
+        let Some(_gate) = self.lock_unless_taken("gate.lock", shared)? else { return Ok(None) };
+        let Some(lock) = self.lock_unless_taken("batch.lock", shared)? else { return Ok(None) };
+        self.begin_batch(lock, domain).map(Some)
+    }
+
+    fn begin_batch(self: &Arc<Self>, lock: File, domain: Option<Arc<Domain>>) -> Result<Batch> {
         // What a collection removed before we had the lock is not to be used again.
-        self.index.refresh_segments(&self.catalog)?;
+        self.refresh_segments()?;
         let failures = self.failures.load(Ordering::SeqCst);
         Ok(Batch::new(lock, self.clone(), domain, failures))
+    }
+
+    /// Looks at which segments there are. Files of those that are gone are closed: their room is nobody's before.
+    pub(crate) fn refresh_segments(&self) -> Result<()> {
+        let known = self.index.generation();
+        self.index.refresh_segments(&self.catalog)?;
+        if self.index.generation() != known {
+            let live = self.index.live();
+            self.files().retain(|(number, _)| live.contains(number));
+        }
+        Ok(())
+    }
+
+    /// Makes everything stable that this process added; `failures` is how often that had failed before it was.
+    pub(crate) fn sync_records(&self, failures: u64) -> Result<()> {
+        let mut writer = self.writer();
+        let synced = writer.as_mut().map_or(Ok(()), SegmentWriter::sync);
+        synced.inspect_err(|_| self.drop_broken(&mut writer))?;
+        if self.failures.load(Ordering::SeqCst) != failures {
+            return Err(StoreError::Refused(
+                "the host's disk failed to keep what was added to the store meanwhile".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether chunks are here, whole, and stay if the host's power is cut. Those that a process which died wrote are made to.
+    pub(crate) fn holds_chunks(&self, names: &[Name]) -> Result<bool> {
+        let mut looked_around = false;
+        for name in names.iter().filter(|name| !name.is_none()) {
+            if self.holds_chunk(name)? {
+                continue;
+            }
+            if std::mem::replace(&mut looked_around, true) {
+                return Ok(false);
+            }
+            self.finish_dead_segments()?;
+            if !self.holds_chunk(name)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn holds_chunk(&self, name: &Name) -> Result<bool> {
+        let Some(location) = self.index.find_for_reuse(name)? else { return Ok(false) };
+        let mut bytes = vec![0; location.read_len()];
+        let len = self.read_bytes(location, &mut bytes)?;
+        Ok(record::split(&bytes[..len]).is_ok_and(|(header, _)| header.name == *name && header.kind == Kind::Data))
+    }
+
+    /// Finishes the segments of processes that died, and looks at what there is then.
+    fn finish_dead_segments(&self) -> Result<()> {
+        // A collection that runs may have taken segments out of the catalog whose files are still there.
+        let _lock = self.batch_lock()?;
+        self.recover_segments()?;
+        self.index.refresh(&self.catalog)
     }
 
     /// Merges the index where it has many parts, and writes the catalog's log back. For a thread that may wait.

@@ -3,11 +3,12 @@
 //! Whoever reads says what the record has to be; one that is something else is as good as damaged. A copy that is damaged is
 //! passed over as long as there is another.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::domain::{OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
@@ -337,9 +338,13 @@ impl Store {
         Ok(file)
     }
 
+    pub(super) fn files(&self) -> MutexGuard<'_, VecDeque<(SegmentNumber, Arc<File>)>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The file of a sealed segment that was read before.
     fn kept_file(&self, number: SegmentNumber) -> Option<Arc<File>> {
-        let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut files = self.files();
         let at = files.iter().position(|(held, _)| *held == number)?;
         let file = files[at].1.clone();
         // Those in use stay in the front half.
@@ -350,14 +355,14 @@ impl Store {
     }
 
     pub(super) fn keep_file(&self, number: SegmentNumber, file: Arc<File>) {
-        let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut files = self.files();
         files.push_front((number, file));
         files.truncate(OPEN_FILES_MAX);
     }
 
     /// Closes the files of segments that are gone.
     pub(crate) fn forget_segments(&self, segments: &[SegmentNumber]) {
-        let mut files = self.files.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut files = self.files();
         files.retain(|(number, _)| !segments.contains(number));
     }
 

@@ -103,8 +103,8 @@ impl Store {
 
     fn mark(&self, watcher: Watcher<'_>) -> Result<Marks> {
         self.index().refresh(self.catalog())?;
-        let roots = self.roots()?;
         let mut marks = Marks::default();
+        let roots = self.roots(&mut marks.logs)?;
         let mut done = 0;
         marks.add(self, &roots, &mut || {
             done += 1;
@@ -350,7 +350,8 @@ impl Taking<'_> {
         let begin = Instant::now();
         let alone = store.lock_out_batches()?;
         store.index().refresh(store.catalog())?;
-        marks.add(store, &store.roots()?, &mut || Ok(()))?;
+        let roots = store.roots(&mut marks.logs)?;
+        marks.add(store, &roots, &mut || Ok(()))?;
         let mut at_once = Pace::new(u64::MAX);
         for Victim { row, repack, .. } in victims {
             copier.copy(row, marks.needed(row.number), *repack, &mut at_once)?;

@@ -1,4 +1,4 @@
-//! Which records are needed: everything that can be reached from volumes, snapshots and images.
+//! Which records are needed: everything that can be reached from volumes, snapshots and images, and what the logs of volumes name.
 //!
 //! A node of a tree is looked into once, however many trees share it: the cost is that of what is different, not of the number of
 //! snapshots. Of a snapshot itself there is a row of the catalog and a record with its node; those records are looked up and read in the
@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::domain::is_sealed;
 use crate::error::{Result, StoreError};
+use crate::id::Id;
 use crate::name::Name;
 use crate::node::Node;
 use crate::records::cache::{NameHasher, NameMap};
@@ -20,6 +21,8 @@ use crate::remote::Elsewhere;
 use crate::store::{Local, Store};
 use crate::tree::{self, NodeSource, Root};
 use crate::volume::head::Head;
+use crate::volume::log_read::{NamedChunks, read_named_chunks};
+use crate::volume::log_record::Position;
 
 /// Who keeps something. What it is called is looked up for those who ask: of snapshots there can be very many.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -56,11 +59,35 @@ pub(crate) struct Kept {
 pub(crate) struct Roots {
     pub trees: Vec<Kept>,
     pub nodes: Vec<(Owner, Name)>,
+    pub chunks: Vec<KeptChunks>,
 }
 
+/// Chunks that the log of a volume names, which are not in its tree yet.
+#[derive(Debug)]
+pub(crate) struct KeptChunks {
+    pub owner: Owner,
+    /// In the volume.
+    pub offset: u64,
+    pub chunk_len: u32,
+    pub names: Arc<[Name]>,
+    /// They must be there; others a crash may have taken.
+    pub promised: bool,
+}
+
+impl KeptChunks {
+    /// The chunks and where they lie in the volume.
+    pub fn chunks(&self) -> impl Iterator<Item = (u64, &Name)> {
+        let offsets = (self.offset..).step_by(self.chunk_len as usize);
+        offsets.zip(self.names.iter()).filter(|(_, name)| !name.is_none())
+    }
+}
+
+/// Up to where the logs of volumes were looked at, each under the epoch that its head had.
+pub(crate) type LogsSeen = BTreeMap<Id, (u32, Position)>;
+
 impl Store {
-    /// What volumes, snapshots and images keep now.
-    pub(crate) fn roots(&self) -> Result<Roots> {
+    /// What volumes, snapshots and images keep now; of what logs keep that which lies behind what was `seen`.
+    pub(crate) fn roots(&self, seen: &mut LogsSeen) -> Result<Roots> {
         // Before volumes: a clone of a snapshot that is not there any more is then among those.
         let mut snapshots = Roots::default();
         self.catalog().for_each_snapshot(|row, root, chunk_len, node| {
@@ -71,8 +98,32 @@ impl Store {
         let mut roots = Roots::default();
         for volume in self.catalog().volumes()? {
             // A volume that was opened has a head, and what it began as is of no account any more.
-            let root = Head::peek(&self.volume_folder(volume.id))?.map_or(volume.root, |head| head.root);
+            let folder = self.volume_folder(volume.id);
+            let head = Head::peek(&folder)?;
             let owner = Owner::Named(format!("volume {}", volume.name));
+            if let Some(head) = &head {
+                let start = match seen.get(&volume.id) {
+                    Some((epoch, at)) if *epoch == head.epoch && at.sequence >= head.position.sequence => *at,
+                    _ => head.position,
+                };
+                let (found, mut end, promised) = read_named_chunks(&folder, volume.id, volume.chunk_len.into(), start)?;
+                for NamedChunks { at, offset, names } in found {
+                    let kept = KeptChunks {
+                        owner: owner.clone(),
+                        offset,
+                        chunk_len: volume.chunk_len,
+                        names,
+                        promised: at.sequence < promised,
+                    };
+                    // It may be one that does not count, and others may come in its place.
+                    if at.sequence < end.sequence && !self.knows_all(kept.chunks().map(|(_, name)| name))? {
+                        end = at;
+                    }
+                    roots.chunks.push(kept);
+                }
+                seen.insert(volume.id, (head.epoch, end));
+            }
+            let root = head.map_or(volume.root, |head| head.root);
             roots.trees.push(Kept { owner, root, chunk_len: volume.chunk_len });
         }
         roots.trees.append(&mut snapshots.trees);
@@ -81,6 +132,12 @@ impl Store {
             roots.nodes.push((Owner::Named(format!("image {}", image.name)), image.node));
         }
         Ok(roots)
+    }
+}
+
+impl Store {
+    fn knows_all<'n>(&self, mut names: impl Iterator<Item = &'n Name>) -> Result<bool> {
+        names.try_fold(true, |all, name| Ok(all && !self.index().find(name)?.is_empty()))
     }
 }
 
@@ -111,6 +168,7 @@ pub(crate) struct Marks {
     /// Bytes of all trees without zeros, what trees share counted for each.
     pub used_bytes: u64,
     pub lost: Vec<Lost>,
+    pub logs: LogsSeen,
     elsewhere: Option<Elsewhere>,
     sorted: bool,
 }
@@ -130,7 +188,15 @@ impl Marks {
         let mut nodes: Vec<&(Owner, Name)> = roots.nodes.iter().filter(|(_, name)| self.seen.insert(*name)).collect();
         nodes.sort_unstable_by_key(|(_, name)| *name);
         self.add_nodes(store, &nodes, visited)?;
-        roots.trees.iter().try_for_each(|kept| self.add_tree(store, kept, visited))
+        roots.trees.iter().try_for_each(|kept| self.add_tree(store, kept, visited))?;
+        for kept in &roots.chunks {
+            for (offset, name) in kept.chunks() {
+                if kept.promised || store.knows_all(std::iter::once(name))? {
+                    self.need(store, *name, &kept.owner, Some(offset))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Marks nodes of life trees, which come in the order of their names, and what they keep.

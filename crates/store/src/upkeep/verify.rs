@@ -12,7 +12,7 @@ use crate::records::segment;
 use crate::room::Purpose;
 use crate::store::Store;
 use crate::upkeep::collect::{Step, Watcher};
-use crate::upkeep::mark::{Lost, Marks};
+use crate::upkeep::mark::{LogsSeen, Lost, Marks};
 
 /// A record that is not what its name says, or a part of the index that cannot be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,7 +136,8 @@ impl Store {
     /// What of the damage concerns something that is kept, and has no other copy.
     fn lost(self: &Arc<Self>, damages: &[Damage]) -> Result<Vec<Lost>> {
         let mut marks = Marks::default();
-        marks.add(self, &self.roots()?, &mut || Ok(()))?;
+        let roots = self.roots(&mut marks.logs)?;
+        marks.add(self, &roots, &mut || Ok(()))?;
         let mut lost = std::mem::take(&mut marks.lost);
         let broken: BTreeSet<Name> =
             damages.iter().filter_map(|damage| damage.name).filter(|name| !self.is_whole(name)).collect();
@@ -223,7 +224,11 @@ impl Store {
     fn find_needed(&self, found: &mut dyn FnMut(&Name, &str, Option<u64>)) -> Result<()> {
         use crate::store::Local;
         use crate::tree::{NodeSource, Visit, walk};
-        let roots = self.roots()?;
+        let roots = self.roots(&mut LogsSeen::default())?;
+        for kept in &roots.chunks {
+            let owner = kept.owner.name(self)?;
+            kept.chunks().for_each(|(offset, name)| found(name, &owner, Some(offset)));
+        }
         let mut kept = roots.trees;
         for (owner, name) in &roots.nodes {
             found(name, &owner.name(self)?, None);

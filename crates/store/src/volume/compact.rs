@@ -19,7 +19,7 @@ use crate::store::{Batch, is_zero};
 use crate::tree::reader::TreeReader;
 use crate::tree::{self, Root};
 use crate::volume::core::Core;
-use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
+use crate::volume::extent_map::{BLOCK_LEN, ChunkPlace, ExtentMap, LogPlace, Place};
 use crate::volume::head::{Head, State};
 use crate::volume::layers::{Frozen, lay};
 use crate::volume::log_file;
@@ -136,7 +136,7 @@ impl Mover<'_> {
         if work.stop && !waited_for {
             return Next::Stop;
         }
-        if waited_for || backlog_bytes >= options.log_bytes_start {
+        if waited_for || backlog_bytes >= options.log_bytes_start || self.core.names_many() {
             return Next::Move;
         }
         if work.failure.is_some() || backlog_bytes > 0 && settled.is_some_and(|settled| settled <= now) {
@@ -390,6 +390,16 @@ impl<'a> Making<'a> {
         let blocks_of_chunk = self.chunk.len() as u64 / BLOCK_LEN;
         let first = index * blocks_of_chunk;
         let blocks = first..first + blocks_of_chunk;
+        // A whole chunk that is in the store already only gets into the tree.
+        let mut parts = extents.parts(blocks.clone());
+        if let Some((part, Some(Place::Chunks(place)))) = parts.next()
+            && part == blocks
+        {
+            let (name, from) = self.named_chunk(place);
+            if from == 0 {
+                return self.change(index, name);
+            }
+        }
         let range =
             |part: &Range<u64>| ((part.start - first) * BLOCK_LEN) as usize..((part.end - first) * BLOCK_LEN) as usize;
         if extents.parts(blocks.clone()).any(|(_, place)| place.is_none()) {
@@ -409,16 +419,34 @@ impl<'a> Making<'a> {
                     log_bytes += bytes.len() as u64;
                     let piece = self.frozen.generation.piece(&self.frozen.files, place, 0, bytes.len());
                     let piece = piece.unwrap_or_else(|| unreachable!("files and records are kept with a generation"));
-                    piece.read(bytes, |_, _, _| unreachable!("it lies in the log"))?;
+                    piece.read(bytes, |_, _| unreachable!("it lies in the log"))?;
+                }
+                Some(Place::Chunks(place)) => {
+                    let (name, from) = self.named_chunk(place);
+                    let bytes = &mut self.chunk[range(&part)];
+                    match name.is_none() {
+                        true => bytes.fill(0),
+                        false => bytes.copy_from_slice(&self.core.named_chunk(&name)?[from..from + bytes.len()]),
+                    }
                 }
             }
         }
         let name = if is_zero(&self.chunk) { Name::NONE } else { self.batch.put_chunk(&self.chunk)? };
-        self.changes.push((index, name));
         self.manners.stored(self.core, self.batch, self.chunk.len() as u64, log_bytes)?;
-        if self.changes.len() >= CHANGES_MAX {
-            self.flush_changes()?;
+        self.change(index, name)
+    }
+
+    fn change(&mut self, index: u64, name: Name) -> Result<()> {
+        self.changes.push((index, name));
+        match self.changes.len() >= CHANGES_MAX {
+            true => self.flush_changes(),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// A chunk that the log names, and how far into it a place is.
+    fn named_chunk(&self, place: ChunkPlace) -> (Name, usize) {
+        let named = self.frozen.generation.named_chunk(place, self.chunk.len());
+        named.unwrap_or_else(|| unreachable!("records are kept with a generation"))
     }
 }

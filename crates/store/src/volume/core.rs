@@ -22,7 +22,7 @@ use crate::volume::layers::{Frozen, Generation, LayeredPart, Layers, Piece, back
 use crate::volume::log::{self, LogWriter};
 use crate::volume::log_file;
 use crate::volume::log_file::LogFile;
-use crate::volume::log_record::{Change, Entry, PAYLOAD_LEN_MAX};
+use crate::volume::log_record::{Change, Entry, PAYLOAD_LEN_MAX, chunk_names};
 use crate::volume::log_seal::{LogSealer, SEALED_BLOCKS_MAX, sealed_len};
 use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{VolumeOptions, check_range};
@@ -112,11 +112,21 @@ impl Core {
         let recovered =
             log::recover(&folder, row.id, state.epoch, state.position, file_len, spare, |appended, payload| {
                 let old_capacity = capacity_bytes;
+                let names = chunk_names(appended.change, payload, row.chunk_len.into());
+                match (&names, appended.change) {
+                    // Chunks that nobody promised may have been lost.
+                    (Some(names), _) if !store.holds_chunks(names)? => return Ok(false),
+                    (None, Change::Chunks { .. }) => {
+                        damage = Some((appended.place, "a record of chunks that cannot be"));
+                        return Ok(true);
+                    }
+                    _ => {}
+                }
                 let opening = match opening_of(sealer.as_ref(), &active, &appended, payload) {
                     Ok(opening) => opening,
                     Err(what) => {
                         damage = Some((appended.place, what));
-                        return;
+                        return Ok(true);
                     }
                 };
                 let snapshot = match appended.change {
@@ -124,7 +134,7 @@ impl Core {
                         Some(snapshot) => Some(Box::new(snapshot)),
                         None => {
                             damage = Some((appended.place, "a snapshot that cannot be read"));
-                            return;
+                            return Ok(true);
                         }
                     },
                     Change::Resize { capacity_bytes: new } => {
@@ -134,7 +144,8 @@ impl Core {
                     _ => None,
                 };
                 snapshots.extend(snapshot.as_deref().cloned());
-                active.add(&appended, snapshot, opening, old_capacity);
+                active.add(&appended, snapshot, opening, names, old_capacity);
+                Ok(true)
             })?;
         if let Some((place, what)) = damage {
             return Err(StoreError::Damaged {
@@ -250,6 +261,12 @@ impl Core {
                     Some(piece) => pieces.push(piece),
                     None => unreachable!("the files and records of both generations are kept"),
                 },
+                Some(Place::Chunks(place)) => {
+                    match layers.named_pieces(place, skipped, len, self.chunk_len(), pieces) {
+                        Some(()) => {}
+                        None => unreachable!("the records of both generations are kept"),
+                    }
+                }
                 None => chunk_pieces(start, len, self.chunk_len(), pieces),
             }
         };
@@ -277,7 +294,14 @@ impl Core {
         let mut reader = TreeReader::new(&self.store, root, self.chunk_len(), self.row.domain);
         for piece in &pieces {
             let (part, behind) = rest.split_at_mut(piece.len());
-            piece.read(part, |index, from, part| reader.read(index, from, part))?;
+            piece.read(part, |piece, part| match piece {
+                Piece::Chunk { index, from, .. } => reader.read(*index, *from, part),
+                Piece::Named { name, from, .. } => {
+                    part.copy_from_slice(&self.named_chunk(name)?[*from..*from + part.len()]);
+                    Ok(())
+                }
+                _ => unreachable!("it does not lie in the log"),
+            })?;
             rest = behind;
         }
         Ok(())
@@ -291,7 +315,18 @@ impl Core {
         let mut at = offset;
         while at < end {
             // Records end where payloads of whole blocks do.
-            let stop = ((at / BLOCK_LEN * BLOCK_LEN) + self.write_len_max()).min(end);
+            let mut stop = ((at / BLOCK_LEN * BLOCK_LEN) + self.write_len_max()).min(end);
+            match self.direct_part(at, stop - at) {
+                Some(direct) if direct.start > at => stop = direct.start,
+                Some(direct) => {
+                    self.wait_for_room()?;
+                    if self.write_direct(at, &bytes[(at - offset) as usize..(direct.end - offset) as usize])? {
+                        at = direct.end;
+                        continue;
+                    }
+                }
+                None => {}
+            }
             let part = &bytes[(at - offset) as usize..(stop - offset) as usize];
             if at.is_multiple_of(BLOCK_LEN) && stop.is_multiple_of(BLOCK_LEN) {
                 self.wait_for_room()?;
@@ -413,7 +448,7 @@ impl Core {
     }
 
     /// Appends a record whose payload holds `written` bytes of the volume.
-    fn append_record(
+    pub(super) fn append_record(
         &self,
         change: Change,
         payload: &[u8],
@@ -424,7 +459,7 @@ impl Core {
         let mut log = self.log();
         let range = match change {
             Change::Write { offset } | Change::Sealed { offset, .. } => Some((offset, written as u64)),
-            Change::Zeros { offset, len } => Some((offset, len)),
+            Change::Zeros { offset, len } | Change::Chunks { offset, len } => Some((offset, len)),
             Change::Snapshot | Change::Resize { .. } => None,
         };
         if let Some((offset, len)) = range {
@@ -445,6 +480,9 @@ impl Core {
             return false;
         }
         tracing::warn!(volume = self.row.name, "the host's disk is full; writes wait");
+        if let Err(error) = self.store.refresh_segments() {
+            tracing::warn!(%error, "files that a collection removed cannot be closed");
+        }
         if let Err(error) = self.store.spares().clear() {
             tracing::warn!(%error, "files that are kept for logs cannot be removed");
         }

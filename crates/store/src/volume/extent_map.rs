@@ -6,10 +6,11 @@ use std::ops::Range;
 /// Bytes of a block, the unit in which a log and its map know a volume.
 pub(crate) const BLOCK_LEN: u64 = 4096;
 
-/// Where the content of a range begins: in the log, or nowhere because it is zeros.
+/// Where the content of a range begins: in the log, in a chunk that the log names, or nowhere because it is zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
     Log(LogPlace),
+    Chunks(ChunkPlace),
     Zeros,
 }
 
@@ -18,9 +19,19 @@ impl Place {
     fn advanced(self, blocks: u64) -> Place {
         match self {
             Place::Log(place) => Place::Log(LogPlace(place.0 + blocks * BLOCK_LEN)),
+            Place::Chunks(place) => Place::Chunks(ChunkPlace { block: place.block + blocks as u32, ..place }),
             Place::Zeros => Place::Zeros,
         }
     }
+}
+
+/// A block of chunks that a record of the log names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ChunkPlace {
+    /// The names.
+    pub record: LogPlace,
+    /// Counted from the first chunk's first.
+    pub block: u32,
 }
 
 /// A byte of a log: the number of the file (high half) and the offset in it. Later bytes have higher numbers.

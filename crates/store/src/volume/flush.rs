@@ -65,6 +65,11 @@ impl Core {
         }
     }
 
+    /// Whether a flush has more to do than to sync the log.
+    pub fn owes_chunks(&self) -> bool {
+        self.log().owes_chunks()
+    }
+
     /// Whether a flush has nothing to wait for.
     pub fn all_is_stable(&self) -> bool {
         let wanted = self.log().position().sequence;
@@ -87,6 +92,16 @@ impl Core {
 
     fn sync(&self) -> Result<()> {
         let flush = self.log().begin_flush()?;
+        if let Some(failures) = flush.chunks
+            && let Err(error) = self.sync_chunks(failures)
+        {
+            match error.is_no_space() {
+                // The chunks are still in memory.
+                true => self.log().owe_chunks(failures),
+                false => self.log().end_flush(&flush, &Err(std::io::ErrorKind::Other.into())),
+            }
+            return Err(error);
+        }
         let result = flush.run();
         self.log().end_flush(&flush, &result);
         result.map_err(StoreError::file("write", &self.folder))?;

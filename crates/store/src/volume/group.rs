@@ -14,7 +14,7 @@ use crate::volume::core::Core;
 use crate::volume::extent_map::BLOCK_LEN;
 use crate::volume::layers::backlog;
 use crate::volume::log::LogWriter;
-use crate::volume::log_record::{Change, Entry};
+use crate::volume::log_record::{Change, Entry, chunk_names};
 use crate::volume::log_seal::sealed_len;
 
 /// A write of whole blocks that fits one record.
@@ -129,11 +129,12 @@ impl Core {
         let end = last.end.place;
         {
             let mut layers = self.layers_mut();
-            for record in &appended {
+            for (record, entry) in appended.iter().zip(entries) {
                 let old_capacity = layers.capacity_bytes;
                 let opening = self.sealer.as_ref().filter(|_| matches!(record.change, Change::Sealed { .. }));
                 let opening = opening.map(|sealer| sealer.ours().clone());
-                layers.active.add(record, snapshot.take(), opening, old_capacity);
+                let names = chunk_names(entry.change, entry.payload, self.chunk_len() as u64);
+                layers.active.add(record, snapshot.take(), opening, names, old_capacity);
                 if let Change::Resize { capacity_bytes } = record.change {
                     layers.capacity_bytes = capacity_bytes;
                 }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use crate::catalog::SnapshotRow;
 use crate::error::{Result, StoreError};
+use crate::name::Name;
 use crate::tree::Root;
-use crate::volume::extent_map::{BLOCK_LEN, ExtentMap, LogPlace, Place};
+use crate::volume::extent_map::{BLOCK_LEN, ChunkPlace, ExtentMap, LogPlace, Place};
 use crate::volume::log_file::LogFile;
 use crate::volume::log_record::{Appended, Change, Position};
 use crate::volume::log_seal::{self, LogSealer, Opening, SealedPart, SealedRecord, salt_of};
@@ -20,6 +21,8 @@ pub(crate) struct Pending {
     pub snapshot: Option<Box<SnapshotRow>>,
     /// Who sealed it, if it is sealed.
     pub opening: Option<Arc<Opening>>,
+    /// Of the chunks that it says, if it does.
+    pub names: Option<Arc<[Name]>>,
 }
 
 /// Records of the log, and what they make of the volume.
@@ -27,14 +30,28 @@ pub(crate) struct Pending {
 pub(crate) struct Generation {
     pub extents: ExtentMap,
     pub records: Vec<Pending>,
+    /// How many chunks the records name.
+    pub named: u64,
 }
 
 impl Generation {
+    /// The record that a place of the log is in.
+    fn record(&self, place: LogPlace) -> Option<&Pending> {
+        // Records lie in their order.
+        self.records.get(self.records.partition_point(|record| record.place <= place).checked_sub(1)?)
+    }
+
+    /// The chunk that a record names, and how far into it a place is, in bytes.
+    pub fn named_chunk(&self, place: ChunkPlace, chunk_len: usize) -> Option<(Name, usize)> {
+        let at = u64::from(place.block) * BLOCK_LEN;
+        let names = self.record(place.record)?.names.as_ref()?;
+        Some((*names.get((at / chunk_len as u64) as usize)?, (at % chunk_len as u64) as usize))
+    }
+
     /// A part of what was written at a place of the log; `skipped` bytes behind it. None if no record is there.
     pub fn piece(&self, files: &[Arc<LogFile>], place: LogPlace, skipped: u64, len: usize) -> Option<Piece> {
         let file = file_of(files, place)?.clone();
-        // Records lie in their order.
-        let record = &self.records[self.records.partition_point(|record| record.place <= place).checked_sub(1)?];
+        let record = self.record(place)?;
         let Some(opening) = &record.opening else {
             return Some(Piece::Log { file, offset: place.offset() + skipped, len });
         };
@@ -62,11 +79,37 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
-    pub(super) fn log_piece(&self, place: LogPlace, skipped: u64, len: usize) -> Option<Piece> {
+    /// The generation that a place of the log is in.
+    fn generation(&self, place: LogPlace) -> &Generation {
         // What is active is behind what is frozen.
         let frozen = self.frozen.as_ref().filter(|frozen| place < frozen.end.place);
-        let generation = frozen.map_or(&self.active, |frozen| &frozen.generation);
-        generation.piece(&self.files, place, skipped, len)
+        frozen.map_or(&self.active, |frozen| &frozen.generation)
+    }
+
+    pub(super) fn log_piece(&self, place: LogPlace, skipped: u64, len: usize) -> Option<Piece> {
+        self.generation(place).piece(&self.files, place, skipped, len)
+    }
+
+    /// The pieces of `len` bytes that lie in chunks which the log names, `skipped` bytes behind a place. None if no record is there.
+    pub(super) fn named_pieces(
+        &self,
+        place: ChunkPlace,
+        skipped: u64,
+        len: usize,
+        chunk_len: usize,
+        pieces: &mut Vec<Piece>,
+    ) -> Option<()> {
+        let generation = self.generation(place.record);
+        let (mut at, end) = (skipped, skipped + len as u64);
+        while at < end {
+            let block = ChunkPlace { block: place.block + (at / BLOCK_LEN) as u32, ..place };
+            let (name, from) = generation.named_chunk(block, chunk_len)?;
+            let from = from + (at % BLOCK_LEN) as usize;
+            let len = (chunk_len - from).min((end - at) as usize);
+            pieces.push(if name.is_none() { Piece::Zeros { len } } else { Piece::Named { name, from, len } });
+            at += len as u64;
+        }
+        Some(())
     }
 
     /// What of some blocks lies over the tree, in order; the rest as `None`.
@@ -115,6 +158,12 @@ pub(crate) enum Piece {
     },
     /// As `Log`, sealed.
     Sealed(Box<SealedPart>),
+    /// `len` bytes from `from` on of a chunk that the log names.
+    Named {
+        name: Name,
+        from: usize,
+        len: usize,
+    },
     /// `len` bytes from `from` on of a chunk of the tree.
     Chunk {
         index: u64,
@@ -132,13 +181,13 @@ impl std::fmt::Debug for LogFile {
 impl Piece {
     pub fn len(&self) -> usize {
         match self {
-            Piece::Zeros { len } | Piece::Log { len, .. } | Piece::Chunk { len, .. } => *len,
+            Piece::Zeros { len } | Piece::Log { len, .. } | Piece::Named { len, .. } | Piece::Chunk { len, .. } => *len,
             Piece::Sealed(part) => part.len,
         }
     }
 
-    /// Reads what is zeros or in the log, waiting for the host's disk.
-    pub fn read(&self, bytes: &mut [u8], chunk: impl FnOnce(u64, usize, &mut [u8]) -> Result<()>) -> Result<()> {
+    /// Reads what is zeros or in the log, waiting for the host's disk; `chunk` reads the others.
+    pub fn read(&self, bytes: &mut [u8], chunk: impl FnOnce(&Piece, &mut [u8]) -> Result<()>) -> Result<()> {
         match self {
             Piece::Zeros { .. } => {
                 bytes.fill(0);
@@ -148,7 +197,7 @@ impl Piece {
                 file.file.read_exact_at(bytes, *offset).map_err(StoreError::file("read", file.path()))
             }
             Piece::Sealed(part) => part.read(bytes),
-            Piece::Chunk { index, from, .. } => chunk(*index, *from, bytes),
+            Piece::Named { .. } | Piece::Chunk { .. } => chunk(self, bytes),
         }
     }
 }
@@ -160,12 +209,20 @@ impl Generation {
         appended: &Appended,
         snapshot: Option<Box<SnapshotRow>>,
         opening: Option<Arc<Opening>>,
+        names: Option<Arc<[Name]>>,
         capacity_bytes: u64,
     ) {
+        self.named += names.as_ref().map_or(0, |names| names.len() as u64);
         let change = appended.change;
         lay(&mut self.extents, change, appended.place, appended.payload_len, capacity_bytes);
-        let pending = Pending { change, place: appended.place, payload_len: appended.payload_len, snapshot, opening };
-        self.records.push(pending);
+        self.records.push(Pending {
+            change,
+            place: appended.place,
+            payload_len: appended.payload_len,
+            snapshot,
+            opening,
+            names,
+        });
     }
 }
 
@@ -199,6 +256,10 @@ pub(crate) fn lay(extents: &mut ExtentMap, change: Change, place: LogPlace, payl
             let block = offset / BLOCK_LEN;
             let blocks = log_seal::blocks_in(payload_len).unwrap_or_default();
             extents.insert(block..block + blocks, Place::Log(place));
+        }
+        Change::Chunks { offset, len } => {
+            let place = Place::Chunks(ChunkPlace { record: place, block: 0 });
+            extents.insert(offset / BLOCK_LEN..(offset + len) / BLOCK_LEN, place);
         }
         Change::Zeros { offset, len } => {
             extents.insert(offset / BLOCK_LEN..(offset + len) / BLOCK_LEN, Place::Zeros);

@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,8 +19,8 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::room;
 use crate::volume::extent_map::LogPlace;
-use crate::volume::log_file::{LogFile, PAGE_LEN, allocate, make_file};
-use crate::volume::log_read;
+use crate::volume::log_file::{LogFile, PAGE_LEN, allocate, file_header, make_file};
+use crate::volume::log_read::{self, Found};
 use crate::volume::log_record::{Appended, Entry, HEADER_LEN, Header, Position, record_len, volume_tag};
 use crate::volume::spares::Spare;
 
@@ -56,6 +57,11 @@ pub(crate) struct LogWriter {
     /// Names of files that the folder got, and how many of them are stable.
     names: u64,
     stable_names: u64,
+    /// Bytes of the volume that were written since the last flush began.
+    unflushed_bytes: u64,
+    /// The records that were not flushed name chunks that may not be stable: how often the store had failed to keep chunks before those were
+    /// stored.
+    unstable_chunks: Option<u64>,
     broken: bool,
     /// Room for headers, from one call to the next.
     headers: Vec<[u8; HEADER_LEN]>,
@@ -154,6 +160,7 @@ impl LogWriter {
             let place = LogPlace::new(self.file.number, (self.offset as usize + HEADER_LEN) as u32);
             self.offset += record_len(entry.payload.len());
             self.sequence += 1;
+            self.unflushed_bytes += entry.change.written_bytes(entry.payload.len());
             appended.push(Appended {
                 change: entry.change,
                 place,
@@ -190,12 +197,30 @@ impl LogWriter {
         Ok(())
     }
 
+    /// Bytes of the volume that were written since the last flush began.
+    pub fn unflushed_bytes(&self) -> u64 {
+        self.unflushed_bytes
+    }
+
+    /// A record is about to be appended that names chunks which may not be stable: the next flush makes them so. `failures` is how often the
+    /// store had failed to keep chunks before those were stored.
+    pub fn owe_chunks(&mut self, failures: u64) {
+        self.unstable_chunks.get_or_insert(failures);
+    }
+
+    /// Whether a flush has chunks to make stable.
+    pub fn owes_chunks(&self) -> bool {
+        self.unstable_chunks.is_some()
+    }
+
     /// Begins a flush: what to sync, and the sequence number up to which everything is stable then.
     pub fn begin_flush(&mut self) -> Result<Flush> {
         self.check()?;
         self.fresh_page = true;
         self.flushes += 1;
+        self.unflushed_bytes = 0;
         Ok(Flush {
+            chunks: self.unstable_chunks.take(),
             files: self.unsynced.iter().map(|(file, _)| file.clone()).collect(),
             folder: (self.names > self.stable_names).then(|| self.folder.clone()),
             names: self.names,
@@ -227,6 +252,8 @@ impl LogWriter {
 
 /// What has to be synced for a flush.
 pub(crate) struct Flush {
+    /// Chunks have to be stable first: how often the store had failed to keep some before these were stored.
+    pub chunks: Option<u64>,
     pub files: Vec<Arc<LogFile>>,
     /// The folder, if it got names since the last flush.
     folder: Option<PathBuf>,
@@ -267,8 +294,8 @@ pub(crate) struct Recovered {
     pub files: Vec<Arc<LogFile>>,
 }
 
-/// Reads a log from a position on: `found` hears of every record that counts, with its payload if that is not of a write. The log goes
-/// on behind the last, under a new epoch.
+/// Reads a log from a position on: `found` hears of every record that is whole, with its payload, and says whether it counts. The log goes on
+/// behind the last that does, under a new epoch.
 pub(crate) fn recover(
     folder: &Path,
     id: Id,
@@ -276,12 +303,22 @@ pub(crate) fn recover(
     start: Position,
     file_len: u64,
     spare: impl FnOnce() -> Option<Spare>,
-    found: impl FnMut(Appended, &[u8]),
+    found: impl FnMut(Appended, &[u8]) -> Result<bool>,
 ) -> Result<Recovered> {
     let volume = volume_tag(id);
-    let (mut files, mut at) = log_read::read(folder, id, start, found)?;
+    let Found { mut files, end: mut at, refused } = log_read::read(folder, id, start, found)?;
+    if let (Some(offset), Some(file)) = (refused, files.last()) {
+        // Should what it lacks turn up later, it is not to count after all: other records follow in its stead.
+        let cleared = file.file.write_all_at(&[0; HEADER_LEN], offset).and_then(|()| file.file.sync_data());
+        cleared.map_err(StoreError::file("write", &file.path))?;
+    }
     let (file, allocated) = match files.last() {
-        Some(file) => (file.clone(), 0),
+        Some(file) => {
+            // It may have been begun by a release that knew fewer records.
+            let header = file_header(file.number, volume);
+            file.file.write_all_at(&header, 0).map_err(StoreError::file("write", &file.path))?;
+            (file.clone(), 0)
+        }
         None => {
             let number = at.place.file();
             let (file, used_before) = make_file(folder, number, volume, file_len, spare())?;
@@ -308,6 +345,8 @@ pub(crate) fn recover(
         names: 1,
         stable_names: 0,
         file,
+        unflushed_bytes: 0,
+        unstable_chunks: None,
         broken: false,
         headers: Vec::new(),
     };

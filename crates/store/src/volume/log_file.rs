@@ -17,7 +17,8 @@ pub(super) const PAGE_LEN: u64 = 4096;
 /// Where the first record of a file begins.
 pub(crate) const FIRST_OFFSET: u32 = PAGE_LEN as u32;
 const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
-const FORMAT: u32 = 1;
+/// Files of version 1 have no records of chunks.
+const FORMAT: u32 = 2;
 
 /// A file of the log. It is written again from the front once nobody holds it any more.
 pub(crate) struct LogFile {
@@ -41,7 +42,7 @@ pub(super) fn path_of(folder: &Path, number: u32) -> PathBuf {
     folder.join(format!("log-{number:08}"))
 }
 
-fn file_header(number: u32, volume: u64) -> [u8; HEADER_LEN] {
+pub(super) fn file_header(number: u32, volume: u64) -> [u8; HEADER_LEN] {
     let mut bytes = [0; HEADER_LEN];
     bytes[..16].copy_from_slice(FILE_MAGIC);
     bytes[16..20].copy_from_slice(&FORMAT.to_le_bytes());
@@ -69,7 +70,7 @@ pub(super) fn open_file(folder: &Path, number: u32, volume: u64) -> Result<Optio
         // A crash came before its header was written: nothing was ever appended to it.
         return Ok(None);
     }
-    if word(16) != FORMAT {
+    if !(1..=FORMAT).contains(&word(16)) {
         return Err(StoreError::UnknownFormat { path, found: word(16), known: FORMAT });
     }
     let tag = u64::from(word(24)) | u64::from(word(28)) << 32;

@@ -1,6 +1,9 @@
 //! A record of a volume's log: what it says, and its bytes.
 
+use std::sync::Arc;
+
 use crate::id::Id;
+use crate::name::Name;
 use crate::volume::extent_map::LogPlace;
 
 /// The longest payload of a record.
@@ -17,10 +20,23 @@ pub(crate) enum Change {
     Sealed { offset: u64, number: u64 },
     /// The range reads as zeros.
     Zeros { offset: u64, len: u64 },
+    /// The range is made of whole chunks that are in the store; the payload is their names, none of those that are zeros.
+    Chunks { offset: u64, len: u64 },
     /// A snapshot of all records before this one; the payload says which.
     Snapshot,
     /// The volume has another size.
     Resize { capacity_bytes: u64 },
+}
+
+impl Change {
+    /// Bytes of the volume that a record with so much payload says, those of zeros and sizes not counted.
+    pub fn written_bytes(self, payload_len: usize) -> u64 {
+        match self {
+            Change::Write { .. } | Change::Sealed { .. } => payload_len as u64,
+            Change::Chunks { len, .. } => len,
+            Change::Zeros { .. } | Change::Snapshot | Change::Resize { .. } => 0,
+        }
+    }
 }
 
 /// A record's header.
@@ -43,6 +59,7 @@ impl Header {
             Change::Write { offset } => (1, offset, u64::from(self.payload_len)),
             Change::Sealed { offset, number } => (5, offset, number),
             Change::Zeros { offset, len } => (2, offset, len),
+            Change::Chunks { offset, len } => (6, offset, len),
             Change::Snapshot => (3, 0, 0),
             Change::Resize { capacity_bytes } => (4, capacity_bytes, 0),
         };
@@ -75,6 +92,7 @@ impl Header {
                 3 => Change::Snapshot,
                 4 => Change::Resize { capacity_bytes: long(24) },
                 5 => Change::Sealed { offset: long(24), number: long(32) },
+                6 => Change::Chunks { offset: long(24), len: long(32) },
                 _ => return None,
             },
             payload_len: word(40),
@@ -130,4 +148,13 @@ pub(crate) fn volume_tag(id: Id) -> u64 {
 /// Bytes of a record with its padding.
 pub(super) fn record_len(payload_len: usize) -> u64 {
     ((HEADER_LEN + payload_len) as u64).next_multiple_of(HEADER_LEN as u64)
+}
+
+/// The names in the payload of a record of chunks; none if that cannot be such a record of a volume with chunks of that length.
+pub(crate) fn chunk_names(change: Change, payload: &[u8], chunk_len: u64) -> Option<Arc<[Name]>> {
+    let Change::Chunks { offset, len } = change else { return None };
+    let (names, rest) = payload.as_chunks::<{ Name::LEN }>();
+    let fits = rest.is_empty() && !names.is_empty() && len == names.len() as u64 * chunk_len;
+    let lies_well = offset.is_multiple_of(chunk_len) && offset.checked_add(len).is_some();
+    (fits && lies_well).then(|| names.iter().map(|name| Name(*name)).collect())
 }

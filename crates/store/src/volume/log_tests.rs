@@ -14,7 +14,18 @@ const START: Position = Position { place: LogPlace(1 << 32 | 4096), sequence: 1,
 /// What a recovery finds: the changes in order, and the log that goes on.
 fn open(folder: &Path, epoch: u32, start: Position) -> Result<(Vec<Change>, LogWriter)> {
     let mut changes = Vec::new();
-    let recovered = recover(folder, ID, epoch, start, FILE_LEN, || None, |appended, _| changes.push(appended.change))?;
+    let recovered = recover(
+        folder,
+        ID,
+        epoch,
+        start,
+        FILE_LEN,
+        || None,
+        |appended, _| {
+            changes.push(appended.change);
+            Ok(true)
+        },
+    )?;
     Ok((changes, recovered.writer))
 }
 

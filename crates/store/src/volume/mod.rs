@@ -8,6 +8,7 @@
 pub(crate) mod compact;
 pub(crate) mod control;
 pub(crate) mod core;
+mod direct;
 pub(crate) mod extent_map;
 mod flush;
 pub(crate) mod group;
@@ -48,6 +49,8 @@ pub struct VolumeOptions {
     pub log_bytes_start: u64,
     /// Without writes for that long, what there is is moved.
     pub settle: Duration,
+    /// Bytes written since the last flush after which long writes go straight into segments, and only their names into the log.
+    pub stream_bytes: u64,
     /// Bytes of a file of the log, from 2 MiB to 1 GiB.
     pub log_file_bytes: u64,
 }
@@ -58,6 +61,7 @@ impl Default for VolumeOptions {
             log_bytes_max: 1 << 30,
             log_bytes_start: 512 << 20,
             settle: Duration::from_secs(5),
+            stream_bytes: 128 << 20,
             log_file_bytes: log::FILE_LEN_DEFAULT,
         }
     }
@@ -254,6 +258,8 @@ pub(crate) fn now_ns() -> u64 {
 
 #[cfg(test)]
 mod crash_rules_tests;
+#[cfg(test)]
+mod direct_tests;
 /// The same for volumes of an encrypted domain.
 #[cfg(test)]
 #[expect(clippy::duplicate_mod, reason = "the tests look at what their module is called")]

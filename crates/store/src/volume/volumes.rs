@@ -24,7 +24,7 @@ use crate::volume::extent_map::LogPlace;
 use crate::volume::head::{Head, State};
 use crate::volume::log_file;
 use crate::volume::log_read;
-use crate::volume::log_record::{Change, Position};
+use crate::volume::log_record::{Change, Position, chunk_names};
 use crate::volume::snapshot::decode_snapshot;
 use crate::volume::{Volume, VolumeOptions, check_capacity, now_ns};
 
@@ -205,7 +205,7 @@ impl Store {
     fn find_snapshots(&self, row: &VolumeRow) -> Result<()> {
         let folder = self.volume_folder(row.id);
         let Some(state) = Head::peek(&folder)?.filter(|_| user(&folder).is_none()) else { return Ok(()) };
-        let found = match log_snapshots(&folder, row, &state) {
+        let found = match log_snapshots(self, &folder, row, &state) {
             Ok(found) if found.is_empty() => return Ok(()),
             // Those that are known are still of use.
             Err(error @ StoreError::Damaged { .. }) => {
@@ -384,13 +384,23 @@ fn take_domain(row: &mut VolumeRow, wanted: Option<&DomainRow>, origin: u32) -> 
 }
 
 /// The snapshots in the log of a volume that nobody has open, stable.
-fn log_snapshots(folder: &Path, row: &VolumeRow, state: &State) -> Result<Vec<SnapshotRow>> {
+fn log_snapshots(store: &Store, folder: &Path, row: &VolumeRow, state: &State) -> Result<Vec<SnapshotRow>> {
     let mut capacity_bytes = state.capacity_bytes;
     let mut found = Vec::new();
-    log_read::read(folder, row.id, state.position, |appended, payload| match appended.change {
-        Change::Snapshot => found.extend(decode_snapshot(payload, row, capacity_bytes)),
-        Change::Resize { capacity_bytes: new } => capacity_bytes = new,
-        _ => {}
+    log_read::read(folder, row.id, state.position, |appended, payload| {
+        match appended.change {
+            Change::Snapshot => found.extend(decode_snapshot(payload, row, capacity_bytes)),
+            Change::Resize { capacity_bytes: new } => capacity_bytes = new,
+            Change::Chunks { .. } => {
+                return match chunk_names(appended.change, payload, row.chunk_len.into()) {
+                    Some(names) => store.holds_chunks(&names),
+                    // Who opens the volume says what is wrong.
+                    None => Ok(false),
+                };
+            }
+            _ => {}
+        }
+        Ok(true)
     })?;
     if !found.is_empty() {
         log_file::sync_folder(folder)?;

@@ -19,6 +19,7 @@ pub fn options() -> VolumeOptions {
         log_bytes_max: 1 << 30,
         log_bytes_start: 512 << 10,
         settle: std::time::Duration::from_millis(5),
+        stream_bytes: 64 << 10,
         log_file_bytes: 2 << 20,
     }
 }
