@@ -11,7 +11,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 use rustix::event::{EventfdFlags, eventfd};
@@ -55,7 +55,9 @@ pub struct DiskQueue<B: Buffer> {
     content: RefCell<Vec<u8>>,
     /// The thread of the queue may wait for a sync.
     pub(super) may_wait: bool,
-    /// When a sync took long last.
+    /// How long syncs on this thread take, as a rule.
+    pub(super) sync_time: Duration,
+    /// When they took long last.
     pub(super) slow_sync: Option<Instant>,
     // Last: what is in flight ends before the disk does.
     _disk: Arc<OpenDisk>,
@@ -169,6 +171,7 @@ impl<B: Buffer> DiskQueue<B> {
             record: RefCell::default(),
             content: RefCell::default(),
             may_wait: false,
+            sync_time: Duration::ZERO,
             slow_sync: None,
             _disk: disk,
         })

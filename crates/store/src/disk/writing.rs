@@ -16,10 +16,12 @@ use crate::volume::group::{BlockWrite, Patience};
 const COLLECTED_LEN_MAX: usize = 64 << 10;
 /// Bytes that are collected; with these they are carried out.
 const COLLECTED_BYTES_MAX: usize = 512 << 10;
-/// Syncs that take no longer than that are not worth another thread when nothing else is going on.
-const QUICK_SYNC: Duration = Duration::from_micros(400);
-/// After a sync that took longer the next ones are other threads' for so long.
+/// Syncs that take no longer than that, as a rule, are not worth another thread when nothing else is going on.
+const QUICK_SYNC: Duration = Duration::from_millis(1);
+/// Where they take longer the next ones are other threads' for so long.
 const SLOW_SYNCS: Duration = Duration::from_millis(200);
+/// What a sync counts for in how long they take as a rule: one that is late now and then says nothing of the next.
+const SYNC_WEIGHT: u32 = 8;
 
 /// A write that was not carried out yet.
 struct CollectedWrite<B> {
@@ -212,7 +214,8 @@ impl<B: Buffer> DiskQueue<B> {
         if alone && self.slow_sync.is_none_or(|slow| slow.elapsed() > SLOW_SYNCS) {
             let begin = Instant::now();
             let result = core.flush();
-            self.slow_sync = (begin.elapsed() > QUICK_SYNC).then(Instant::now);
+            self.sync_time = (self.sync_time * (SYNC_WEIGHT - 1) + begin.elapsed()) / SYNC_WEIGHT;
+            self.slow_sync = (self.sync_time > QUICK_SYNC).then(Instant::now);
             return self.complete(token, buffer, result.map_err(DiskError::from));
         }
         let deliver = self.deliverer();
