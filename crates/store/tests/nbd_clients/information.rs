@@ -121,7 +121,15 @@ fn qemu_asks_about_more_than_32_bits_can_say_and_hears_of_it() {
     let traced = "exec 2>&1; qemu-img -T nbd_send_request map --output=json -f raw \"$0\"";
     let said = run("sh", &["-c", traced, &server.uri("disk")]);
     let asked = said.split(".len = ").skip(1).filter_map(|rest| rest.split([',', ' ']).next()?.parse::<u64>().ok());
-    assert_eq!(asked.max(), Some(capacity), "{said}");
+    // QEMU knows of extended headers from 8.2 on; an older one asks for less at a time, and is to see the same.
+    let version = run("qemu-img", &["--version"]);
+    let mut numbers =
+        version.split_whitespace().nth(2).unwrap_or_default().split('.').map_while(|part| part.parse().ok());
+    let knows: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    match knows >= (8, 2) {
+        true => assert_eq!(asked.max(), Some(capacity), "{said}"),
+        false => assert!(asked.max().is_some_and(|most| most <= u32::MAX.into()), "{said}"),
+    }
     let map = json("qemu-img", &["map", "--output=json", "-f", "raw", &server.uri("disk")]);
     let parts: Vec<(u64, u64, bool)> = map
         .as_array()
