@@ -19,7 +19,7 @@ use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::room;
 use crate::volume::extent_map::LogPlace;
-use crate::volume::log_file::{LogFile, PAGE_LEN, allocate, file_header, make_file};
+use crate::volume::log_file::{FORMAT, LogFile, PAGE_LEN, allocate, file_header, make_file};
 use crate::volume::log_read::{self, Found};
 use crate::volume::log_record::{Appended, Entry, HEADER_LEN, Header, Position, record_len, volume_tag};
 use crate::volume::spares::Spare;
@@ -314,9 +314,11 @@ pub(crate) fn recover(
     }
     let (file, allocated) = match files.last() {
         Some(file) => {
-            // It may have been begun by a release that knew fewer records.
-            let header = file_header(file.number, volume);
-            file.file.write_all_at(&header, 0).map_err(StoreError::file("write", &file.path))?;
+            if file.format < FORMAT {
+                // It was begun by a release that knew fewer records.
+                let header = file_header(file.number, volume);
+                file.file.write_all_at(&header, 0).map_err(StoreError::file("write", &file.path))?;
+            }
             (file.clone(), 0)
         }
         None => {

@@ -18,19 +18,21 @@ pub(super) const PAGE_LEN: u64 = 4096;
 pub(crate) const FIRST_OFFSET: u32 = PAGE_LEN as u32;
 const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
 /// Files of version 1 have no records of chunks.
-const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 2;
 
 /// A file of the log. It is written again from the front once nobody holds it any more.
 pub(crate) struct LogFile {
     pub number: u32,
     pub file: File,
     pub(super) path: PathBuf,
+    /// The version in its header.
+    pub(super) format: u32,
 }
 
 impl LogFile {
     #[cfg(test)]
     pub fn at(number: u32, path: PathBuf) -> Self {
-        LogFile { number, file: File::create(&path).unwrap(), path }
+        LogFile { number, file: File::create(&path).unwrap(), path, format: FORMAT }
     }
 
     pub fn path(&self) -> &Path {
@@ -74,7 +76,7 @@ pub(super) fn open_file(folder: &Path, number: u32, volume: u64) -> Result<Optio
         return Err(StoreError::UnknownFormat { path, found: word(16), known: FORMAT });
     }
     let tag = u64::from(word(24)) | u64::from(word(28)) << 32;
-    Ok((word(20) == number && tag == volume).then_some(LogFile { number, file, path }))
+    Ok((word(20) == number && tag == volume).then_some(LogFile { number, file, path, format: word(16) }))
 }
 
 /// A file of the log under its number: one that was used before, or a new one; whether it was. Neither its name nor its header is stable.
@@ -99,7 +101,7 @@ pub(super) fn make_file(
         Ok((file, used_before))
     })();
     let (file, used_before) = made.map_err(StoreError::file("make", &path))?;
-    Ok((LogFile { number, file, path }, used_before))
+    Ok((LogFile { number, file, path, format: FORMAT }, used_before))
 }
 
 /// Takes the room for a range of a file, which holds nothing yet.

@@ -300,7 +300,7 @@ fn of_a_group_that_the_host_took_a_part_of_what_is_whole_counts() {
     let file = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
     rustix::fs::ftruncate(&file, 5 * PAGE_LEN).unwrap();
     rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::GROW).unwrap();
-    log.file = Arc::new(LogFile { number: 1, file: file.into(), path: path_of(folder.path(), 1) });
+    log.file = Arc::new(LogFile { number: 1, file: file.into(), path: path_of(folder.path(), 1), format: FORMAT });
     log.allocated = FILE_LEN;
     let payload = [7; 4096];
     let entries: Vec<Entry> = (0..6).map(|at| Entry::new(write(at * 4096), &payload)).collect();
@@ -313,4 +313,25 @@ fn of_a_group_that_the_host_took_a_part_of_what_is_whole_counts() {
     assert_eq!(log.position().place.offset(), PAGE_LEN + 3 * (HEADER_LEN as u64 + 4096));
     // Nothing is promised behind a record that could not be written.
     assert!(log.broken().is_some());
+}
+
+#[test]
+fn a_log_that_an_earlier_release_began_is_of_this_one_once_it_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, mut log) = open(folder.path(), 1, START).unwrap();
+    append(&mut log, 0);
+    flush(&mut log);
+    let path = path_of(folder.path(), 1);
+    let header = || std::fs::read(&path).unwrap()[..HEADER_LEN].to_vec();
+    let now = header();
+    let mut earlier = now.clone();
+    earlier[16] = 1;
+    let checksum = crc32c::crc32c(&earlier[..60]);
+    earlier[60..].copy_from_slice(&checksum.to_le_bytes());
+    log.file().file.write_all_at(&earlier, 0).unwrap();
+    let read = log_read::read(folder.path(), ID, START, |_, _| Ok(true)).unwrap();
+    assert_eq!(read.end.sequence, START.sequence + 1);
+    assert_eq!(header(), earlier, "whoever only reads changes nothing");
+    let (found, _) = open(folder.path(), 2, START).unwrap();
+    assert_eq!((found, header()), (vec![write(0)], now));
 }
