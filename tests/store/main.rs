@@ -185,8 +185,12 @@ fn an_archive_becomes_a_disk_with_its_files() {
     std::os::unix::fs::symlink("etc/motd", folder.join("motd")).unwrap();
     let (tree, archive) = (home.path("tree"), home.path("tree.tar.gz"));
     other("tar", &["-C", &tree, "-czf", &archive, "."]);
-    for (format, file, name) in [("tar.gz", &archive, "archive"), ("folder", &tree, "folder")] {
-        home.done(&["image", "import", "--format", format, "--size", "64M", file, name]);
+    for (format, file, name) in [
+        (&["--format", "tar.gz"][..], &archive, "archive"),
+        (&["--format", "folder"], &tree, "folder"),
+        (&[], &tree, "folder-unsaid"),
+    ] {
+        home.done(&[&["image", "import", "--size", "64M", file, name], format].concat());
         let disk = home.path(&format!("{name}.raw"));
         home.done(&["image", "export", name, &disk]);
         other("/usr/sbin/e2fsck", &["-fn", &disk]);

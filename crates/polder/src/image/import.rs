@@ -31,7 +31,7 @@ pub struct ImportArguments {
     file: PathBuf,
     /// Name of the image
     name: String,
-    /// What it is: raw, qcow2, vmdk, vhdx, vdi, vpc, tar, tar.gz, tar.zst, tar.xz or folder
+    /// What it is: raw, qcow2, vmdk, vhdx, vdi, vpc, tar, tar.gz, tar.zst, tar.xz or folder; only a folder goes without saying
     #[arg(long)]
     format: Option<ImportFormat>,
     /// Size of the file system that an archive or folder becomes
@@ -89,7 +89,9 @@ impl FromStr for ImportFormat {
 /// Carries out `polder image import`.
 pub fn import(state: &StateFolder, store: &Arc<Store>, arguments: &ImportArguments) -> Result<()> {
     check_name("image", &arguments.name)?;
-    let Some(format) = arguments.format else {
+    // A folder is one whatever is in it.
+    let format = arguments.format.or_else(|| arguments.file.is_dir().then_some(ImportFormat::Folder));
+    let Some(format) = format else {
         let looks = looks_like(&arguments.file);
         let looks = looks.map(|format| format!(" (it looks like {format})")).unwrap_or_default();
         bail!("say with --format what {} is{looks}: its content decides nothing", arguments.file.display());
