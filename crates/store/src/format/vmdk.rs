@@ -117,8 +117,9 @@ fn parse_descriptor(name: &str, bytes: &[u8]) -> Result<FlatExtent, FormatError>
     if bytes.len() as u64 >= DESCRIPTOR_LEN_MAX {
         return Err(wrong("it is too long for a descriptor and does not begin like a sparse file"));
     }
-    let text = std::str::from_utf8(bytes).map_err(|_| wrong("it is neither a sparse file nor text"))?;
-    let text = text.trim_end_matches('\0');
+    // It ends at its first NUL: a program that writes a shorter one over it leaves the end of what was there.
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    let text = std::str::from_utf8(text).map_err(|_| wrong("it is neither a sparse file nor text"))?;
     if !text.starts_with("# Disk DescriptorFile") {
         return Err(wrong("it begins neither like a sparse file nor like a descriptor"));
     }
