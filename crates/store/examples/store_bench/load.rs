@@ -58,8 +58,8 @@ impl Load {
         })
     }
 
-    /// Runs until told to stop. Gives the times of its operations, and how long it ran.
-    pub fn run(&self, disk: &Arc<OpenDisk>, stop: &AtomicBool) -> Outcome<(Figures, Duration)> {
+    /// Runs until told to stop, or for so many operations. Gives the times of its operations, and how long it ran.
+    pub fn run(&self, disk: &Arc<OpenDisk>, stop: &AtomicBool, most: Option<u64>) -> Outcome<(Figures, Duration)> {
         let mut queue: DiskQueue<Vec<u8>> = disk.open_queue()?;
         // As front ends do that have a thread for each queue.
         Queue::<Vec<u8>>::let_flushes_wait(&mut queue);
@@ -77,11 +77,14 @@ impl Load {
         let begin = Instant::now();
         let mut operations = 0u64;
         loop {
-            let stopping = stop.load(Ordering::Relaxed);
-            if stopping && queue.in_flight() == 0 {
+            let stopped = stop.load(Ordering::Relaxed);
+            let is_over = |operations| stopped || most.is_some_and(|most| operations >= most);
+            if is_over(operations) && queue.in_flight() == 0 {
                 return Ok((figures, begin.elapsed()));
             }
-            while !stopping && let Some((token, mut buffer)) = idle.pop() {
+            while !is_over(operations)
+                && let Some((token, mut buffer)) = idle.pop()
+            {
                 if let Some(rate) = self.rate {
                     let due = Duration::from_secs_f64(operations as f64 / rate);
                     std::thread::sleep(due.saturating_sub(begin.elapsed()));
@@ -126,17 +129,35 @@ impl Load {
 
     /// The same for a time, on a number of threads with a queue each, as vCPUs have. Gives the times of all.
     pub fn run_for(&self, disk: &Arc<OpenDisk>, time: Duration, queues: u64) -> Outcome<(Figures, Duration)> {
+        self.run_on(disk, queues, None, || std::thread::sleep(time))
+    }
+
+    /// The same until so many operations were done by all threads together.
+    pub fn run_times(&self, disk: &Arc<OpenDisk>, operations: u64, queues: u64) -> Outcome<(Figures, Duration)> {
+        self.run_on(disk, queues, Some(operations), || ())
+    }
+
+    fn run_on(
+        &self,
+        disk: &Arc<OpenDisk>,
+        queues: u64,
+        operations: Option<u64>,
+        meanwhile: impl FnOnce(),
+    ) -> Outcome<(Figures, Duration)> {
         let stop = AtomicBool::new(false);
+        let most = operations.map(|operations| operations / queues.max(1));
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..queues)
                 .map(|queue| {
                     let load = Load { seed: self.seed + (queue << 32), ..*self };
                     let stop = &stop;
-                    scope.spawn(move || load.run(disk, stop).map_err(|error| error.to_string()))
+                    scope.spawn(move || load.run(disk, stop, most).map_err(|error| error.to_string()))
                 })
                 .collect();
-            std::thread::sleep(time);
-            stop.store(true, Ordering::Relaxed);
+            meanwhile();
+            if most.is_none() {
+                stop.store(true, Ordering::Relaxed);
+            }
             let (mut figures, mut longest) = (Figures::default(), Duration::ZERO);
             for thread in threads {
                 let (more, whole) = thread.join().map_err(|_| "a queue's thread panicked")??;
@@ -168,13 +189,17 @@ pub fn warm(disk: &OpenDisk, range: u64) -> Outcome<()> {
     Ok(())
 }
 
-/// `store= volume= seconds= queues=` and the load, of each queue: runs it once everything is warm.
+/// `store= volume= queues=` and the load, of each queue, for `seconds=` or for `operations=` of all: runs it once everything is warm.
 pub fn load(arguments: &Arguments) -> Outcome {
     let store = arguments.store()?;
     let disk = Arc::new(OpenDisk::Volume(arguments.volume(&store)?));
     let load = Load::from(arguments)?;
     warm(&disk, load.range)?;
-    let (figures, whole) = load.run_for(&disk, arguments.duration("seconds")?, arguments.number_or("queues", 1)?)?;
+    let queues = arguments.number_or("queues", 1)?;
+    let (figures, whole) = match arguments.number_or("operations", 0)? {
+        0 => load.run_for(&disk, arguments.duration("seconds")?, queues)?,
+        operations => load.run_times(&disk, operations, queues)?,
+    };
     let begin = Instant::now();
     close(disk)?;
     Ok(json!({ "operations": figures.summary(whole), "settling_seconds": begin.elapsed().as_secs_f64() }))

@@ -76,7 +76,7 @@ pub fn beside_load(arguments: &Arguments) -> Outcome {
     let stop = AtomicBool::new(false);
     let whole = arguments.duration("seconds")?;
     let (acts, read, written) = std::thread::scope(|scope| {
-        let run = |load: &Load| load.run(&disk, &stop).map(|(figures, time)| figures.summary(time));
+        let run = |load: &Load| load.run(&disk, &stop, None).map(|(figures, time)| figures.summary(time));
         let reader = scope.spawn(move || run(&reader).map_err(|error| error.to_string()));
         let writer = scope.spawn(move || run(&writer).map_err(|error| error.to_string()));
         let acts = repeat(arguments, act, seed, &disk);

@@ -28,6 +28,8 @@ pub struct Job {
 #[derive(Clone, Copy)]
 pub enum Length {
     Seconds(f64),
+    /// So many operations of all connections together.
+    Operations(u64),
     /// The range once; with writes, a flush at the end counts.
     Once,
 }
@@ -65,6 +67,9 @@ impl Job {
         match self.length {
             Length::Seconds(seconds) => {
                 command.args(["--time_based", &format!("--runtime={}ms", (seconds * 1e3) as u64)]);
+            }
+            Length::Operations(operations) => {
+                command.arg(format!("--number_ios={}", operations / u64::from(self.connections)));
             }
             Length::Once if self.pattern.contains("write") => {
                 command.arg("--end_fsync=1");

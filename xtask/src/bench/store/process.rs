@@ -1,7 +1,7 @@
 //! Rows of the same operations without a server: through a queue of the disk in one process.
 
 use super::Row;
-use super::fio::Job;
+use super::fio::{Job, Length};
 use super::report::{Side, Table, Unit};
 use super::server::{Server, Target};
 use super::session::{Runner, Session, number};
@@ -16,14 +16,22 @@ pub const ROWS: &[Row] = &[
 ];
 
 fn read(session: &Session) -> Result<Vec<Table>> {
-    beside_nbd(session, "process-read", "read", "randread")
+    beside_nbd(session, "process-read", "read", "randread", Length::Seconds(session.seconds))
 }
 
 fn write(session: &Session) -> Result<Vec<Table>> {
-    beside_nbd(session, "process-write", "write", "randwrite")
+    // As many on both ways, half of what the log holds: a time would fill it in process alone, and what is measured then is how fast the
+    // log is moved.
+    beside_nbd(session, "process-write", "write", "randwrite", Length::Operations(session.disk_bytes / 4096 / 2))
 }
 
-fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'static str) -> Result<Vec<Table>> {
+fn beside_nbd(
+    session: &Session,
+    row: &str,
+    operation: &'static str,
+    pattern: &'static str,
+    length: Length,
+) -> Result<Vec<Table>> {
     session.volume("disk")?;
     let mut tables = Vec::new();
     // A virtio disk has a queue for each vCPU: two threads here, and two connections there.
@@ -33,7 +41,7 @@ fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'
             if operation == "read" {
                 server.warm()?;
             }
-            let job = Job { connections: queues, ..Job::random(session, pattern, depth) };
+            let job = Job { connections: queues, length, ..Job::random(session, pattern, depth) };
             let sample = job.run(session, &server.uri, seed)?;
             server.stop()?;
             session.place.sync()?;
@@ -44,7 +52,10 @@ fn beside_nbd(session: &Session, row: &str, operation: &'static str, pattern: &'
                 ("op", operation.to_owned()),
                 ("depth", depth.to_string()),
                 ("queues", queues.to_string()),
-                ("seconds", session.seconds.to_string()),
+                match length {
+                    Length::Operations(operations) => ("operations", operations.to_string()),
+                    _ => ("seconds", session.seconds.to_string()),
+                },
                 ("seed", seed.to_string()),
             ];
             let told = session.measure_volume("load", "disk", &arguments)?;
