@@ -17,7 +17,7 @@ use std::sync::Arc;
 use polder_trust::keys::{
     Cost, EraseError, Erased, KeyFile, Opener, Passphrase, Protection, Purpose, Secret, Subject, WrappedKey, erase,
 };
-use polder_trust::seal::{ChunkCipher, Form, NONCE_BYTES, Seal, TAG_BYTES};
+use polder_trust::seal::{ChunkCipher, Form, NONCE_BYTES, Seal, Suite, TAG_BYTES};
 
 use crate::catalog::{DomainRow, check_name};
 use crate::error::{Result, StoreError};
@@ -34,7 +34,7 @@ pub const OPEN_DOMAIN: u32 = 0;
 /// Bytes of a record's header that its seal is bound to: all but the checksums.
 const BOUND_LEN: usize = 52;
 /// What a seal adds to the packed bytes.
-const SEAL_LEN: usize = NONCE_BYTES + TAG_BYTES;
+pub(crate) const SEAL_LEN: usize = NONCE_BYTES + TAG_BYTES;
 
 /// How the name of a file with a wrapped secret ends that is being made.
 const MAKING: &str = ".making";
@@ -144,30 +144,39 @@ impl Domain {
         LogSealer::new(&self.secret, volume, epoch)
     }
 
-    /// Seals packed bytes of a record of data; what the record holds then is left in `sealed`.
-    pub fn seal(&self, header: &Header, packed: &[u8], sealed: &mut Vec<u8>) -> Header {
-        let mut header = Header { packed_len: (packed.len() + SEAL_LEN) as u32, domain: self.id, ..*header };
-        sealed.clear();
-        sealed.resize(SEAL_LEN, 0);
-        sealed.extend_from_slice(packed);
+    /// Seals packed bytes of a record of data; what the record holds then is added to `records`.
+    pub fn seal_onto(&self, header: &Header, packed: &[u8], records: &mut Vec<u8>) -> Header {
+        let packed_len = (packed.len() + SEAL_LEN) as u32;
+        let mut header = Header { packed_len, domain: self.id, suite: Suite::NEWEST, ..*header };
+        let begin = records.len();
+        records.extend_from_slice(&[0; SEAL_LEN]);
+        records.extend_from_slice(packed);
+        let sealed = &mut records[begin..];
         let (front, payload) = sealed.split_at_mut(SEAL_LEN);
-        let seal = self.cipher.seal(&header.name.0, form(header.packing), &header.to_bytes()[..BOUND_LEN], payload);
+        let bound = &header.to_bytes()[..BOUND_LEN];
+        let seal = self.cipher.seal(header.suite, &header.name.0, form(header.packing), bound, payload);
         front[..NONCE_BYTES].copy_from_slice(&seal.nonce);
         front[NONCE_BYTES..].copy_from_slice(&seal.tag);
         header.checksum = crc32c::crc32c(sealed);
         header
     }
 
-    /// Opens in place what [`seal`](Self::seal) has sealed: the packed bytes.
+    /// Opens in place what [`seal_onto`](Self::seal_onto) has sealed: the packed bytes.
     pub fn open<'a>(&self, header: &Header, sealed: &'a mut [u8]) -> Result<&'a [u8], String> {
-        let parts =
-            sealed.split_first_chunk_mut().and_then(|(nonce, rest)| Some((nonce, rest.split_first_chunk_mut()?)));
-        let (nonce, (tag, payload)) = parts.ok_or_else(|| format!("chunk {} is shorter than a seal", header.name))?;
-        let seal = Seal { nonce: *nonce, tag: *tag };
+        let parts = sealed.split_at_mut_checked(SEAL_LEN);
+        let (seal, payload) = parts.ok_or_else(|| format!("chunk {} is shorter than a seal", header.name))?;
+        self.open_apart(header, seal, payload)?;
+        Ok(payload)
+    }
+
+    /// The same where the seal lies elsewhere than the payload.
+    pub fn open_apart(&self, header: &Header, seal: &[u8], payload: &mut [u8]) -> Result<(), String> {
+        let parts = seal.split_first_chunk().and_then(|(nonce, tag)| Some((*nonce, tag.try_into().ok()?)));
+        let (nonce, tag) = parts.ok_or_else(|| format!("chunk {} has another length than it says", header.name))?;
+        let seal = Seal { suite: header.suite, nonce, tag };
         let bound = &header.to_bytes()[..BOUND_LEN];
         let opened = self.cipher.open(&header.name.0, form(header.packing), bound, &seal, payload);
-        opened.map_err(|broken| format!("chunk {}: {broken}", header.name))?;
-        Ok(payload)
+        opened.map_err(|broken| format!("chunk {}: {broken}", header.name))
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 use polder_store::{Kind, Name, Namer};
 use polder_trust::keys::Secret;
-use polder_trust::seal::{ChunkCipher, Form, LogCipher, LogPlace, Seal};
+use polder_trust::seal::{ChunkCipher, Form, LogCipher, LogPlace, Seal, Suite};
 use serde_json::json;
 
 use crate::Outcome;
@@ -32,10 +32,14 @@ struct Chunk {
     seal: Seal,
 }
 
-/// `file= chunks=`: nanoseconds a chunk, the least of many rounds over chunks of a raw disk that are not zeros.
+/// `file= chunks= suite=`: nanoseconds a chunk, the least of many rounds over chunks of a raw disk that are not zeros.
 pub fn steps(arguments: &Arguments) -> Outcome {
+    let suite = match arguments.number_or("suite", 1)? {
+        0 => Suite::Aes256Gcm,
+        _ => Suite::Aegis256X2,
+    };
     let secret = Secret::random()?;
-    let (namer, cipher, log) = (Namer::new(secret.bytes()), ChunkCipher::of(&secret)?, LogCipher::of(&secret));
+    let (namer, cipher, log) = (Namer::new(secret.bytes()), ChunkCipher::of(&secret)?, LogCipher::of(suite, &secret));
     let mut table = CompressTable::default();
     let mut space = vec![0; get_maximum_output_size(CHUNK)];
     let mut chunks = read(arguments)?;
@@ -48,7 +52,7 @@ pub fn steps(arguments: &Arguments) -> Outcome {
         };
         chunk.name = namer.name(Kind::Data, &chunk.content);
         chunk.sealed = chunk.packed.clone();
-        chunk.seal = cipher.seal(&chunk.name.0, chunk.form, &HEADER, &mut chunk.sealed);
+        chunk.seal = cipher.seal(suite, &chunk.name.0, chunk.form, &HEADER, &mut chunk.sealed);
     }
     let mut target = vec![0; CHUNK];
     let name = least(&chunks, |chunk| {
@@ -62,7 +66,7 @@ pub fn steps(arguments: &Arguments) -> Outcome {
     let seal = least(&chunks, |chunk| {
         let payload = &mut target[..chunk.packed.len()];
         payload.copy_from_slice(&chunk.packed);
-        black_box(cipher.seal(&chunk.name.0, chunk.form, &HEADER, payload));
+        black_box(cipher.seal(suite, &chunk.name.0, chunk.form, &HEADER, payload));
     });
     let open = least(&chunks, |chunk| {
         let payload = &mut target[..chunk.packed.len()];
@@ -81,7 +85,7 @@ pub fn steps(arguments: &Arguments) -> Outcome {
             let payload = &mut target[..packed.len()];
             payload.copy_from_slice(packed);
             if is_sealed {
-                black_box(cipher.seal(&name.0, chunk.form, &HEADER, payload));
+                black_box(cipher.seal(suite, &name.0, chunk.form, &HEADER, payload));
             }
         })
     };
@@ -134,7 +138,7 @@ fn read(arguments: &Arguments) -> Outcome<Vec<Chunk>> {
         file.read_exact_at(&mut content, at * CHUNK as u64)?;
         at += stride;
         if content.iter().any(|&byte| byte != 0) {
-            let seal = Seal { nonce: [0; 12], tag: [0; 16] };
+            let seal = Seal { suite: Suite::NEWEST, nonce: [0; 12], tag: [0; 16] };
             let (packed, sealed) = (Vec::new(), Vec::new());
             chunks.push(Chunk { content, name: Name::NONE, form: Form::Whole, packed, sealed, seal });
         }

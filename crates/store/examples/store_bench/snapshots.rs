@@ -49,19 +49,16 @@ pub fn history(arguments: &Arguments) -> Outcome {
 #[derive(Clone, Copy)]
 enum Act {
     Nothing,
-    /// A write to a plain file and fdatasync.
-    Sync,
     Snapshot,
     /// A clone of a snapshot.
     Clone,
 }
 
-/// `store= volume= range= file= seconds= rate= act= seed=`: a reader and a writer of 4 KiB, each at a rate of its own, and the act
-/// so many times a second beside them.
+/// `store= volume= range= file= seconds= rate= act= seed=`: a reader and a writer of 4 KiB, each at a rate of its own, and beside them by turns,
+/// each so many times a second, the act and a write to a plain file with fdatasync. What the disk does in a bad moment so comes to both.
 pub fn beside_load(arguments: &Arguments) -> Outcome {
     let act = match arguments.text("act")? {
         "nothing" => Act::Nothing,
-        "sync" => Act::Sync,
         "snapshot" => Act::Snapshot,
         "clone" => Act::Clone,
         other => return Err(format!("there is no act {other}").into()),
@@ -80,9 +77,6 @@ pub fn beside_load(arguments: &Arguments) -> Outcome {
         let reader = scope.spawn(move || run(&reader).map_err(|error| error.to_string()));
         let writer = scope.spawn(move || run(&writer).map_err(|error| error.to_string()));
         let acts = repeat(arguments, act, seed, &disk);
-        if matches!(act, Act::Nothing) {
-            std::thread::sleep(whole);
-        }
         stop.store(true, Ordering::Relaxed);
         let ended = |thread: std::thread::ScopedJoinHandle<'_, Result<_, String>>| {
             thread.join().map_err(|_| "a load panicked".to_owned()).and_then(|result| result)
@@ -90,11 +84,12 @@ pub fn beside_load(arguments: &Arguments) -> Outcome {
         (acts, ended(reader), ended(writer))
     });
     close(disk)?;
-    Ok(json!({ "acts": acts?.summary(whole), "reader": read?, "writer": written? }))
+    let (acts, syncs) = acts?;
+    Ok(json!({ "acts": acts.summary(whole), "syncs": syncs.summary(whole), "reader": read?, "writer": written? }))
 }
 
-/// Does it so many times a second.
-fn repeat(arguments: &Arguments, act: Act, seed: u64, disk: &OpenDisk) -> Outcome<Figures> {
+/// Does it so many times a second, and a sync in the middle between two. Gives the times of both.
+fn repeat(arguments: &Arguments, act: Act, seed: u64, disk: &OpenDisk) -> Outcome<(Figures, Figures)> {
     let (seconds, rate): (f64, f64) = (arguments.number("seconds")?, arguments.number("rate")?);
     let volume = volume_of(disk)?;
     let file = File::options().read(true).write(true).open(arguments.path("file")?)?;
@@ -106,22 +101,25 @@ fn repeat(arguments: &Arguments, act: Act, seed: u64, disk: &OpenDisk) -> Outcom
     };
     let mut figures = Figures::default();
     let begin = Instant::now();
+    let wait_until = |moment: f64| {
+        std::thread::sleep(Duration::from_secs_f64(moment / rate).saturating_sub(begin.elapsed()));
+    };
     for number in 0..(seconds * rate) as u64 {
-        std::thread::sleep(Duration::from_secs_f64(number as f64 / rate).saturating_sub(begin.elapsed()));
+        wait_until(number as f64);
         let name = format!("beside-{seed}-{number}");
         let begin = Instant::now();
         match (act, &origin) {
-            (Act::Sync, _) => {
-                syncs.once()?;
-                continue;
-            }
             (Act::Snapshot, _) => drop(volume.snapshot(&name)?),
             (Act::Clone, Some(origin)) => drop(volume.store().create_volume(&name, &Content::Snapshot(origin))?),
-            _ => return Ok(figures),
+            _ => {}
         }
-        figures.add(begin.elapsed());
+        if !matches!(act, Act::Nothing) {
+            figures.add(begin.elapsed());
+        }
+        wait_until(number as f64 + 0.5);
+        syncs.once()?;
     }
-    Ok(if matches!(act, Act::Sync) { syncs.both } else { figures })
+    Ok((figures, syncs.both))
 }
 
 /// `store= volume= range= count= seconds=`: that many snapshots of one volume, one after the other, with a few writes in between.

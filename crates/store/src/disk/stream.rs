@@ -1,15 +1,15 @@
 //! Reads of many whole chunks: what lies one after the other in a segment is read with one call, and what is not packed straight to where it
 //! is wanted.
 //!
-//! A record says by its length whether it can be packed: what is not is one header longer than a chunk. It is compared with its
-//! checksum like any other before anybody is told that it is there.
+//! A record says by its length whether it can be packed: what is not is one header longer than a chunk, and a seal if it is encrypted. It is
+//! compared with its checksum, or opened where it lies, like any other before anybody is told that it is there.
 
 use std::fs::File;
 use std::io::IoSliceMut;
 
 use rustix::io::ReadWriteFlags;
 
-use crate::domain::OPEN_DOMAIN;
+use crate::domain::{OPEN_DOMAIN, SEAL_LEN};
 use crate::name::Name;
 use crate::records::record::HEADER_LEN;
 use crate::records::segment::Location;
@@ -51,13 +51,17 @@ impl Run {
         follows
     }
 
+    /// Bytes before a chunk that is not packed.
+    fn front_len(&self) -> usize {
+        HEADER_LEN + if self.domain == OPEN_DOMAIN { 0 } else { SEAL_LEN }
+    }
+
     /// The longest record that comes next, and whether its chunk is read straight to its place.
     fn shape(&self, index: usize) -> (usize, bool) {
         let location = self.records[index].1;
         let next = self.records.get(index + 1).and_then(|(_, next)| record_len(location, *next));
-        let unpacked_len = HEADER_LEN + self.chunk_len;
-        let is_unpacked = self.domain == OPEN_DOMAIN
-            && next.is_none_or(|len| len == unpacked_len)
+        let unpacked_len = (self.front_len() + self.chunk_len).next_multiple_of(HEADER_LEN);
+        let is_unpacked = next.is_none_or(|len| len == unpacked_len)
             && location == Location::new(location.segment(), location.offset(), unpacked_len);
         (if is_unpacked { unpacked_len } else { next.unwrap_or(location.read_len()) }, is_unpacked)
     }
@@ -67,19 +71,21 @@ impl Run {
     pub fn read_if_cached(&self, store: &Store, file: &File, content: &mut [u8], scratch: &mut Vec<u8>) -> bool {
         let Some(start) = self.start() else { return true };
         let shapes: Vec<(usize, bool)> = (0..self.records.len()).map(|index| self.shape(index)).collect();
-        let in_scratch = |&(len, is_unpacked): &(usize, bool)| if is_unpacked { HEADER_LEN } else { len };
+        let in_scratch = |&(len, is_unpacked): &(usize, bool)| if is_unpacked { len - self.chunk_len } else { len };
         let scratch_len: usize = shapes.iter().map(in_scratch).sum();
         if scratch.len() < scratch_len {
             scratch.resize(scratch_len, 0);
         }
-        let mut slices = Vec::with_capacity(2 * shapes.len());
+        let mut slices = Vec::with_capacity(3 * shapes.len());
         let mut rest = &mut scratch[..scratch_len];
         for (shape, chunk) in shapes.iter().zip(content.chunks_exact_mut(self.chunk_len)) {
             let (record, behind) = rest.split_at_mut(in_scratch(shape));
             rest = behind;
-            slices.push(IoSliceMut::new(record));
             if shape.1 {
-                slices.push(IoSliceMut::new(chunk));
+                let (front, padding) = record.split_at_mut(self.front_len());
+                slices.extend([front, chunk, padding].map(IoSliceMut::new));
+            } else {
+                slices.push(IoSliceMut::new(record));
             }
         }
         let wanted: usize = shapes.iter().map(|(len, _)| len).sum();
@@ -96,7 +102,7 @@ impl Run {
             rest = behind;
             let end = record.len() - if index + 1 == shapes.len() { missing } else { 0 };
             let is_whole = match shape.1 {
-                true => missing == 0 && store.is_chunk(name, self.domain, record, chunk),
+                true => missing == 0 && store.is_chunk(name, self.domain, &record[..self.front_len()], chunk),
                 false => store.content_into(name, self.domain, &mut record[..end], chunk),
             };
             if !is_whole {

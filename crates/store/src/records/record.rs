@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
+use polder_trust::seal::Suite;
 
 use crate::name::{Kind, Name};
 use crate::records::{lz4, tight};
@@ -25,6 +26,14 @@ pub(crate) enum Packing {
     Zstd = 2,
 }
 
+/// The byte of a suite in the header of a record; nothing is sealed in an open domain, and its records have zero.
+fn suite_byte(suite: Suite) -> u8 {
+    match suite {
+        Suite::Aes256Gcm => 0,
+        Suite::Aegis256X2 => 1,
+    }
+}
+
 /// A record's header, checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Header {
@@ -35,6 +44,8 @@ pub(crate) struct Header {
     pub name: Name,
     /// The domain whose secret the packed bytes are sealed with; zero is open.
     pub domain: u32,
+    /// What they are sealed with, if they are.
+    pub suite: Suite,
     pub checksum: u32,
 }
 
@@ -49,6 +60,7 @@ impl Header {
         bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
         bytes[4] = self.kind as u8;
         bytes[5] = self.packing as u8;
+        bytes[6] = suite_byte(self.suite);
         bytes[8..12].copy_from_slice(&self.packed_len.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.content_len.to_le_bytes());
         bytes[16..48].copy_from_slice(&self.name.0);
@@ -78,6 +90,11 @@ impl Header {
             2 => Packing::Zstd,
             other => return Err(format!("a record with unknown packing {other}")),
         };
+        let suite = match bytes[6] {
+            0 => Suite::Aes256Gcm,
+            1 => Suite::Aegis256X2,
+            other => return Err(format!("a record sealed with the unknown suite {other}")),
+        };
         let mut name = Name::NONE;
         name.0.copy_from_slice(&bytes[16..48]);
         let header = Header {
@@ -87,12 +104,13 @@ impl Header {
             content_len: word(12),
             name,
             domain: word(48),
+            suite,
             checksum: word(52),
         };
         // Sealing adds less than a header's length to what is packed.
         if header.content_len as usize > CONTENT_LEN_MAX
             || header.packed_len as usize > CONTENT_LEN_MAX + HEADER_LEN
-            || bytes[6..8] != [0; 2]
+            || bytes[7] != 0
             || bytes[56..60] != [0; 4]
         {
             return Err("a record of impossible length or with fields that are not known".to_owned());
@@ -210,6 +228,7 @@ mod tests {
             content_len: content.len() as u32,
             name: Namer::open().name(Kind::Data, content),
             domain: 0,
+            suite: Suite::Aes256Gcm,
             checksum: crc32c::crc32c(packed),
         }
     }

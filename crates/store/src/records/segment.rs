@@ -22,7 +22,9 @@ pub(crate) const SEGMENT_LEN: u64 = 15 << 20;
 const SEGMENT_LEN_MAX: u64 = 16 << 20;
 const MAGIC: &[u8; 16] = b"polder segment\0\0";
 const TABLE_MAGIC: &[u8; 16] = b"polder table\0\0\0\0";
-const FORMAT: u32 = 1;
+/// In files of version 1 everything is sealed with the first suite.
+const FORMAT: u32 = 2;
+const TABLE_FORMAT: u32 = 1;
 
 /// The number of a segment; 28 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -166,7 +168,7 @@ fn check_file_header(file: &File, path: &Path) -> Result<()> {
         return Err(damaged("it is no segment"));
     }
     let found = u32::from_le_bytes([bytes[16], bytes[17], bytes[18], bytes[19]]);
-    if found != FORMAT {
+    if !(1..=FORMAT).contains(&found) {
         return Err(StoreError::UnknownFormat { path: path.to_path_buf(), found, known: FORMAT });
     }
     if bytes[60..] != crc32c::crc32c(&bytes[..60]).to_le_bytes() {
@@ -213,7 +215,7 @@ fn table(number: SegmentNumber, end: u64, entries: &mut [Entry]) -> Vec<u8> {
     let table_checksum = crc32c::crc32c(&bytes);
     let mut trailer = [0; HEADER_LEN];
     trailer[..16].copy_from_slice(TABLE_MAGIC);
-    trailer[16..20].copy_from_slice(&FORMAT.to_le_bytes());
+    trailer[16..20].copy_from_slice(&TABLE_FORMAT.to_le_bytes());
     trailer[20..24].copy_from_slice(&number.0.to_le_bytes());
     trailer[24..28].copy_from_slice(&(entries.len() as u32).to_le_bytes());
     trailer[32..40].copy_from_slice(&end.to_le_bytes());

@@ -69,6 +69,7 @@ mod tests {
     use super::*;
     use crate::records::record::Packer;
     use crate::test_store::noise;
+    use polder_trust::seal::Suite;
 
     fn record(content: &[u8], domain: u32) -> (Header, Vec<u8>) {
         let mut packer = Packer::default();
@@ -80,6 +81,7 @@ mod tests {
             content_len: content.len() as u32,
             name: Namer::open().name(Kind::Data, content),
             domain,
+            suite: Suite::Aes256Gcm,
             checksum: crc32c::crc32c(packed),
         };
         (header, packed.to_vec())

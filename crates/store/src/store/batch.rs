@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 
+use polder_trust::seal::Suite;
+
 use crate::domain::{Domain, OPEN_DOMAIN, is_sealed};
 use crate::error::{Result, StoreError};
 use crate::name::{Kind, Name};
@@ -33,41 +35,36 @@ pub(crate) struct Batch {
     /// Of the store when the batch began.
     failures: u64,
     added: Added,
-    packing: Packing,
+    packer: Packer,
+    /// A record that is appended at once.
+    record: Vec<u8>,
     waiting: Waiting,
 }
 
-/// Makes records, each in the place of the one before.
-#[derive(Default)]
-struct Packing {
-    packer: Packer,
-    sealed: Vec<u8>,
-}
-
-impl Packing {
-    fn record<'a>(
-        &'a mut self,
-        domain: Option<&Domain>,
-        kind: Kind,
-        name: Name,
-        content: &'a [u8],
-    ) -> (Header, &'a [u8]) {
-        let (packing, packed) = self.packer.pack(content);
-        let header = Header {
-            kind,
-            packing,
-            packed_len: packed.len() as u32,
-            content_len: content.len() as u32,
-            name,
-            domain: domain.map_or(OPEN_DOMAIN, |domain| domain.id),
-            checksum: 0,
-        };
-        match domain {
-            Some(domain) if is_sealed(&header) => {
-                let header = domain.seal(&header, packed, &mut self.sealed);
-                (header, &self.sealed[..])
-            }
-            _ => (Header { checksum: crc32c::crc32c(packed), ..header }, packed),
+/// Adds the packed bytes of a record to those of others; gives its header.
+fn pack_onto(
+    packer: &mut Packer,
+    domain: Option<&Domain>,
+    (kind, name): (Kind, Name),
+    content: &[u8],
+    records: &mut Vec<u8>,
+) -> Header {
+    let (packing, packed) = packer.pack(content);
+    let header = Header {
+        kind,
+        packing,
+        packed_len: packed.len() as u32,
+        content_len: content.len() as u32,
+        name,
+        domain: domain.map_or(OPEN_DOMAIN, |domain| domain.id),
+        suite: Suite::Aes256Gcm,
+        checksum: 0,
+    };
+    match domain {
+        Some(domain) if is_sealed(&header) => domain.seal_onto(&header, packed, records),
+        _ => {
+            records.extend_from_slice(packed);
+            Header { checksum: crc32c::crc32c(packed), ..header }
         }
     }
 }
@@ -86,12 +83,6 @@ struct Waiting {
 }
 
 impl Waiting {
-    fn push(&mut self, header: Header, packed: &[u8]) {
-        self.names.insert(header.name);
-        self.headers.push(header);
-        self.packed.extend_from_slice(packed);
-    }
-
     fn records(&self) -> impl Iterator<Item = (&Header, &[u8])> {
         let mut rest = &self.packed[..];
         self.headers.iter().map(move |header| {
@@ -116,7 +107,8 @@ impl Batch {
             domain,
             failures,
             added: Added::default(),
-            packing: Packing::default(),
+            packer: Packer::default(),
+            record: Vec::new(),
             waiting: Waiting::default(),
         }
     }
@@ -141,9 +133,11 @@ impl Batch {
         if let Some(location) = found {
             return Ok((name, location));
         }
-        let (header, packed) = self.packing.record(self.domain.as_deref(), kind, name, content);
-        let location = self.store.append(&header, packed)?;
-        self.added.stored_bytes += (HEADER_LEN + packed.len()) as u64;
+        self.record.clear();
+        let domain = self.domain.as_deref();
+        let header = pack_onto(&mut self.packer, domain, (kind, name), content, &mut self.record);
+        let location = self.store.append(&header, &self.record)?;
+        self.added.stored_bytes += (HEADER_LEN + self.record.len()) as u64;
         Ok((name, location))
     }
 
@@ -167,8 +161,10 @@ impl Batch {
             self.added.reused += 1;
             return Ok(name);
         }
-        let (header, packed) = self.packing.record(self.domain.as_deref(), Kind::Data, name, chunk);
-        self.waiting.push(header, packed);
+        let (waiting, domain) = (&mut self.waiting, self.domain.as_deref());
+        let header = pack_onto(&mut self.packer, domain, (Kind::Data, name), chunk, &mut waiting.packed);
+        waiting.names.insert(name);
+        waiting.headers.push(header);
         if self.waiting.packed.len() >= WAITING_LEN {
             self.append_waiting()?;
         }

@@ -224,15 +224,23 @@ impl Store {
         Ok(header)
     }
 
-    /// Whether a chunk of an open domain that was read to its place is the one, by the header that was read with it.
-    pub(crate) fn is_chunk(&self, name: &Name, domain: u32, header: &[u8], content: &[u8]) -> bool {
-        Header::from_bytes(header).is_ok_and(|header| {
-            check_expected(&header, name, Expected::Data { domain }).is_ok()
-                && header.packing == Packing::Raw
-                && header.packed_len as usize == content.len()
-                && header.content_len == header.packed_len
-                && crc32c::crc32c(content) == header.checksum
-        })
+    /// Whether a chunk that is not packed and was read to its place is the one, by what was read before it: header and seal. What is sealed is
+    /// opened there.
+    pub(crate) fn is_chunk(&self, name: &Name, domain: u32, front: &[u8], content: &mut [u8]) -> bool {
+        let Ok(header) = Header::from_bytes(front) else { return false };
+        let seal = &front[HEADER_LEN..];
+        let is_whole = check_expected(&header, name, Expected::Data { domain }).is_ok()
+            && header.packing == Packing::Raw
+            && header.packed_len as usize == seal.len() + content.len()
+            && header.content_len as usize == content.len();
+        is_whole
+            && match is_sealed(&header) {
+                false => seal.is_empty() && crc32c::crc32c(content) == header.checksum,
+                true => match self.unlocked(domain) {
+                    Ok(Some(domain)) => domain.open_apart(&header, seal, content).is_ok(),
+                    _ => false,
+                },
+            }
     }
 
     /// The record that was read from a place. Afterwards `bytes` are of no account: what is sealed is opened where it lies.

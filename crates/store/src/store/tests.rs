@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use polder_trust::seal::Suite;
+
 use crate::catalog::ImageRow;
 use crate::disk::{Disk, Durability, Extent, Operation, Question, Queue};
 use crate::format::{self, RawSource, Source as _};
@@ -349,6 +351,7 @@ fn a_record_is_not_taken_for_another_whose_name_begins_alike() {
             content_len: 4096,
             name: alike,
             domain: 0,
+            suite: Suite::Aes256Gcm,
             checksum: crc32c::crc32c(&noise(2, 4096)),
         };
         batch.put_packed(&header, &noise(2, 4096)).unwrap();

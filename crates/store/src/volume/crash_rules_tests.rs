@@ -358,6 +358,7 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
 #[test]
 fn what_looks_like_a_record_inside_of_a_damaged_one_is_no_record() {
     use crate::records::record::{Header, Packing};
+    use polder_trust::seal::Suite;
     let folder = tempfile::tempdir().unwrap();
     let crashed = tempfile::tempdir().unwrap();
     let victim = crate::Namer::open().name(Kind::Data, &noise(7, 4096));
@@ -371,6 +372,7 @@ fn what_looks_like_a_record_inside_of_a_damaged_one_is_no_record() {
             content_len: 4096,
             name: victim,
             domain,
+            suite: Suite::Aes256Gcm,
             checksum: crc32c::crc32c(&lie),
         };
         [&header.to_bytes()[..], &lie].concat()

@@ -55,7 +55,7 @@ impl Generation {
         let Some(opening) = &record.opening else {
             return Some(Piece::Log { file, offset: place.offset() + skipped, len });
         };
-        let (Change::Sealed { offset, number }, Some(blocks)) =
+        let (Change::Sealed { offset, number, .. }, Some(blocks)) =
             (record.change, log_seal::blocks_in(record.payload_len))
         else {
             return None;
@@ -234,9 +234,9 @@ pub(super) fn opening_of(
     payload: &[u8],
 ) -> Result<Option<Arc<Opening>>, &'static str> {
     match (appended.change, sealer) {
-        (Change::Sealed { .. }, Some(sealer)) if log_seal::blocks_in(appended.payload_len).is_some() => {
+        (Change::Sealed { suite, .. }, Some(sealer)) if log_seal::blocks_in(appended.payload_len).is_some() => {
             let before = before.records.iter().rev().find_map(|record| record.opening.as_ref());
-            Ok(sealer.opening(appended.end.epoch, salt_of(payload), before))
+            Ok(sealer.opening(suite, appended.end.epoch, salt_of(payload), before))
         }
         (Change::Sealed { .. }, Some(_)) => Err("a sealed record of impossible length"),
         (Change::Sealed { .. }, None) => Err("a sealed record in the log of a volume that is not encrypted"),

@@ -17,8 +17,8 @@ pub(super) const PAGE_LEN: u64 = 4096;
 /// Where the first record of a file begins.
 pub(crate) const FIRST_OFFSET: u32 = PAGE_LEN as u32;
 const FILE_MAGIC: &[u8; 16] = b"polder log\0\0\0\0\0\0";
-/// Files of version 1 have no records of chunks.
-pub(super) const FORMAT: u32 = 2;
+/// Files of version 1 have no records of chunks, those before version 3 nothing that is sealed with another suite than the first.
+pub(super) const FORMAT: u32 = 3;
 
 /// A file of the log. It is written again from the front once nobody holds it any more.
 pub(crate) struct LogFile {

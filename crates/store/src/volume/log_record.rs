@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use polder_trust::seal::Suite;
+
 use crate::id::Id;
 use crate::name::Name;
 use crate::volume::extent_map::LogPlace;
@@ -17,7 +19,7 @@ pub(crate) enum Change {
     /// The payload was written at `offset`.
     Write { offset: u64 },
     /// As `Write` in an encrypted volume; the payload is sealed under that number of the opening that wrote it.
-    Sealed { offset: u64, number: u64 },
+    Sealed { offset: u64, number: u64, suite: Suite },
     /// The range reads as zeros.
     Zeros { offset: u64, len: u64 },
     /// The range is made of whole chunks that are in the store; the payload is their names, none of those that are zeros.
@@ -57,7 +59,8 @@ impl Header {
         let mut bytes = [0; HEADER_LEN];
         let (kind, offset, len) = match self.change {
             Change::Write { offset } => (1, offset, u64::from(self.payload_len)),
-            Change::Sealed { offset, number } => (5, offset, number),
+            Change::Sealed { offset, number, suite: Suite::Aes256Gcm } => (5, offset, number),
+            Change::Sealed { offset, number, suite: Suite::Aegis256X2 } => (7, offset, number),
             Change::Zeros { offset, len } => (2, offset, len),
             Change::Chunks { offset, len } => (6, offset, len),
             Change::Snapshot => (3, 0, 0),
@@ -91,7 +94,8 @@ impl Header {
                 2 => Change::Zeros { offset: long(24), len: long(32) },
                 3 => Change::Snapshot,
                 4 => Change::Resize { capacity_bytes: long(24) },
-                5 => Change::Sealed { offset: long(24), number: long(32) },
+                5 => Change::Sealed { offset: long(24), number: long(32), suite: Suite::Aes256Gcm },
+                7 => Change::Sealed { offset: long(24), number: long(32), suite: Suite::Aegis256X2 },
                 6 => Change::Chunks { offset: long(24), len: long(32) },
                 _ => return None,
             },

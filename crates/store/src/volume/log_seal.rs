@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use polder_trust::keys::{SECRET_BYTES, Secret};
-use polder_trust::seal::{LogCipher, LogPlace as Nonce, TAG_BYTES};
+use polder_trust::seal::{LogCipher, LogPlace as Nonce, Suite, TAG_BYTES};
 
 use crate::error::{Result, StoreError};
 use crate::id::Id;
@@ -43,15 +43,16 @@ pub(crate) fn blocks_in(payload_len: u32) -> Option<u64> {
 pub(crate) struct Opening {
     epoch: u32,
     salt: [u8; SALT_LEN],
+    suite: Suite,
     cipher: LogCipher,
 }
 
 impl Opening {
-    fn new(volume: &Secret, epoch: u32, salt: [u8; SALT_LEN]) -> Self {
+    fn new(suite: Suite, volume: &Secret, epoch: u32, salt: [u8; SALT_LEN]) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("polder store volume opening 1");
         hasher.update(volume.bytes()).update(&epoch.to_le_bytes()).update(&salt);
         let mut key: [u8; SECRET_BYTES] = hasher.finalize().into();
-        Opening { epoch, salt, cipher: LogCipher::of(&Secret::take(&mut key)) }
+        Opening { epoch, salt, suite, cipher: LogCipher::of(suite, &Secret::take(&mut key)) }
     }
 
     /// Adds the payload that holds some blocks.
@@ -94,7 +95,8 @@ impl LogSealer {
         let mut salt = [0; SALT_LEN];
         let random = Secret::random().map_err(|error| StoreError::Refused(error.to_string()))?;
         salt.copy_from_slice(&random.bytes()[..SALT_LEN]);
-        Ok(LogSealer { ours: Arc::new(Opening::new(&volume, epoch, salt)), volume, next: AtomicU64::new(0) })
+        let ours = Arc::new(Opening::new(Suite::NEWEST, &volume, epoch, salt));
+        Ok(LogSealer { ours, volume, next: AtomicU64::new(0) })
     }
 
     /// Seals whole blocks that are written at `offset`; `append` gets the change and the payload for the log.
@@ -114,16 +116,22 @@ impl LogSealer {
     pub fn seal_onto(&self, offset: u64, blocks: &[u8], payloads: &mut Vec<u8>) -> Change {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.ours.seal(number, offset, blocks, payloads);
-        Change::Sealed { offset, number }
+        Change::Sealed { offset, number, suite: self.ours.suite }
     }
 
     /// The opening that wrote a record: ours, one of those `before` it, or another.
-    pub fn opening(&self, epoch: u32, salt: &[u8], before: Option<&Arc<Opening>>) -> Option<Arc<Opening>> {
-        let known = [Some(&self.ours), before].into_iter().flatten();
-        let known = known.into_iter().find(|opening| opening.epoch == epoch && opening.salt == salt);
+    pub fn opening(
+        &self,
+        suite: Suite,
+        epoch: u32,
+        salt: &[u8],
+        before: Option<&Arc<Opening>>,
+    ) -> Option<Arc<Opening>> {
+        let mut known = [Some(&self.ours), before].into_iter().flatten();
+        let known = known.find(|known| (known.suite, known.epoch) == (suite, epoch) && known.salt == salt);
         Some(match known {
             Some(opening) => opening.clone(),
-            None => Arc::new(Opening::new(&self.volume, epoch, salt.try_into().ok()?)),
+            None => Arc::new(Opening::new(suite, &self.volume, epoch, salt.try_into().ok()?)),
         })
     }
 
@@ -216,14 +224,16 @@ mod tests {
     /// If this fails the format has changed: volumes whose logs were not settled could no longer be read.
     #[test]
     fn the_format_of_sealed_log_payloads_is_as_it_was() {
-        let mut payload = Vec::new();
-        let opening = Opening::new(&Secret::take(&mut [0x22; 32]), 3, [0x33; 16]);
-        opening.seal(5, 8192, &[0x44; 8192], &mut payload);
-        assert_eq!(
-            blake3::hash(&payload).to_string(),
-            "33b3d8a5d12838ccfc36e051f9c9355798f03714c0e0a646ea2daed0be73636a"
-        );
-        assert_eq!(blocks_in(payload.len() as u32), Some(2));
+        for (suite, hash) in [
+            (Suite::Aes256Gcm, "33b3d8a5d12838ccfc36e051f9c9355798f03714c0e0a646ea2daed0be73636a"),
+            (Suite::Aegis256X2, "97c3d6fd5db7506dd25591c72c484b3fd4debbadec3e791f409b1832dee2857b"),
+        ] {
+            let mut payload = Vec::new();
+            let opening = Opening::new(suite, &Secret::take(&mut [0x22; 32]), 3, [0x33; 16]);
+            opening.seal(5, 8192, &[0x44; 8192], &mut payload);
+            assert_eq!(blake3::hash(&payload).to_string(), hash, "{suite:?}");
+            assert_eq!(blocks_in(payload.len() as u32), Some(2));
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Chunks, sealed under keys of their own.
 //!
-//! Each chunk has a key of its own: keyed BLAKE3 of its name and of how its payload was made of it. So one key seals one plaintext only, and two payloads under
+//! Each chunk has a key of its own: keyed BLAKE3 of its name, of how its payload was made of it, and of the suite. So one key seals one plaintext only, and two payloads under
 //! one key differ at most in how two releases of a compressor have packed it. Nonces are numbers in a row that begins at a random place of 96 bits for each
 //! [`ChunkCipher`], so that one cipher never uses one twice, and two releases, which are two processes, would have to begin at neighbours among 2^96.
 //!
@@ -9,13 +9,9 @@
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ring::aead::{Aad, LessSafeKey, Nonce};
-
-use super::{Broken, ChunkName, PAYLOAD_BYTES_MAX, TAG_BYTES, cipher, derive};
+use super::suite::Keyed;
+use super::{Broken, ChunkName, NONCE_BYTES, PAYLOAD_BYTES_MAX, Suite, TAG_BYTES, derive};
 use crate::keys::{NoRandomness, Secret};
-
-/// Bytes of a nonce.
-pub const NONCE_BYTES: usize = 12;
 
 /// What a payload is of its chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +35,7 @@ impl Form {
 /// What is stored beside a sealed payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seal {
+    pub suite: Suite,
     pub nonce: [u8; NONCE_BYTES],
     pub tag: [u8; TAG_BYTES],
 }
@@ -74,14 +71,10 @@ impl ChunkCipher {
     ///
     /// # Panics
     /// The payload is longer than [`PAYLOAD_BYTES_MAX`].
-    pub fn seal(&self, name: &ChunkName, form: Form, header: &[u8], payload: &mut [u8]) -> Seal {
+    pub fn seal(&self, suite: Suite, name: &ChunkName, form: Form, header: &[u8], payload: &mut [u8]) -> Seal {
         assert!(payload.len() <= PAYLOAD_BYTES_MAX);
         let nonce = self.nonce();
-        let tag = self
-            .key(name, form)
-            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(header), payload)
-            .expect("a payload is shorter than the cipher's longest");
-        Seal { nonce, tag: tag.as_ref().try_into().expect("a tag has 16 bytes") }
+        Seal { suite, nonce, tag: self.key(suite, name, form).seal(nonce, header, payload) }
     }
 
     /// Opens in place what [`ChunkCipher::seal`] has sealed.
@@ -93,19 +86,23 @@ impl ChunkCipher {
         seal: &Seal,
         payload: &mut [u8],
     ) -> Result<(), Broken> {
-        let nonce = Nonce::assume_unique_for_key(seal.nonce);
-        self.key(name, form)
-            .open_in_place_separate_tag(nonce, Aad::from(header), seal.tag.into(), payload, 0..)
-            .map_err(|_| Broken)?;
-        Ok(())
+        self.key(seal.suite, name, form).open(seal.nonce, header, &seal.tag, payload)
     }
 
     /// The chunk's own key.
-    fn key(&self, name: &ChunkName, form: Form) -> LessSafeKey {
-        let mut input = [0; 33];
+    fn key(&self, suite: Suite, name: &ChunkName, form: Form) -> Keyed {
+        let mut input = [0; 34];
         input[..32].copy_from_slice(name);
         input[32] = form.codec();
-        cipher(blake3::keyed_hash(self.keys.bytes(), &input).as_bytes())
+        // The first suite was the only one.
+        let input = match suite {
+            Suite::Aes256Gcm => &input[..33],
+            Suite::Aegis256X2 => {
+                input[33] = 1;
+                &input[..]
+            }
+        };
+        suite.keyed(blake3::keyed_hash(self.keys.bytes(), input).as_bytes())
     }
 
     /// One that this cipher has not used before.

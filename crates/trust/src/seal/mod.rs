@@ -4,24 +4,22 @@
 //! are sealed under keys of their names ([`ChunkCipher`]): equal chunks of a domain have equal names, those of two domains have nothing in common. *Records of a log* are
 //! sealed under their volume's key by their place in the log ([`LogCipher`]).
 //!
-//! Always AES-256-GCM: 16 bytes of tag, and the header that goes with a payload is bound to it as associated data. Nothing allocates: payloads are sealed and opened where they lie.
+//! Either [`Suite`] gives 16 bytes of tag and binds the header that goes with a payload to it as associated data. Nothing allocates: payloads are sealed and opened where they lie.
 //! docs/keys.md has the derivations byte by byte; docs/decisions/encryption.md has why.
 
 mod chunks;
 mod log;
+mod suite;
 
-pub use chunks::{ChunkCipher, Form, NONCE_BYTES, Seal};
+pub use chunks::{ChunkCipher, Form, Seal};
 pub use log::{LogCipher, LogPlace};
+pub use suite::{NONCE_BYTES, Suite, TAG_BYTES};
 
-use ring::aead::{AES_256_GCM, LessSafeKey, UnboundKey};
-
-use crate::keys::{SECRET_BYTES, Secret};
+use crate::keys::Secret;
 
 /// The name of a chunk: its content decides it, and the domain.
 pub type ChunkName = [u8; 32];
 
-/// Bytes of a tag.
-pub const TAG_BYTES: usize = 16;
 /// The longest payload.
 pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 
@@ -34,10 +32,6 @@ pub struct Broken;
 /// A key for one use from a secret for many. The uses that exist are in docs/keys.md.
 fn derive(usage: &str, secret: &Secret) -> Secret {
     Secret::take(&mut blake3::derive_key(usage, secret.bytes()))
-}
-
-fn cipher(key: &[u8; SECRET_BYTES]) -> LessSafeKey {
-    LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).expect("a key has 256 bits"))
 }
 
 #[cfg(test)]
