@@ -24,7 +24,7 @@ use crate::volume::log_file;
 use crate::volume::log_file::LogFile;
 use crate::volume::log_record::{Change, Entry, PAYLOAD_LEN_MAX, chunk_names};
 use crate::volume::log_seal::{LogSealer, SEALED_BLOCKS_MAX, sealed_len};
-use crate::volume::snapshot::decode_snapshot;
+use crate::volume::snapshot::{SnapshotNames, decode_snapshot};
 use crate::volume::{VolumeOptions, check_range};
 
 /// How soon a full disk is looked at again.
@@ -74,7 +74,7 @@ pub(crate) struct Core {
     /// The thread got on.
     pub progress: Condvar,
     /// Names of snapshots in the log; whoever makes one has them meanwhile.
-    pub(super) pending_names: Mutex<BTreeSet<String>>,
+    pub(super) snapshot_names: Mutex<SnapshotNames>,
     /// Signals of queues, which hear of another size.
     pub(super) queues: Mutex<Vec<Weak<OwnedFd>>>,
 }
@@ -190,7 +190,7 @@ impl Core {
             work: Mutex::new(work),
             wake: Condvar::new(),
             progress: Condvar::new(),
-            pending_names: Mutex::new(pending_names),
+            snapshot_names: Mutex::new(SnapshotNames::in_log(pending_names)),
             queues: Mutex::default(),
         };
         Ok((core, head))
@@ -592,8 +592,7 @@ impl Core {
         let snapshots = frozen.generation.records.iter().filter_map(|record| record.snapshot.as_deref());
         let names: Vec<&str> = snapshots.map(|snapshot| snapshot.name.as_str()).collect();
         if !names.is_empty() {
-            let mut pending = self.pending_names();
-            pending.retain(|name| !names.contains(&name.as_str()));
+            self.snapshot_names().settled(&names);
         }
         old
     }

@@ -14,13 +14,54 @@ use crate::volume::extent_map::BLOCK_LEN;
 use crate::volume::log_record::Change;
 use crate::volume::{check_capacity, now_ns};
 
+/// Names of an open volume's snapshots.
+#[derive(Default)]
+pub(super) struct SnapshotNames {
+    /// Those in the log. A name that is there and did not get into the catalog gets there later.
+    pending: BTreeSet<String>,
+    /// Those that the catalog had when the first one was made, and all since. Who has the volume open makes all of them, so others are
+    /// free; those that are here may have been removed. None: nobody asked for one yet.
+    known: Option<BTreeSet<String>>,
+}
+
+impl SnapshotNames {
+    /// Names that were found in the log.
+    pub fn in_log(pending: BTreeSet<String>) -> Self {
+        SnapshotNames { pending, known: None }
+    }
+
+    /// What had these names is in the tree.
+    pub fn settled(&mut self, names: &[&str]) {
+        self.pending.retain(|name| !names.contains(&name.as_str()));
+    }
+
+    /// Whether a name is taken. The catalog is only asked where it may be: that takes as long as a tenth of a sync.
+    fn is_taken(&mut self, name: &str, core: &Core) -> Result<bool> {
+        let catalog = core.store.catalog();
+        let known = match &mut self.known {
+            Some(known) => known,
+            None => {
+                let names = catalog.snapshots(Some(core.row.id))?.into_iter().map(|snapshot| snapshot.name);
+                self.known.insert(names.collect())
+            }
+        };
+        Ok(self.pending.contains(name) || known.contains(name) && catalog.snapshot(core.row.id, name).is_ok())
+    }
+
+    fn add(&mut self, name: &str) {
+        self.pending.insert(name.to_owned());
+        if let Some(known) = &mut self.known {
+            known.insert(name.to_owned());
+        }
+    }
+}
+
 impl Core {
     pub fn snapshot(self: &Arc<Self>, name: &str) -> Result<SnapshotRow> {
         check_name("snapshot", name)?;
-        // Nobody else makes snapshots of this volume: who has the turn knows which names are taken. A name that is in the log and did
-        // not get into the catalog gets there later.
-        let mut pending = self.pending_names();
-        if pending.contains(name) || self.store.catalog().snapshot(self.row.id, name).is_ok() {
+        // Nobody else makes snapshots of this volume: who has the turn knows which names are taken.
+        let mut names = self.snapshot_names();
+        if names.is_taken(name, self)? {
             return Err(StoreError::Exists { what: "snapshot", name: name.to_owned() });
         }
         let mut snapshot = SnapshotRow {
@@ -40,15 +81,15 @@ impl Core {
             snapshot.capacity_bytes = self.capacity_bytes();
             let checksum = crc32c::crc32c(&payload);
             self.append_locked(&mut log, Change::Snapshot, &payload, checksum, Some(Box::new(snapshot.clone())))?;
-            pending.insert(name.to_owned());
+            names.add(name);
         }
         self.flush()?;
         self.store.catalog().add_snapshot(&snapshot)?;
         Ok(snapshot)
     }
 
-    pub(super) fn pending_names(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        self.pending_names.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    pub(super) fn snapshot_names(&self) -> MutexGuard<'_, SnapshotNames> {
+        self.snapshot_names.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     pub fn resize(self: &Arc<Self>, capacity_bytes: u64) -> Result<()> {

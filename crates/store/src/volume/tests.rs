@@ -45,6 +45,32 @@ impl World {
 }
 
 #[test]
+fn a_name_is_taken_by_what_the_log_or_the_catalog_has_and_free_once_that_was_removed() {
+    let world = world();
+    let volume = world.volume("disk", 4 * MIB);
+    let is_taken = |volume: &Volume, name: &str| matches!(volume.snapshot(name), Err(StoreError::Exists { .. }));
+    drop(volume.snapshot("old").unwrap());
+    volume.compact().unwrap();
+    drop(volume.snapshot("new").unwrap());
+    assert!(is_taken(&volume, "old") && is_taken(&volume, "new"));
+    volume.close().unwrap();
+    let volume = world.open("disk");
+    drop(volume.snapshot("newest").unwrap());
+    assert!(is_taken(&volume, "old") && is_taken(&volume, "new") && is_taken(&volume, "newest"));
+    // By this process or another: the catalog tells.
+    world.store.remove_snapshot("disk", "old").unwrap();
+    drop(volume.snapshot("old").unwrap());
+    assert!(is_taken(&volume, "old"));
+    world.store.remove_snapshot("disk", "newest").unwrap();
+    volume.compact().unwrap();
+    drop(volume.snapshot("newest").unwrap());
+    volume.close().unwrap();
+    let mut names: Vec<String> = world.store.snapshots("disk").unwrap().into_iter().map(|row| row.name).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["new", "newest", "old"]);
+}
+
+#[test]
 fn what_was_written_is_read_from_the_log_and_from_the_tree() {
     let world = world();
     let volume = world.volume("disk", 4 * MIB);
