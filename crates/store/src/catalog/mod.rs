@@ -1,13 +1,14 @@
 //! The catalog: which volumes, snapshots, images and segments there are. SQLite in WAL mode, so that any number of processes read
 //! and write it at once and a killed one leaves it whole.
 //!
-//! Two connections: what must be stable when the call comes back goes through `durable`; what a volume's log already holds
-//! goes through `quick`, which leaves syncing to whoever comes next.
+//! Three connections: what must be stable when the call comes back goes through `durable`; what a volume's log already holds
+//! goes through `quick`, which leaves syncing to whoever comes next; `checkpoints` writes SQLite's own log back.
 
 mod row;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -58,14 +59,26 @@ const DOMAIN_TABLE: &str = "
 pub(crate) struct Catalog {
     durable: Mutex<Connection>,
     quick: Mutex<Connection>,
+    /// For checkpoints alone: nobody who reads or adds something waits for their syncs.
+    checkpoints: Mutex<Connection>,
+    /// Snapshots and clones that were added since the last checkpoint of this process.
+    added: AtomicU64,
 }
+
+/// Snapshots or clones between two checkpoints. Each is up to seven pages of the log, so that this is some 30 MiB.
+const ADDED_MAX: u64 = 1000;
 
 impl Catalog {
     /// Opens the catalog, and makes it if it is not there.
     pub fn open(path: &Path) -> Result<Self> {
         let durable = connect(path, "FULL")?;
         make_tables(&durable, path)?;
-        Ok(Catalog { durable: Mutex::new(durable), quick: Mutex::new(connect(path, "NORMAL")?) })
+        Ok(Catalog {
+            durable: Mutex::new(durable),
+            quick: Mutex::new(connect(path, "NORMAL")?),
+            checkpoints: Mutex::new(connect(path, "NORMAL")?),
+            added: AtomicU64::new(0),
+        })
     }
 
     fn durable(&self) -> MutexGuard<'_, Connection> {
@@ -117,10 +130,21 @@ impl Catalog {
         row.ok_or_else(|| StoreError::NotFound { what, name: name.to_owned() })
     }
 
-    /// Moves what was written into the tables proper. For a thread that may wait.
+    /// Moves what was written into the tables proper, so that the log begins again from its front. For a thread that may wait.
     pub fn checkpoint(&self) -> Result<()> {
-        self.quick().query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+        self.added.store(0, Ordering::Relaxed);
+        let connection = self.checkpoints.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let pass = || connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        pass()?;
+        // What came meanwhile is little. A writer begins the log again only where a pass has left nothing of it.
+        let (_durable, _quick) = (self.durable(), self.quick());
+        pass()?;
         Ok(())
+    }
+
+    /// Whether so much was added that somebody who may wait should do a checkpoint. Says so once.
+    pub fn wants_checkpoint(&self) -> bool {
+        self.added.fetch_add(1, Ordering::Relaxed) + 1 == ADDED_MAX
     }
 
     // Facts

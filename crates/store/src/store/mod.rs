@@ -336,6 +336,19 @@ impl Store {
         self.index.refresh(&self.catalog)
     }
 
+    /// A snapshot or a clone was added to the catalog, whose log does not grow without end: a thread that may wait writes it back.
+    pub(crate) fn added_to_catalog(self: &Arc<Self>) {
+        if self.catalog.wants_checkpoint() {
+            let store = Arc::downgrade(self);
+            self.workers().run(move || {
+                let done = store.upgrade().map_or(Ok(()), |store| store.catalog.checkpoint());
+                if let Err(error) = done {
+                    tracing::info!(%error, "the catalog's log was not written back; it will be later");
+                }
+            });
+        }
+    }
+
     /// Merges the index where it has many parts, and writes the catalog's log back. For a thread that may wait.
     pub(crate) fn tidy(&self) -> Result<()> {
         if let Some(_lock) = self.try_lock("index.lock")? {

@@ -85,6 +85,7 @@ impl Core {
         }
         self.flush()?;
         self.store.catalog().add_snapshot(&snapshot)?;
+        self.store.added_to_catalog();
         Ok(snapshot)
     }
 

@@ -45,6 +45,21 @@ impl World {
 }
 
 #[test]
+fn the_log_of_the_catalog_does_not_grow_with_each_snapshot() {
+    let world = world();
+    let volume = world.volume("disk", 4 * MIB);
+    let log = world.store.folder().join("catalog.db-wal");
+    let mut longest = 0;
+    for number in 0..5000 {
+        volume.snapshot(&format!("snapshot-{number}")).unwrap();
+        longest = longest.max(log.metadata().unwrap().len());
+    }
+    // They make some 90 MB of it, if nobody writes it back.
+    assert!(longest < 50 << 20, "{longest}");
+    assert_eq!(world.store.snapshots("disk").unwrap().len(), 5000);
+}
+
+#[test]
 fn a_name_is_taken_by_what_the_log_or_the_catalog_has_and_free_once_that_was_removed() {
     let world = world();
     let volume = world.volume("disk", 4 * MIB);

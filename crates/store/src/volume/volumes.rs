@@ -110,6 +110,7 @@ impl Store {
                     }
                     Ok(row)
                 })?;
+                self.added_to_catalog();
                 return cloned.ok_or_else(|| StoreError::NotFound { what: "snapshot", name: snapshot.name.clone() });
             }
             Content::Image(image) => {
